@@ -1,0 +1,1 @@
+//! What the benchmarks share: one row format for people and programs.

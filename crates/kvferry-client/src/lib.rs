@@ -1,0 +1,1 @@
+//! A connection to a server: requests, deadlines, heartbeat, mapping of its pool

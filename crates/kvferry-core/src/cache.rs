@@ -1,0 +1,119 @@
+//! The cache as an engine sees it. The store (embedded, no socket between) and the client (a server
+//! in another process) both implement [`Cache`], so everything above is written once.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::Result;
+use crate::key::{Key, Layout};
+
+/// A boxed future, so that [`Cache`] can be a trait object.
+pub type CacheFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
+
+/// Bytes that other processes may change while they are read: a shared-memory pool. There are no
+/// references into it, only copies.
+pub trait Memory: Send + Sync {
+    /// Copies `into.len()` bytes from `offset`; an error, and nothing copied, when out of bounds.
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()>;
+    /// Copies `from` to `offset`; an error, and nothing copied, when out of bounds.
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
+}
+
+/// Where one object lies in the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slot {
+    /// Bytes from the start of the pool, a multiple of 4096.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// How often the slot has been used; `None` when the server does not say.
+    pub generation: Option<u64>,
+}
+
+/// What `prepare_store` grants: slots to fill, then commit.
+pub struct StoreGrant {
+    /// One for each chunk to write.
+    pub slots: Vec<Slot>,
+    /// The chunk of each slot, counted from the range's start, ascending.
+    pub chunk_indices: Vec<u32>,
+    /// Chunks at the range's end that did not fit; `None` when the server does not say.
+    pub refused: Option<u32>,
+    /// The pool as it was mapped when the slots were granted.
+    pub memory: Arc<dyn Memory>,
+}
+
+/// What `prepare_retrieve` grants: slots to read, one for each chunk of the range, then commit.
+pub struct RetrieveGrant {
+    /// In the order of the range's chunks.
+    pub slots: Vec<Slot>,
+    /// The pool as it was mapped when the slots were granted.
+    pub memory: Arc<dyn Memory>,
+}
+
+/// LMCache's engine-driven operations. Any failure means "compute it": callers turn errors into a
+/// miss. Every wait ends at `deadline`.
+pub trait Cache: Send + Sync {
+    /// Tokens of one chunk.
+    fn chunk_size(&self) -> u32;
+
+    /// Announces objects of this layout; the answer names the instance in later calls. The layout is
+    /// remembered until [`Cache::unregister`], over reconnects too.
+    fn register(&self, layout: Layout, deadline: Instant) -> CacheFuture<'_, u64>;
+
+    /// Forgets the instance; slots that were granted to it become free.
+    fn unregister(&self, instance: u64, deadline: Instant) -> CacheFuture<'_, ()>;
+
+    /// How many leading chunks of `key`'s range every rank has. Takes a lease on each, for each
+    /// reader, until it is retrieved, released or the request ends.
+    fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64>;
+
+    /// Gives back the leases of the range's chunks (one for each reader).
+    fn release<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, ()>;
+
+    /// Ends the session: leases that no worker was handed are given back.
+    fn end_session<'a>(&'a self, request_id: &'a str, deadline: Instant) -> CacheFuture<'a, ()>;
+
+    /// Reserves slots for the range's chunks that are neither stored nor being written.
+    fn prepare_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, StoreGrant>;
+
+    /// Makes the reserved chunks visible. `false`: there was nothing to commit, they are not stored.
+    fn commit_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, bool>;
+
+    /// Gives the reservation back without making anything visible.
+    fn abandon_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, ()>;
+
+    /// The slots of the range's chunks; `None` when any of them is gone or was not leased.
+    fn prepare_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, Option<RetrieveGrant>>;
+
+    /// Ends a retrieval, one lease for each chunk. `false`: a slot was used anew in the meantime, what
+    /// was copied must be thrown away.
+    fn commit_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        slots: &'a [Slot],
+        deadline: Instant,
+    ) -> CacheFuture<'a, bool>;
+}

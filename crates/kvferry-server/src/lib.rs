@@ -1,0 +1,1 @@
+//! Sockets around the store: an LMCache-compatible ROUTER on loopback
