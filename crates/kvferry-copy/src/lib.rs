@@ -1,2 +1,33 @@
-//! Memory regions and copies: the only crate with unsafe code beside the binding
+//! Memory regions and copies: the only crate with unsafe code beside the binding.
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
+
+#[cfg(target_os = "linux")]
+mod mapping;
+#[cfg(target_os = "linux")]
+mod memfd;
+mod private;
+#[cfg(target_os = "linux")]
+mod shared;
+
+#[cfg(target_os = "linux")]
+pub use memfd::MemFd;
+pub use private::PrivateRegion;
+#[cfg(target_os = "linux")]
+pub use shared::SharedRegion;
+
+/// Bytes of one step in which a pool is reserved and mapped: 64 MiB. Servers reserve whole steps, so
+/// clients may populate whole steps.
+pub const POOL_STEP: u64 = 64 << 20;
+
+use kvferry_core::{Error, Result};
+
+/// `offset..offset + length` as the range of a region of `bytes`, or an error that names all three.
+fn range_of(offset: u64, length: usize, bytes: usize) -> Result<std::ops::Range<usize>> {
+    let range =
+        usize::try_from(offset).ok().and_then(|start| Some(start..start.checked_add(length)?));
+    range.filter(|range| range.end <= bytes).ok_or_else(|| {
+        Error::invalid(format!(
+            "{length} bytes at {offset} lie outside the region of {bytes} bytes"
+        ))
+    })
+}

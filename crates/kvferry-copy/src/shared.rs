@@ -1,0 +1,333 @@
+//! A POSIX shared-memory segment: the pool that a server creates and its clients map.
+
+use std::fs::{File, OpenOptions, remove_file};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvferry_core::cache::Memory;
+use kvferry_core::{Error, ErrorCode, Result};
+
+use crate::POOL_STEP;
+use crate::mapping::Mapping;
+
+const DIRECTORY: &str = "/dev/shm";
+
+/// A named segment of shared memory, mapped for reading and writing, mode 0600.
+///
+/// The server that creates it holds a lock on it (`flock`), so that a segment without one is known to
+/// be stale. Its pages are reserved step by step ([`SharedRegion::reserve`]): a page that was never
+/// reserved is never touched, so a full /dev/shm is an error and not a SIGBUS.
+#[derive(Debug)]
+pub struct SharedRegion {
+    mapping: Mapping,
+    file: File,
+    /// Steps whose pages this process has mapped already.
+    populated: Vec<AtomicBool>,
+    /// Set in the process that created the segment: removed on drop.
+    owned: Option<PathBuf>,
+}
+
+impl SharedRegion {
+    /// Creates the segment `name` of `bytes` (> 0), of which nothing is reserved yet. A segment that
+    /// a dead server left is replaced; a live one's is [`ErrorCode::PoolInUse`]. More than what
+    /// /dev/shm has free is [`ErrorCode::PoolTooLarge`].
+    pub fn create(name: &str, bytes: u64) -> Result<Self> {
+        let path = path_of(name)?;
+        let free = free_bytes()?;
+        if bytes > free {
+            return Err(Error::new(
+                ErrorCode::PoolTooLarge,
+                format!(
+                    "the pool needs {bytes} bytes of shared memory, and {DIRECTORY} has {free} free; \
+                     ask for less memory, or enlarge it (mount -o remount,size=..., or docker run --shm-size=...)"
+                ),
+            ));
+        }
+        let file = create_locked(&path, name)?;
+        let sized = file.set_len(bytes).map_err(|error| {
+            Error::system(format!("cannot give {bytes} bytes to {}", path.display()), &error)
+        });
+        match sized.and_then(|()| Self::map(file, bytes)) {
+            Ok(mut region) => {
+                region.owned = Some(path);
+                Ok(region)
+            }
+            Err(error) => {
+                let _ = remove_file(&path); // ours, and useless
+                Err(error)
+            }
+        }
+    }
+
+    /// Maps the segment `name` that a server of the same user created, `bytes` long.
+    pub fn open(name: &str, bytes: u64) -> Result<Self> {
+        let path = path_of(name)?;
+        let file = open(&path, false).map_err(|error| {
+            Error::system(format!("cannot open the server's pool {}", path.display()), &error)
+        })?;
+        let metadata = file.metadata().map_err(|error| {
+            Error::system(format!("cannot read the size of {}", path.display()), &error)
+        })?;
+        if bytes == 0 || metadata.len() < bytes {
+            return Err(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the server announced a pool of {bytes} bytes, {} has {}",
+                    path.display(),
+                    metadata.len()
+                ),
+            ));
+        }
+        Self::map(file, bytes)
+    }
+
+    fn map(file: File, bytes: u64) -> Result<Self> {
+        let cannot =
+            |error: &io::Error| Error::system(format!("cannot map a pool of {bytes} bytes"), error);
+        let length =
+            usize::try_from(bytes).map_err(|_| cannot(&io::ErrorKind::OutOfMemory.into()))?;
+        let mapping = Mapping::new(&file, length).map_err(|error| cannot(&error))?;
+        // Where the kernel has huge pages for shared memory they help; nothing depends on them.
+        let _ = mapping.advise(0, length, libc::MADV_HUGEPAGE);
+        let steps = bytes.div_ceil(POOL_STEP);
+        let populated = (0..steps).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { mapping, file, populated, owned: None })
+    }
+
+    /// Bytes of the whole segment.
+    pub fn bytes(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
+    /// Reserves the pages of step `step` (of [`POOL_STEP`] bytes; the last may be shorter), or says
+    /// that /dev/shm has no room for them. Takes ~10–15 ms a step: not for a request's path.
+    pub fn reserve(&self, step: u64) -> Result<()> {
+        let (offset, bytes) = self.step(step)?;
+        let signed = |value: u64| libc::off_t::try_from(value).unwrap_or(libc::off_t::MAX);
+        // SAFETY: a call on an open file of ours; it touches no memory.
+        let code =
+            unsafe { libc::posix_fallocate(self.file.as_raw_fd(), signed(offset), signed(bytes)) };
+        match code {
+            0 => Ok(()),
+            code => Err(Error::system(
+                format!("cannot reserve {bytes} bytes of shared memory"),
+                &io::Error::from_raw_os_error(code),
+            )),
+        }
+    }
+
+    /// Maps the pages of every step that `offset..offset + bytes` touches, once: a copy into an
+    /// unmapped range takes 4 times as long. The server has reserved them.
+    fn populate(&self, offset: u64, bytes: usize) -> Result<()> {
+        let last = (offset + (bytes as u64).max(1) - 1) / POOL_STEP;
+        for step in offset / POOL_STEP..=last {
+            let Some(done) = usize::try_from(step).ok().and_then(|step| self.populated.get(step))
+            else {
+                return Ok(()); // out of bounds: the copy says so
+            };
+            if done.load(Ordering::Acquire) {
+                continue;
+            }
+            let (start, length) = self.step(step)?;
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            // Several threads may do it at once, to the same end. A kernel before 5.14 does not know
+            // the advice: pages are then mapped as touched.
+            self.mapping.advise(start, length, libc::MADV_POPULATE_WRITE).map_err(|error| {
+                Error::system(format!("cannot map step {step} of the pool"), &error)
+            })?;
+            done.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn step(&self, step: u64) -> Result<(u64, u64)> {
+        let offset = step.checked_mul(POOL_STEP).filter(|offset| *offset < self.bytes());
+        let offset =
+            offset.ok_or_else(|| Error::invalid(format!("the pool has no step {step}")))?;
+        Ok((offset, POOL_STEP.min(self.bytes() - offset)))
+    }
+}
+
+impl Memory for SharedRegion {
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.populate(offset, into.len())?;
+        self.mapping.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        self.populate(offset, from.len())?;
+        self.mapping.write(offset, from)
+    }
+}
+
+impl Drop for SharedRegion {
+    fn drop(&mut self) {
+        if let Some(path) = &self.owned {
+            let _ = remove_file(path); // clients keep their mappings
+        }
+    }
+}
+
+/// Creates the segment and locks it, replacing one that nobody has locked.
+fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
+    let system =
+        |error: &io::Error| Error::system(format!("cannot create {}", path.display()), error);
+    // Two servers may start at once: each loses the race a few times at most.
+    for _ in 0..16 {
+        match open(path, true) {
+            Ok(file) => {
+                // Between creation and lock another starter may take ours for stale: then its lock
+                // fails or it removed the name; both show here.
+                if lock(&file) && names(path, &file) {
+                    return Ok(file);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match open(path, false) {
+                Ok(stale) if lock(&stale) => {
+                    if names(path, &stale) {
+                        remove_file(path).map_err(|error| system(&error))?;
+                    }
+                }
+                Ok(_) => {
+                    return Err(Error::new(
+                        ErrorCode::PoolInUse,
+                        format!(
+                            "a live server owns the shared memory {name:?}; stop it, or choose another name"
+                        ),
+                    ));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(system(&error)),
+            },
+            Err(error) => return Err(system(&error)),
+        }
+    }
+    Err(Error::new(
+        ErrorCode::PoolInUse,
+        format!("another server keeps creating the shared memory {name:?}"),
+    ))
+}
+
+fn open(path: &PathBuf, create: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(create)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        .open(path)
+}
+
+/// Takes the lock that lives as long as the open file; `false` when another process has it.
+fn lock(file: &File) -> bool {
+    // SAFETY: a call on an open file of ours; it touches no memory.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+}
+
+/// Whether `path` still names this very file.
+fn names(path: &PathBuf, file: &File) -> bool {
+    let inode = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    match (std::fs::symlink_metadata(path), file.metadata()) {
+        (Ok(named), Ok(opened)) => inode(named) == inode(opened),
+        _ => false,
+    }
+}
+
+fn path_of(name: &str) -> Result<PathBuf> {
+    let fine = !name.is_empty()
+        && name.len() <= 200
+        && name != "."
+        && name != ".."
+        && !name.contains(['/', '\0']);
+    if !fine {
+        return Err(Error::invalid(format!(
+            "{name:?} cannot name shared memory: 1 to 200 bytes without '/' and NUL"
+        )));
+    }
+    Ok(PathBuf::from(DIRECTORY).join(name))
+}
+
+/// Free bytes of the file system that holds shared memory.
+fn free_bytes() -> Result<u64> {
+    let mut stats = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path is a C string and `stats` has room for the answer.
+    let code = unsafe { libc::statvfs(c"/dev/shm".as_ptr(), stats.as_mut_ptr()) };
+    if code != 0 {
+        return Err(Error::system(
+            format!("cannot read the free space of {DIRECTORY}"),
+            &io::Error::last_os_error(),
+        ));
+    }
+    // SAFETY: the call succeeded, so it filled the structure.
+    let stats = unsafe { stats.assume_init() };
+    Ok(stats.f_bavail.saturating_mul(stats.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(test: &str) -> String {
+        format!("kvferry_test_{}_{test}", std::process::id())
+    }
+
+    #[test]
+    fn a_client_reads_what_the_server_wrote() {
+        let name = name("roundtrip");
+        let server = SharedRegion::create(&name, POOL_STEP + 4096).unwrap();
+        server.reserve(0).unwrap();
+        server.reserve(1).unwrap();
+        let client = SharedRegion::open(&name, POOL_STEP + 4096).unwrap();
+        client.write(POOL_STEP - 2, b"over").unwrap(); // crosses a step
+        let mut four = [0; 4];
+        server.read(POOL_STEP - 2, &mut four).unwrap();
+        assert_eq!(&four, b"over");
+        assert!(client.read(POOL_STEP + 4094, &mut four).is_err(), "out of bounds");
+        assert!(server.reserve(2).is_err());
+        let mode = std::fs::metadata(path_of(&name).unwrap()).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(server);
+        assert!(SharedRegion::open(&name, 4096).is_err(), "the name goes with the server");
+        client.read(0, &mut four).unwrap(); // the mapping stays
+    }
+
+    #[test]
+    fn a_live_segment_is_refused_and_a_stale_one_replaced() {
+        let name = name("stale");
+        let live = SharedRegion::create(&name, 4096).unwrap();
+        live.reserve(0).unwrap();
+        live.write(0, b"live").unwrap();
+        assert_eq!(SharedRegion::create(&name, 4096).unwrap_err().code, ErrorCode::PoolInUse);
+        let mut four = [0; 4];
+        SharedRegion::open(&name, 4096).unwrap().read(0, &mut four).unwrap();
+        assert_eq!(&four, b"live", "the refused start left it alone");
+        drop(live);
+        std::fs::write(path_of(&name).unwrap(), b"left by a killed server").unwrap();
+        let fresh = SharedRegion::create(&name, 4096).unwrap();
+        fresh.reserve(0).unwrap();
+        fresh.read(0, &mut four).unwrap();
+        assert_eq!(four, [0; 4]);
+    }
+
+    #[test]
+    fn more_than_shared_memory_has_is_an_error_with_both_sizes() {
+        let error = SharedRegion::create(&name("huge"), 1 << 60).unwrap_err();
+        assert_eq!(error.code, ErrorCode::PoolTooLarge);
+        assert!(error.message.contains(&(1u64 << 60).to_string()), "{error}");
+        let free = error.message.split(" free").next().and_then(|text| text.rsplit(' ').next());
+        assert!(
+            free.is_some_and(|free| free.parse::<u64>().is_ok_and(|free| free < 1 << 60)),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for bad in ["", "..", "a/b", "a\0b"] {
+            assert_eq!(SharedRegion::open(bad, 4096).unwrap_err().code, ErrorCode::InvalidArgument);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! The store as the engine's own cache: the same operations as through a server, no socket between.
+
+use std::future::ready;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::key::{Key, Layout};
+
+use crate::store::{Departure, Owner, Store};
+
+/// A peer of a store in the same process. Dropping it gives back what it held.
+pub struct Embedded {
+    store: Store,
+    owner: Owner,
+}
+
+/// Instances of embedded engines; servers' peers choose their own, at random and below 2^63.
+static INSTANCES: AtomicU64 = AtomicU64::new(1 << 63);
+
+impl Embedded {
+    /// A new peer of `store`.
+    pub fn new(store: Store) -> Self {
+        let owner = store.connect();
+        Self { store, owner }
+    }
+}
+
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        // Whoever copies holds this peer, so no copy is under way.
+        self.store.disconnect(self.owner, Departure::Ended);
+    }
+}
+
+impl Cache for Embedded {
+    fn chunk_size(&self) -> u32 {
+        self.store.chunk_size()
+    }
+
+    fn register(&self, layout: Layout, _deadline: Instant) -> CacheFuture<'_, u64> {
+        let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
+        Box::pin(ready(self.store.register(self.owner, instance, layout).map(|()| instance)))
+    }
+
+    fn unregister(&self, instance: u64, _deadline: Instant) -> CacheFuture<'_, ()> {
+        self.store.unregister(instance);
+        Box::pin(ready(Ok(())))
+    }
+
+    fn lookup<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, u64> {
+        Box::pin(ready(self.store.lookup(self.owner, key, 1, Instant::now())))
+    }
+
+    fn release<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, ()> {
+        Box::pin(ready(self.store.release(key, 1, Instant::now())))
+    }
+
+    fn end_session<'a>(&'a self, request_id: &'a str, _deadline: Instant) -> CacheFuture<'a, ()> {
+        self.store.end_session(request_id);
+        Box::pin(ready(Ok(())))
+    }
+
+    fn prepare_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        _deadline: Instant,
+    ) -> CacheFuture<'a, StoreGrant> {
+        let reserved = self.store.prepare_store(self.owner, key, instance, Instant::now());
+        Box::pin(ready(reserved.map(|reserved| StoreGrant {
+            slots: reserved.slots,
+            chunk_indices: reserved.chunk_indices,
+            refused: Some(reserved.refused),
+            memory: self.store.memory(),
+        })))
+    }
+
+    fn commit_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        _deadline: Instant,
+    ) -> CacheFuture<'a, bool> {
+        Box::pin(ready(self.store.commit_store(key, instance)))
+    }
+
+    fn abandon_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        _deadline: Instant,
+    ) -> CacheFuture<'a, ()> {
+        Box::pin(ready(self.store.abandon_store(key, instance)))
+    }
+
+    fn prepare_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        _deadline: Instant,
+    ) -> CacheFuture<'a, Option<RetrieveGrant>> {
+        let slots = self.store.prepare_retrieve(self.owner, key, instance, Instant::now());
+        let memory = self.store.memory();
+        Box::pin(ready(slots.map(|slots| slots.map(|slots| RetrieveGrant { slots, memory }))))
+    }
+
+    fn commit_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        slots: &'a [Slot],
+        _deadline: Instant,
+    ) -> CacheFuture<'a, bool> {
+        // What was granted stays until this very call, so a look at the generations comes first.
+        let held =
+            self.store.holds(slots.iter().filter_map(|slot| Some((slot.offset, slot.generation?))));
+        Box::pin(ready(self.store.commit_retrieve(key, instance).map(|ended| ended && held)))
+    }
+}

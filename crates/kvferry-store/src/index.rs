@@ -1,0 +1,335 @@
+//! Which objects there are, how they hang together, and which may go.
+//!
+//! Objects of one prefix form a chain: each knows the object of the chunk before it. An object is
+//! *pinned* while it is reserved or leased, and while any child of it is pinned. Unpinned objects are
+//! in one list, least recently used first. An object becomes unpinned after its children, so it always
+//! stands behind them: whatever is first in the list has no children there, and taking the first is
+//! both least recently used and children before parents, at the same cost however many there are.
+
+use std::collections::HashMap;
+
+use crate::pool::Grant;
+
+const NONE: u32 = u32::MAX;
+
+/// The identity of an object, 256 bits twice over: what was computed (the chunk's chained hash), for
+/// whom and in which shape (model, salt, layout), and the shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ObjectId {
+    pub(crate) chunk: [u8; 32],
+    pub(crate) space: [u8; 32],
+    pub(crate) rank: u32,
+}
+
+/// A reference to an object that notices when the object is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Handle {
+    index: u32,
+    generation: u64,
+}
+
+#[derive(Debug)]
+struct Object {
+    id: ObjectId,
+    grant: Grant,
+    parent: Option<Handle>,
+    visible: bool,
+    pins: u32,
+    previous: u32,
+    next: u32,
+}
+
+/// All objects of the store.
+#[derive(Default)]
+pub(crate) struct Index {
+    objects: Vec<Option<Object>>,
+    unused: Vec<u32>,
+    by_id: HashMap<ObjectId, Handle>,
+    /// The list of unpinned objects.
+    oldest: Option<u32>,
+    newest: Option<u32>,
+    visible: u64,
+}
+
+impl Index {
+    /// Visible objects.
+    pub(crate) fn visible(&self) -> u64 {
+        self.visible
+    }
+
+    /// The object of this identity, reserved ones included.
+    pub(crate) fn get(&self, id: &ObjectId) -> Option<Handle> {
+        self.by_id.get(id).copied()
+    }
+
+    /// The object of this identity if readers may see it.
+    pub(crate) fn get_visible(&self, id: &ObjectId) -> Option<Handle> {
+        self.get(id).filter(|handle| self.object(*handle).is_some_and(|object| object.visible))
+    }
+
+    pub(crate) fn grant(&self, handle: Handle) -> Option<&Grant> {
+        self.object(handle).map(|object| &object.grant)
+    }
+
+    /// Adds a reserved object: pinned once, seen by nobody.
+    pub(crate) fn reserve(&mut self, id: ObjectId, grant: Grant, parent: Option<Handle>) -> Handle {
+        let generation = grant.generation();
+        let parent = parent.filter(|parent| self.object(*parent).is_some());
+        let object =
+            Object { id, grant, parent, visible: false, pins: 1, previous: NONE, next: NONE };
+        let index = match self.unused.pop() {
+            Some(index) => {
+                self.objects[index as usize] = Some(object);
+                index
+            }
+            None => {
+                self.objects.push(Some(object));
+                u32::try_from(self.objects.len() - 1).unwrap_or(NONE)
+            }
+        };
+        let handle = Handle { index, generation };
+        self.by_id.insert(id, handle);
+        if let Some(parent) = parent {
+            self.pin(parent);
+        }
+        handle
+    }
+
+    /// Makes a reserved object visible and takes its reservation's pin away.
+    pub(crate) fn commit(&mut self, handle: Handle) {
+        if let Some(object) = self.object_mut(handle)
+            && !object.visible
+        {
+            object.visible = true;
+            self.visible += 1;
+            self.unpin(handle);
+        }
+    }
+
+    /// Hangs `child` under `parent`, when it lost its former one or never had one.
+    pub(crate) fn adopt(&mut self, parent: Handle, child: Handle) {
+        let orphan = self
+            .object(child)
+            .is_some_and(|object| object.parent.is_none_or(|parent| self.object(parent).is_none()));
+        if orphan && parent != child && self.object(parent).is_some() {
+            self.pin(child);
+            if let Some(object) = self.object_mut(child) {
+                object.parent = Some(parent);
+            }
+            self.pin(parent); // as the parent of a pinned child
+            self.unpin(child);
+        }
+    }
+
+    /// Keeps the object, and with it the chain before it.
+    pub(crate) fn pin(&mut self, handle: Handle) {
+        let mut next = Some(handle);
+        while let Some(handle) = next.take() {
+            let Some(object) = self.object_mut(handle) else { return };
+            object.pins += 1;
+            if object.pins == 1 {
+                next = object.parent;
+                self.unlink(handle.index);
+            }
+        }
+    }
+
+    /// Takes one pin away; the last makes the object the most recently used one.
+    pub(crate) fn unpin(&mut self, handle: Handle) {
+        let mut next = Some(handle);
+        while let Some(handle) = next.take() {
+            let Some(object) = self.object_mut(handle) else { return };
+            object.pins = object.pins.saturating_sub(1);
+            if object.pins == 0 {
+                next = object.parent;
+                self.link_newest(handle.index);
+            }
+        }
+    }
+
+    /// Takes the least recently used object out; `None` when all are pinned.
+    pub(crate) fn evict(&mut self) -> Option<Grant> {
+        let index = self.oldest?;
+        self.unlink(index);
+        self.take(index)
+    }
+
+    /// Takes a reserved object out, whatever else hangs on it.
+    pub(crate) fn remove_reserved(&mut self, handle: Handle) -> Option<Grant> {
+        let object = self.object(handle).filter(|object| !object.visible)?;
+        let parent = object.parent;
+        let grant = self.take(handle.index);
+        if let Some(parent) = parent {
+            self.unpin(parent);
+        }
+        grant
+    }
+
+    fn take(&mut self, index: u32) -> Option<Grant> {
+        let object = self.objects.get_mut(index as usize)?.take()?;
+        self.unused.push(index);
+        self.by_id.remove(&object.id);
+        self.visible -= u64::from(object.visible);
+        Some(object.grant)
+    }
+
+    fn object(&self, handle: Handle) -> Option<&Object> {
+        let object = self.objects.get(handle.index as usize)?.as_ref()?;
+        (object.grant.generation() == handle.generation).then_some(object)
+    }
+
+    fn object_mut(&mut self, handle: Handle) -> Option<&mut Object> {
+        let object = self.objects.get_mut(handle.index as usize)?.as_mut()?;
+        (object.grant.generation() == handle.generation).then_some(object)
+    }
+
+    fn at(&mut self, index: u32) -> Option<&mut Object> {
+        self.objects.get_mut(index as usize)?.as_mut()
+    }
+
+    fn link_newest(&mut self, index: u32) {
+        let previous = self.newest.replace(index);
+        match previous.and_then(|previous| self.at(previous)) {
+            Some(previous) => previous.next = index,
+            None => self.oldest = Some(index),
+        }
+        if let Some(object) = self.at(index) {
+            object.previous = previous.unwrap_or(NONE);
+            object.next = NONE;
+        }
+    }
+
+    fn unlink(&mut self, index: u32) {
+        let Some(object) = self.at(index) else { return };
+        let (previous, next) = (object.previous, object.next);
+        match self.at(previous) {
+            Some(object) => object.next = next,
+            None => self.oldest = Some(next).filter(|next| *next != NONE),
+        }
+        match self.at(next) {
+            Some(object) => object.previous = previous,
+            None => self.newest = Some(previous).filter(|previous| *previous != NONE),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::Pool;
+
+    struct Chains {
+        pool: Pool,
+        index: Index,
+    }
+
+    impl Chains {
+        fn new() -> Self {
+            let mut pool = Pool::new(1 << 20).unwrap();
+            pool.grow();
+            Self { pool, index: Index::default() }
+        }
+
+        fn add(&mut self, name: u8, parent: Option<Handle>) -> Handle {
+            let id = ObjectId { chunk: [name; 32], space: [0; 32], rank: 0 };
+            let grant = self.pool.allocate(4096).unwrap();
+            self.index.reserve(id, grant, parent)
+        }
+
+        /// A committed chain, named `first`, `first + 1`, …
+        fn chain(&mut self, first: u8, length: u8) -> Vec<Handle> {
+            let mut handles: Vec<Handle> = Vec::new();
+            for name in first..first + length {
+                handles.push(self.add(name, handles.last().copied()));
+            }
+            for handle in &handles {
+                self.index.commit(*handle);
+            }
+            handles
+        }
+
+        fn use_chain(&mut self, handles: &[Handle]) {
+            handles.iter().for_each(|handle| self.index.pin(*handle));
+            handles.iter().for_each(|handle| self.index.unpin(*handle));
+        }
+
+        fn evict_all(&mut self) -> Vec<u8> {
+            let ids: HashMap<u64, u8> = (self.index.by_id.iter())
+                .map(|(id, handle)| (handle.generation, id.chunk[0]))
+                .collect();
+            std::iter::from_fn(|| self.index.evict().map(|grant| ids[&grant.generation()]))
+                .collect()
+        }
+    }
+
+    #[test]
+    fn children_go_before_parents_in_whatever_order_they_were_committed() {
+        let mut store = Chains::new();
+        store.chain(0, 4);
+        assert_eq!(store.evict_all(), [3, 2, 1, 0]);
+    }
+
+    #[test]
+    fn the_chain_that_was_used_last_goes_last_and_a_shared_prefix_with_it() {
+        let mut store = Chains::new();
+        let shared = store.chain(0, 2);
+        let left = store.add(10, Some(shared[1]));
+        let right = store.add(20, Some(shared[1]));
+        store.index.commit(left);
+        store.index.commit(right);
+        store.use_chain(&[shared[0], shared[1], left]);
+        assert_eq!(store.evict_all(), [20, 10, 1, 0]);
+    }
+
+    #[test]
+    fn what_is_leased_stays_and_so_does_the_chain_before_it() {
+        let mut store = Chains::new();
+        let chain = store.chain(0, 4);
+        store.index.pin(chain[2]);
+        assert_eq!(store.evict_all(), [3]);
+        store.index.unpin(chain[2]);
+        assert_eq!(store.evict_all(), [2, 1, 0]);
+    }
+
+    #[test]
+    fn a_reserved_object_is_seen_by_nobody_and_never_evicted() {
+        let mut store = Chains::new();
+        let parent = store.chain(0, 1)[0];
+        let reserved = store.add(1, Some(parent));
+        let id = ObjectId { chunk: [1; 32], space: [0; 32], rank: 0 };
+        assert!(store.index.get(&id).is_some());
+        assert!(store.index.get_visible(&id).is_none());
+        assert_eq!(store.evict_all(), [0; 0]);
+        assert!(store.index.remove_reserved(reserved).is_some());
+        assert!(store.index.get(&id).is_none());
+        assert_eq!(store.evict_all(), [0]);
+    }
+
+    #[test]
+    fn an_object_whose_parent_went_is_adopted_by_the_next_one() {
+        let mut store = Chains::new();
+        let first = store.add(0, None);
+        let second = store.add(1, Some(first));
+        store.index.remove_reserved(first);
+        store.index.commit(second); // its parent was abandoned
+        let first = store.add(0, None);
+        store.index.commit(first);
+        store.index.adopt(first, second);
+        assert_eq!(store.evict_all(), [1, 0]);
+    }
+
+    #[test]
+    fn a_stale_handle_touches_nothing() {
+        let mut store = Chains::new();
+        let old = store.add(0, None);
+        let grant = store.index.remove_reserved(old).unwrap();
+        store.pool.give_back(grant);
+        let new = store.add(5, None);
+        assert_eq!(old.index, new.index, "the place is used again");
+        store.index.commit(old);
+        store.index.unpin(old);
+        assert!(store.index.remove_reserved(old).is_none());
+        assert!(store.index.grant(new).is_some());
+        assert_eq!(store.index.visible(), 0);
+    }
+}

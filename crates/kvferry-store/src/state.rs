@@ -1,0 +1,396 @@
+//! What a store remembers: peers, instances, sessions, reservations; and how each of them ends.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvferry_copy::POOL_STEP;
+use kvferry_core::key::{Key, Layout};
+use kvferry_core::{Error, ErrorCode, Result};
+
+use crate::index::{Handle, Index};
+use crate::pool::{Grant, Pool};
+use crate::prompt::Prompt;
+use crate::store::{Departure, Limits, Owner};
+
+pub(crate) struct State {
+    pub(crate) pool: Pool,
+    pub(crate) index: Index,
+    pub(crate) owners: HashMap<Owner, Belongings>,
+    /// The layout that lookups of a (model, world size) mean: the latest that was registered.
+    pub(crate) layouts: HashMap<(String, u32), Arc<Registered>>,
+    pub(crate) instances: HashMap<u64, Instance>,
+    pub(crate) sessions: HashMap<String, Session>,
+    pub(crate) sessions_by_age: BTreeMap<(Instant, u64), String>,
+    pub(crate) session_bytes: u64,
+    /// The instance of each reservation.
+    pub(crate) reservations_by_age: BTreeMap<(Instant, u64), u64>,
+    pub(crate) sequence: u64,
+    pub(crate) limits: Limits,
+    pub(crate) headroom: u64,
+    pub(crate) growth_failed: Option<Instant>,
+    pub(crate) counters: Counters,
+}
+
+/// What has to be looked at when a peer goes.
+#[derive(Default)]
+pub(crate) struct Belongings {
+    pub(crate) sessions: HashSet<String>,
+    pub(crate) instances: HashSet<u64>,
+}
+
+pub(crate) struct Registered {
+    pub(crate) layout: Layout,
+    pub(crate) object_bytes: u64,
+}
+
+pub(crate) struct Instance {
+    pub(crate) registered: Arc<Registered>,
+    /// Oldest first, as their commits come.
+    pub(crate) stores: HashMap<Range, VecDeque<Reservation>>,
+    pub(crate) retrievals: HashMap<Range, VecDeque<Retrieval>>,
+    /// Reservations that were given up: their objects are gone from the index.
+    pub(crate) apart: Vec<Apart>,
+}
+
+pub(crate) struct Apart {
+    pub(crate) owner: Owner,
+    pub(crate) range: Range,
+    pub(crate) grants: Vec<Grant>,
+}
+
+/// Pairs a prepare with its commit: the tokens up to `end` by their last hash. Unlike LMCache's, the
+/// request counts: else one request's commit would make visible what another has not filled yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Range {
+    pub(crate) space: [u8; 32],
+    pub(crate) last: [u8; 32],
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) rank: u32,
+    pub(crate) request: [u8; 32],
+}
+
+pub(crate) struct Reservation {
+    pub(crate) owner: Owner,
+    pub(crate) objects: Vec<Handle>,
+    pub(crate) age: (Instant, u64),
+}
+
+pub(crate) struct Retrieval {
+    pub(crate) owner: Owner,
+    pub(crate) objects: Vec<Handle>,
+    pub(crate) apart: bool,
+}
+
+pub(crate) struct Session {
+    pub(crate) owner: Owner,
+    pub(crate) prompt: Arc<Prompt>,
+    /// Hit chunks that were not asked for yet.
+    pub(crate) hit: Option<u64>,
+    /// Leases that no worker was handed.
+    pub(crate) leases: HashMap<Handle, u32>,
+    pub(crate) age: (Instant, u64),
+}
+
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Counters {
+    pub(crate) lookups: u64,
+    pub(crate) lookup_chunks: u64,
+    pub(crate) hit_chunks: u64,
+    pub(crate) stored_chunks: u64,
+    pub(crate) refused_chunks: u64,
+    pub(crate) abandoned_chunks: u64,
+    pub(crate) retrieved_chunks: u64,
+    pub(crate) failed_retrievals: u64,
+    pub(crate) evicted_objects: u64,
+    pub(crate) evicted_bytes: u64,
+    pub(crate) expired_sessions: u64,
+}
+
+impl State {
+    pub(crate) fn new(pool: Pool, limits: Limits) -> Self {
+        Self {
+            pool,
+            index: Index::default(),
+            owners: HashMap::new(),
+            layouts: HashMap::new(),
+            instances: HashMap::new(),
+            sessions: HashMap::new(),
+            sessions_by_age: BTreeMap::new(),
+            session_bytes: 0,
+            reservations_by_age: BTreeMap::new(),
+            sequence: 0,
+            limits,
+            headroom: POOL_STEP / 2,
+            growth_failed: None,
+            counters: Counters::default(),
+        }
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    pub(crate) fn belongings(&mut self, owner: Owner) -> &mut Belongings {
+        self.owners.entry(owner).or_default()
+    }
+
+    pub(crate) fn should_grow(&self) -> bool {
+        self.pool.free() < self.headroom && self.pool.next_step().is_some()
+    }
+
+    /// A slot, for which the least recently used objects make room once the pool has all its memory.
+    pub(crate) fn allocate(&mut self, bytes: u64) -> Option<Grant> {
+        if bytes > self.pool.bytes() {
+            return None;
+        }
+        let may_grow = self.pool.next_step().is_some() && self.growth_failed.is_none();
+        loop {
+            if let Some(grant) = self.pool.allocate(bytes) {
+                return Some(grant);
+            }
+            if may_grow {
+                return None; // memory is on its way
+            }
+            let evicted = self.index.evict()?;
+            self.counters.evicted_objects += 1;
+            self.counters.evicted_bytes += evicted.bytes();
+            self.pool.give_back(evicted);
+        }
+    }
+
+    /// The instance's registration, and the key's range in it (`None` when it is empty).
+    pub(crate) fn range(
+        &self,
+        key: &Key,
+        instance: u64,
+        prompt: &Prompt,
+        chunks: &std::ops::Range<usize>,
+    ) -> Result<(Arc<Registered>, Option<Range>)> {
+        let unknown = || {
+            Error::new(
+                ErrorCode::Protocol,
+                format!("instance {instance} is not registered for {:?}", key.model_name),
+            )
+        };
+        let known = &self.instances.get(&instance).ok_or_else(unknown)?.registered;
+        let layout = &known.layout;
+        if layout.model_name != key.model_name || layout.world_size != key.world_size {
+            return Err(unknown());
+        }
+        let rank = key.worker_id.filter(|rank| *rank < key.world_size).ok_or_else(|| {
+            Error::invalid(format!("worker {:?} is not in 0..{}", key.worker_id, key.world_size))
+        })?;
+        let last = chunks.clone().next_back().map(|chunk| prompt.hashes[chunk]);
+        let range = last.map(|last| Range {
+            space: space(layout, &key.cache_salt),
+            last,
+            start: key.start,
+            end: key.end,
+            rank,
+            request: *blake3::hash(key.request_id.as_bytes()).as_bytes(),
+        });
+        Ok((Arc::clone(known), range))
+    }
+
+    /// The session of a request, made or refreshed.
+    pub(crate) fn session(
+        &mut self,
+        owner: Owner,
+        request_id: &str,
+        prompt: Arc<Prompt>,
+        now: Instant,
+    ) -> &mut Session {
+        self.session_bytes += prompt.bytes();
+        let age = (now + self.limits.session_idle, self.next());
+        self.sessions_by_age.insert(age, request_id.to_owned());
+        self.belongings(owner).sessions.insert(request_id.to_owned());
+        let former = self.sessions.remove(request_id);
+        let mut leases = HashMap::new();
+        if let Some(former) = former {
+            self.session_bytes -= former.prompt.bytes();
+            self.sessions_by_age.remove(&former.age);
+            if former.owner != owner {
+                self.belongings(former.owner).sessions.remove(request_id);
+            }
+            leases = former.leases;
+        }
+        while self.sessions.len() >= self.limits.sessions
+            || self.session_bytes > self.limits.session_bytes
+        {
+            let Some(oldest) = self.sessions_by_age.values().find(|id| *id != request_id).cloned()
+            else {
+                break;
+            };
+            self.end_session(&oldest);
+            self.counters.expired_sessions += 1;
+        }
+        let session = Session { owner, prompt, hit: None, leases, age };
+        self.sessions.entry(request_id.to_owned()).insert_entry(session).into_mut()
+    }
+
+    /// The request is in use: its session's deadline moves on.
+    pub(crate) fn touch(&mut self, request_id: &str, now: Instant) {
+        self.expire(now);
+        let age = (now + self.limits.session_idle, self.next());
+        if let Some(session) = self.sessions.get_mut(request_id)
+            && let Some(id) = self.sessions_by_age.remove(&session.age)
+        {
+            session.age = age;
+            self.sessions_by_age.insert(age, id);
+        }
+    }
+
+    pub(crate) fn end_session(&mut self, request_id: &str) {
+        let Some(session) = self.sessions.remove(request_id) else { return };
+        self.sessions_by_age.remove(&session.age);
+        self.session_bytes -= session.prompt.bytes();
+        if let Some(belongings) = self.owners.get_mut(&session.owner) {
+            belongings.sessions.remove(request_id);
+        }
+        for (handle, count) in session.leases {
+            for _ in 0..count {
+                self.index.unpin(handle);
+            }
+        }
+    }
+
+    /// Takes one lease from a session, with its pin; `false` when it has none.
+    pub(crate) fn take_lease(&mut self, request_id: &str, handle: Handle) -> bool {
+        let Some(session) = self.sessions.get_mut(request_id) else { return false };
+        let Some(count) = session.leases.get_mut(&handle) else { return false };
+        *count -= 1;
+        if *count == 0 {
+            session.leases.remove(&handle);
+        }
+        true
+    }
+
+    pub(crate) fn unpin(&mut self, handles: &[Handle]) {
+        for handle in handles.iter().rev() {
+            self.index.unpin(*handle);
+        }
+    }
+
+    /// Takes the range's oldest reservation out to end it. If it was set apart, its slots come back
+    /// now, since the writer says that it is done, and nothing else does.
+    pub(crate) fn take_reservation(&mut self, instance: u64, range: Range) -> Option<Reservation> {
+        let known = self.instances.get_mut(&instance)?;
+        if let Some(position) = known.apart.iter().position(|apart| apart.range == range) {
+            for grant in known.apart.remove(position).grants {
+                self.pool.give_back(grant);
+            }
+            return None;
+        }
+        let reservations = known.stores.get_mut(&range)?;
+        let reservation = reservations.pop_front()?;
+        if reservations.is_empty() {
+            known.stores.remove(&range);
+        }
+        self.reservations_by_age.remove(&reservation.age);
+        Some(reservation)
+    }
+
+    /// Takes reserved objects out and their slots back.
+    pub(crate) fn abandon(&mut self, objects: &[Handle]) {
+        for handle in objects.iter().rev() {
+            if let Some(grant) = self.index.remove_reserved(*handle) {
+                self.pool.give_back(grant);
+                self.counters.abandoned_chunks += 1;
+            }
+        }
+    }
+
+    /// Reservations that `which` picks lose their chunks, and their slots stay the writer's.
+    pub(crate) fn set_apart(&mut self, instance: u64, which: impl Fn(&Reservation) -> bool) {
+        let Some(known) = self.instances.get_mut(&instance) else { return };
+        for (range, reservation) in extract(&mut known.stores, which) {
+            self.reservations_by_age.remove(&reservation.age);
+            let objects = reservation.objects.iter().rev();
+            let grants: Vec<_> =
+                objects.filter_map(|handle| self.index.remove_reserved(*handle)).collect();
+            self.counters.abandoned_chunks += grants.len() as u64;
+            known.apart.push(Apart { owner: reservation.owner, range, grants });
+        }
+    }
+
+    /// A peer that was told of this instance's slots is gone.
+    pub(crate) fn leave(&mut self, instance: u64, owner: Owner, departure: Departure) {
+        if departure == Departure::GivenUp {
+            self.set_apart(instance, |reservation| reservation.owner == owner);
+            if let Some(known) = self.instances.get_mut(&instance) {
+                let retrievals = known.retrievals.values_mut().flatten();
+                for retrieval in retrievals.filter(|retrieval| retrieval.owner == owner) {
+                    retrieval.apart = true;
+                }
+            }
+            return;
+        }
+        let Some(known) = self.instances.get_mut(&instance) else { return };
+        let stores = extract(&mut known.stores, |reservation| reservation.owner == owner);
+        let retrievals = extract(&mut known.retrievals, |retrieval| retrieval.owner == owner);
+        for apart in known.apart.extract_if(.., |apart| apart.owner == owner) {
+            for grant in apart.grants {
+                self.pool.give_back(grant);
+            }
+        }
+        for (_, retrieval) in retrievals {
+            self.unpin(&retrieval.objects);
+        }
+        for (_, reservation) in stores {
+            self.reservations_by_age.remove(&reservation.age);
+            self.abandon(&reservation.objects);
+        }
+    }
+
+    /// Ends what is past its deadline.
+    pub(crate) fn expire(&mut self, now: Instant) {
+        while let Some(entry) = self.sessions_by_age.first_entry()
+            && entry.key().0 <= now
+        {
+            let request = entry.get().clone();
+            self.end_session(&request);
+            self.counters.expired_sessions += 1;
+        }
+        while let Some(entry) = self.reservations_by_age.first_entry()
+            && entry.key().0 <= now
+        {
+            let (age, instance) = entry.remove_entry();
+            self.set_apart(instance, |reservation| reservation.age == age);
+        }
+    }
+}
+
+/// Takes out of a map of lists what `which` picks, and lists that become empty with it.
+fn extract<T>(
+    map: &mut HashMap<Range, VecDeque<T>>,
+    which: impl Fn(&T) -> bool,
+) -> Vec<(Range, T)> {
+    let mut taken = Vec::new();
+    map.retain(|range, list| {
+        let (picked, rest) = std::mem::take(list).into_iter().partition::<VecDeque<T>, _>(&which);
+        *list = rest;
+        taken.extend(picked.into_iter().map(|item| (*range, item)));
+        !list.is_empty()
+    });
+    taken
+}
+
+/// What, besides its tokens, tells an object from others: model, shape and tenant.
+pub(crate) fn space(layout: &Layout, salt: &str) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for text in [&layout.model_name, salt, layout.dtype.name()] {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    let slots = layout.num_physical_slots.map_or(0, |slots| u64::from(slots) + 1);
+    let plane = u64::from(layout.single_plane);
+    for number in [layout.world_size, layout.num_layers, layout.hidden_dim_size].map(u64::from) {
+        hasher.update(&number.to_le_bytes());
+    }
+    hasher.update(&slots.to_le_bytes());
+    hasher.update(&plane.to_le_bytes());
+    *hasher.finalize().as_bytes()
+}

@@ -1,0 +1,679 @@
+//! The store: what peers may do with the pool, and what becomes of it when they stop half-way.
+//!
+//! Every call takes the time, so that a simulated clock can drive it. One lock guards the whole state;
+//! it is held for bookkeeping only, never while hashing, copying or reserving memory.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvferry_copy::PrivateRegion;
+use kvferry_core::cache::{Memory, Slot};
+use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
+use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
+use kvferry_core::{Error, Result};
+
+use crate::index::{Handle, ObjectId};
+use crate::pool::{Pool, Region};
+use crate::prompt::Prompt;
+use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State, space};
+
+/// Readers of one object that a lookup may announce at most.
+const READERS_MAX: u32 = 255;
+/// After shared memory ran out, growing is not tried again for this long.
+const GROWTH_RETRY: Duration = Duration::from_secs(5);
+
+/// How a store is set up.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Tokens of one chunk, 1..=65536. Default 256.
+    pub chunk_size: u32,
+    /// Bytes of the pool, 4096 or more.
+    pub memory: u64,
+    /// The shared-memory segment's name, 1 to 200 bytes without `/` and NUL; `None` keeps the pool in
+    /// this process's own memory.
+    pub shared_name: Option<String>,
+    /// Deadlines and bounds.
+    pub limits: Limits,
+}
+
+/// Deadlines and bounds of a store.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// A session that is not used for this long ends, and its leases with it. Default 300 s.
+    pub session_idle: Duration,
+    /// A reservation that is not committed for this long is set apart: its chunks can be stored by
+    /// others, its slots stay the writer's. Default 600 s.
+    pub reservation: Duration,
+    /// Sessions at most; the one unused longest goes first. Default 65,536.
+    pub sessions: usize,
+    /// Bytes of tokens and hashes that sessions may hold together. Default 256 MiB.
+    pub session_bytes: u64,
+    /// Registered instances at most; one more is refused. Default 4,096.
+    pub instances: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            session_idle: Duration::from_secs(300),
+            reservation: Duration::from_secs(600),
+            sessions: 65_536,
+            session_bytes: 256 << 20,
+            instances: 4_096,
+        }
+    }
+}
+
+/// A peer of the store: a connection, or the engine that embeds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner(pub(crate) u64);
+
+/// Why a peer is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// Its own kernel ended the connection: it does not touch the pool any more.
+    Ended,
+    /// We gave it up (deadline, malformed input): it may still write to slots that it was told of.
+    GivenUp,
+}
+
+/// What a store reserved.
+#[derive(Debug)]
+pub struct Reserved {
+    /// Slots to fill, one for each chunk to write.
+    pub slots: Vec<Slot>,
+    /// Each slot's chunk, counted from the range's start, ascending.
+    pub chunk_indices: Vec<u32>,
+    /// Chunks at the range's end for which there was no room.
+    pub refused: u32,
+}
+
+/// The shape that an instance registered, for replies.
+#[derive(Debug)]
+pub struct Shape {
+    /// Outermost first.
+    pub dimensions: Vec<u64>,
+    /// torch's name of the element type.
+    pub dtype: String,
+}
+
+/// The chunk store. Cloning gives another handle to the same store.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    region: Region,
+    hasher: ChunkHasher,
+    chunk_size: u32,
+    growing: AtomicBool,
+    state: Mutex<State>,
+}
+
+impl Store {
+    /// Creates the pool. Errors: a live server has the name, shared memory is too small for it, or a
+    /// value is out of range.
+    pub fn new(options: StoreOptions) -> Result<Self> {
+        let StoreOptions { chunk_size, memory, shared_name, limits } = options;
+        let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
+        let mut pool = Pool::new(memory)?;
+        let region = match shared_name {
+            Some(name) => shared(name, memory)?,
+            None => Region::Private(Arc::new(PrivateRegion::new(memory)?)),
+        };
+        let private = matches!(region, Region::Private(_));
+        while let Some(step) = pool.next_step() {
+            region.reserve(step)?;
+            pool.grow();
+            if !private {
+                break; // the others follow as they are needed
+            }
+        }
+        let growing = AtomicBool::new(false);
+        let state = Mutex::new(State::new(pool, limits));
+        Ok(Self { inner: Arc::new(Inner { region, hasher, chunk_size, growing, state }) })
+    }
+
+    /// Tokens of one chunk.
+    pub fn chunk_size(&self) -> u32 {
+        self.inner.chunk_size
+    }
+
+    /// The segment's name, and the pool's bytes; the name is empty when it is not shared.
+    pub fn pool(&self) -> (String, u64) {
+        let bytes = self.lock().pool.bytes();
+        match &self.inner.region {
+            #[cfg(target_os = "linux")]
+            Region::Shared { name, .. } => (name.clone(), bytes),
+            Region::Private(_) => (String::new(), bytes),
+        }
+    }
+
+    /// The pool's bytes, for an engine in this process.
+    pub fn memory(&self) -> Arc<dyn Memory> {
+        self.inner.region.memory()
+    }
+
+    /// A new peer.
+    pub fn connect(&self) -> Owner {
+        let mut state = self.lock();
+        let owner = Owner(state.next());
+        state.owners.insert(owner, Belongings::default());
+        owner
+    }
+
+    /// The peer is gone: its leases are released; of the slots that it was told of, design decides by
+    /// `departure`.
+    pub fn disconnect(&self, owner: Owner, departure: Departure) {
+        let mut state = self.lock();
+        let Some(belongings) = state.owners.remove(&owner) else { return };
+        for request in belongings.sessions {
+            state.end_session(&request);
+        }
+        for id in belongings.instances {
+            state.leave(id, owner, departure);
+        }
+    }
+
+    /// Registers `instance` with its layout. The same registration again changes nothing; another
+    /// layout for the same instance is an error.
+    pub fn register(&self, owner: Owner, instance: u64, layout: Layout) -> Result<()> {
+        let object_bytes = layout.object_bytes(self.inner.chunk_size)?;
+        let mut state = self.lock();
+        if let Some(known) = state.instances.get(&instance) {
+            if known.registered.layout != layout {
+                return Err(Error::invalid(format!(
+                    "instance {instance} is registered with another layout; unregister it first"
+                )));
+            }
+        } else if state.instances.len() >= state.limits.instances {
+            return Err(Error::invalid(format!(
+                "{} instances are registered, the most that are allowed; unregister one",
+                state.limits.instances
+            )));
+        }
+        let place = (layout.model_name.clone(), layout.world_size);
+        let registered = match state.layouts.get(&place) {
+            Some(known) if known.layout == layout => Arc::clone(known),
+            _ => {
+                let registered = Arc::new(Registered { layout, object_bytes });
+                state.layouts.insert(place, Arc::clone(&registered));
+                registered
+            }
+        };
+        state.headroom = state.headroom.max(16 * object_bytes);
+        state.instances.entry(instance).or_insert_with(|| Instance {
+            registered,
+            stores: HashMap::new(),
+            retrievals: HashMap::new(),
+            apart: Vec::new(),
+        });
+        state.belongings(owner).instances.insert(instance);
+        self.grow_if_needed(&mut state, Instant::now());
+        Ok(())
+    }
+
+    /// Forgets the instance and takes back every slot that it was told of. Its objects stay.
+    pub fn unregister(&self, instance: u64) {
+        let mut state = self.lock();
+        let Some(gone) = state.instances.remove(&instance) else { return };
+        for reservation in gone.stores.into_values().flatten() {
+            state.reservations_by_age.remove(&reservation.age);
+            state.abandon(&reservation.objects);
+        }
+        for retrieval in gone.retrievals.into_values().flatten() {
+            state.unpin(&retrieval.objects);
+        }
+        for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
+            state.pool.give_back(grant);
+        }
+        let registered = gone.registered;
+        let in_use =
+            state.instances.values().any(|other| Arc::ptr_eq(&other.registered, &registered));
+        if !in_use {
+            let place = (registered.layout.model_name.clone(), registered.layout.world_size);
+            if state.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &registered)) {
+                state.layouts.remove(&place);
+            }
+        }
+    }
+
+    /// The shape of an instance's objects.
+    pub fn shape(&self, instance: u64) -> Option<Shape> {
+        let state = self.lock();
+        let layout = &state.instances.get(&instance)?.registered.layout;
+        Some(Shape {
+            dimensions: layout.shape(self.inner.chunk_size),
+            dtype: layout.dtype.name().to_owned(),
+        })
+    }
+
+    /// How many leading chunks of the range all ranks have, each leased once for each reader. The
+    /// number is also kept for [`Store::take_hit`].
+    pub fn lookup(&self, owner: Owner, key: &Key, tp_size: u32, now: Instant) -> Result<u64> {
+        let chunks = self.chunks(key)?;
+        let readers = readers(key, tp_size)?;
+        let prompt = self.prompt(key);
+        let mut state = self.lock();
+        state.expire(now);
+        let layout = state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned();
+        let mut hit: Vec<Handle> = Vec::new();
+        if let Some(registered) = layout {
+            let space = space(&registered.layout, &key.cache_salt);
+            for chunk in chunks.clone() {
+                let found = (0..key.world_size)
+                    .map_while(|rank| {
+                        let id = ObjectId { chunk: prompt.hashes[chunk], space, rank };
+                        state.index.get_visible(&id)
+                    })
+                    .collect::<Vec<_>>();
+                if found.len() < key.world_size as usize {
+                    break;
+                }
+                if let Some(parents) = hit.len().checked_sub(found.len()) {
+                    for (parent, child) in hit[parents..].iter().zip(&found) {
+                        state.index.adopt(*parent, *child);
+                    }
+                }
+                hit.extend(found);
+            }
+        }
+        let hit_chunks = hit.len() as u64 / u64::from(key.world_size);
+        let session = state.session(owner, &key.request_id, prompt, now);
+        session.hit = Some(hit_chunks);
+        for handle in &hit {
+            *session.leases.entry(*handle).or_default() += readers;
+        }
+        for handle in hit.iter().rev() {
+            for _ in 0..readers {
+                state.index.pin(*handle);
+            }
+        }
+        state.counters.lookups += 1;
+        state.counters.lookup_chunks += chunks.len() as u64;
+        state.counters.hit_chunks += hit_chunks;
+        Ok(hit_chunks)
+    }
+
+    /// The hit of the request's latest lookup, once; 0 for a request that is not known.
+    pub fn take_hit(&self, request_id: &str, now: Instant) -> u64 {
+        let mut state = self.lock();
+        state.touch(request_id, now);
+        state.sessions.get_mut(request_id).and_then(|session| session.hit.take()).unwrap_or(0)
+    }
+
+    /// Gives back the leases of the range's chunks, one for each reader.
+    pub fn release(&self, key: &Key, tp_size: u32, now: Instant) -> Result<()> {
+        let chunks = self.chunks(key)?;
+        let readers = readers(key, tp_size)?;
+        let prompt = self.prompt(key);
+        let mut state = self.lock();
+        state.touch(&key.request_id, now);
+        let Some(registered) =
+            state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned()
+        else {
+            return Ok(());
+        };
+        let space = space(&registered.layout, &key.cache_salt);
+        for chunk in chunks.rev() {
+            for rank in 0..key.world_size {
+                let id = ObjectId { chunk: prompt.hashes[chunk], space, rank };
+                for _ in 0..readers {
+                    match state.index.get(&id) {
+                        Some(handle) if state.take_lease(&key.request_id, handle) => {
+                            state.index.unpin(handle);
+                        }
+                        _ => break,
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the session: leases that no worker was handed are released.
+    pub fn end_session(&self, request_id: &str) {
+        self.lock().end_session(request_id);
+    }
+
+    /// Reserves slots for the range's chunks that are neither stored nor being written; leading chunks
+    /// first, as many as there is room for. What is least recently used makes room.
+    pub fn prepare_store(
+        &self,
+        owner: Owner,
+        key: &Key,
+        instance: u64,
+        now: Instant,
+    ) -> Result<Reserved> {
+        let chunks = self.chunks(key)?;
+        let prompt = self.prompt(key);
+        let mut state = self.lock();
+        state.expire(now);
+        let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
+        state.belongings(owner).instances.insert(instance);
+        let mut reserved = Reserved { slots: Vec::new(), chunk_indices: Vec::new(), refused: 0 };
+        let Some(range) = range else { return Ok(reserved) };
+        let id = |chunk: usize| ObjectId {
+            chunk: prompt.hashes[chunk],
+            space: range.space,
+            rank: range.rank,
+        };
+        // What is there already must not make room for what follows it.
+        let mut kept = Vec::new();
+        let mut parent = chunks.start.checked_sub(1).and_then(|chunk| state.index.get(&id(chunk)));
+        if let Some(parent) = parent {
+            state.index.pin(parent);
+            kept.push(parent);
+        }
+        let mut objects = Vec::new();
+        for (position, chunk) in (0u32..).zip(chunks.clone()) {
+            if let Some(known) = state.index.get(&id(chunk)) {
+                if let Some(parent) = parent {
+                    state.index.adopt(parent, known);
+                }
+                state.index.pin(known);
+                kept.push(known);
+                parent = Some(known);
+                continue;
+            }
+            let Some(grant) = state.allocate(registered.object_bytes) else {
+                let rest = chunks.clone().skip(position as usize);
+                let missing = rest.filter(|chunk| state.index.get(&id(*chunk)).is_none()).count();
+                reserved.refused = u32::try_from(missing).unwrap_or(u32::MAX);
+                break;
+            };
+            reserved.slots.push(grant.slot.clone());
+            reserved.chunk_indices.push(position);
+            let handle = state.index.reserve(id(chunk), grant, parent);
+            objects.push(handle);
+            parent = Some(handle);
+        }
+        state.unpin(&kept);
+        state.counters.refused_chunks += u64::from(reserved.refused);
+        if !objects.is_empty() {
+            let age = (now + state.limits.reservation, state.next());
+            state.reservations_by_age.insert(age, instance);
+            let reservation = Reservation { owner, objects, age };
+            if let Some(known) = state.instances.get_mut(&instance) {
+                known.stores.entry(range).or_default().push_back(reservation);
+            }
+        }
+        self.grow_if_needed(&mut state, now);
+        Ok(reserved)
+    }
+
+    /// Makes what was reserved for the range visible. `false`: nothing was reserved, or it was set
+    /// apart meanwhile.
+    pub fn commit_store(&self, key: &Key, instance: u64) -> Result<bool> {
+        let Some((mut state, range)) = self.reserved_range(key, instance)? else {
+            return Ok(false);
+        };
+        let Some(reservation) = state.take_reservation(instance, range) else { return Ok(false) };
+        for handle in reservation.objects.iter().rev() {
+            state.index.commit(*handle);
+        }
+        state.counters.stored_chunks += reservation.objects.len() as u64;
+        Ok(true)
+    }
+
+    /// Gives what was reserved for the range back; nothing of it becomes visible.
+    pub fn abandon_store(&self, key: &Key, instance: u64) -> Result<()> {
+        let Some((mut state, range)) = self.reserved_range(key, instance)? else { return Ok(()) };
+        if let Some(reservation) = state.take_reservation(instance, range) {
+            state.abandon(&reservation.objects);
+        }
+        Ok(())
+    }
+
+    /// The slots of the range's chunks for the key's rank, if each is there and leased by the key's
+    /// request; otherwise `None`, and nothing changes.
+    pub fn prepare_retrieve(
+        &self,
+        owner: Owner,
+        key: &Key,
+        instance: u64,
+        now: Instant,
+    ) -> Result<Option<Vec<Slot>>> {
+        let chunks = self.chunks(key)?;
+        let prompt = self.prompt(key);
+        let mut state = self.lock();
+        state.touch(&key.request_id, now);
+        let (_, range) = state.range(key, instance, &prompt, &chunks)?;
+        let Some(range) = range else { return Ok(Some(Vec::new())) };
+        let objects: Vec<Handle> = chunks
+            .clone()
+            .map_while(|chunk| {
+                let id =
+                    ObjectId { chunk: prompt.hashes[chunk], space: range.space, rank: range.rank };
+                let handle = state.index.get_visible(&id)?;
+                let session = state.sessions.get(&key.request_id)?;
+                session.leases.contains_key(&handle).then_some(handle)
+            })
+            .collect();
+        if objects.len() < chunks.len() {
+            state.counters.failed_retrievals += 1;
+            return Ok(None);
+        }
+        let slots = objects
+            .iter()
+            .filter_map(|handle| Some(state.index.grant(*handle)?.slot.clone()))
+            .collect();
+        for handle in &objects {
+            state.take_lease(&key.request_id, *handle); // its pin is the retrieval's now
+        }
+        state.belongings(owner).instances.insert(instance);
+        state.counters.retrieved_chunks += objects.len() as u64;
+        if let Some(known) = state.instances.get_mut(&instance) {
+            let retrieval = Retrieval { owner, objects, apart: false };
+            known.retrievals.entry(range).or_default().push_back(retrieval);
+        }
+        Ok(Some(slots))
+    }
+
+    /// Ends a retrieval of the range; `false` when there was none.
+    pub fn commit_retrieve(&self, key: &Key, instance: u64) -> Result<bool> {
+        let Some((mut state, range)) = self.reserved_range(key, instance)? else {
+            return Ok(false);
+        };
+        let Some(known) = state.instances.get_mut(&instance) else { return Ok(false) };
+        let Some(retrievals) = known.retrievals.get_mut(&range) else { return Ok(false) };
+        let ended = retrievals.pop_front();
+        if retrievals.is_empty() {
+            known.retrievals.remove(&range);
+        }
+        if let Some(retrieval) = &ended {
+            state.unpin(&retrieval.objects);
+        }
+        Ok(ended.is_some())
+    }
+
+    /// Whether every slot is still in the use that its generation counts.
+    pub fn holds(&self, slots: impl IntoIterator<Item = (u64, u64)>) -> bool {
+        let state = self.lock();
+        slots.into_iter().all(|(offset, generation)| state.pool.holds(offset, generation))
+    }
+
+    /// Evicts everything that is neither leased nor reserved; says how many objects went.
+    pub fn clear(&self) -> u64 {
+        let mut state = self.lock();
+        let mut cleared = 0;
+        while let Some(grant) = state.index.evict() {
+            state.pool.give_back(grant);
+            cleared += 1;
+        }
+        cleared
+    }
+
+    /// Figures for operators, by name.
+    pub fn status(&self, now: Instant) -> Vec<(&'static str, u64)> {
+        let mut state = self.lock();
+        state.expire(now);
+        let mut apart = (0, 0);
+        let mut granted = (0, 0);
+        for instance in state.instances.values() {
+            for grant in instance.apart.iter().flat_map(|apart| &apart.grants) {
+                apart = (apart.0 + 1, apart.1 + grant.bytes());
+            }
+            let stores = instance.stores.values().flatten();
+            granted.0 += stores.map(|store| store.objects.len() as u64).sum::<u64>();
+            for retrieval in instance.retrievals.values().flatten() {
+                let count = retrieval.objects.len() as u64;
+                granted.1 += count;
+                apart.0 += if retrieval.apart { count } else { 0 };
+            }
+        }
+        let leases = state.sessions.values().flat_map(|session| session.leases.values());
+        let leases = leases.map(|count| u64::from(*count)).sum();
+        let counters = &state.counters;
+        vec![
+            ("chunk_size", u64::from(self.inner.chunk_size)),
+            ("pool_bytes", state.pool.bytes()),
+            ("reserved_bytes", state.pool.reserved()),
+            ("used_bytes", state.pool.reserved() - state.pool.free()),
+            ("objects", state.index.visible()),
+            ("instances", state.instances.len() as u64),
+            ("sessions", state.sessions.len() as u64),
+            ("leases", leases),
+            ("slots_writing", granted.0),
+            ("slots_reading", granted.1),
+            ("slots_apart", apart.0),
+            ("slots_apart_bytes", apart.1),
+            ("lookups", counters.lookups),
+            ("lookup_chunks", counters.lookup_chunks),
+            ("hit_chunks", counters.hit_chunks),
+            ("stored_chunks", counters.stored_chunks),
+            ("refused_chunks", counters.refused_chunks),
+            ("abandoned_chunks", counters.abandoned_chunks),
+            ("retrieved_chunks", counters.retrieved_chunks),
+            ("failed_retrievals", counters.failed_retrievals),
+            ("evicted_objects", counters.evicted_objects),
+            ("evicted_bytes", counters.evicted_bytes),
+            ("expired_sessions", counters.expired_sessions),
+            ("growth_failed", u64::from(state.growth_failed.is_some())),
+        ]
+    }
+
+    /// The chunks of the key's range, checked.
+    fn chunks(&self, key: &Key) -> Result<std::ops::Range<usize>> {
+        check_model_name(&key.model_name)?;
+        check_salt(&key.cache_salt)?;
+        if key.world_size == 0 || key.world_size > WORLD_SIZE_MAX {
+            return Err(Error::invalid(format!(
+                "world size {} is not in 1..={WORLD_SIZE_MAX}",
+                key.world_size
+            )));
+        }
+        let (start, end, tokens) = (key.start, key.end, key.token_ids.len() as u64);
+        let chunk = u64::from(self.inner.chunk_size);
+        if start > end || end > tokens || start % chunk != 0 || end % chunk != 0 {
+            return Err(Error::invalid(format!(
+                "the range {start}..{end} of {tokens} tokens is not one of whole chunks of {chunk}"
+            )));
+        }
+        let index = |token: u64| usize::try_from(token / chunk).unwrap_or(usize::MAX);
+        Ok(index(start)..index(end))
+    }
+
+    /// The hashes of the key's tokens up to its end, those that its session knows reused.
+    fn prompt(&self, key: &Key) -> Arc<Prompt> {
+        let known =
+            self.lock().sessions.get(&key.request_id).map(|session| Arc::clone(&session.prompt));
+        let end = usize::try_from(key.end).unwrap_or(usize::MAX).min(key.token_ids.len());
+        Prompt::new(&key.token_ids, end, known, &self.inner.hasher, self.inner.chunk_size as usize)
+    }
+
+    /// The locked state and the range that a commit's key names; `None` for an empty one.
+    fn reserved_range(
+        &self,
+        key: &Key,
+        instance: u64,
+    ) -> Result<Option<(MutexGuard<'_, State>, Range)>> {
+        let chunks = self.chunks(key)?;
+        let prompt = self.prompt(key);
+        let state = self.lock();
+        let (_, range) = state.range(key, instance, &prompt, &chunks)?;
+        Ok(range.map(|range| (state, range)))
+    }
+
+    /// Reserves more of the pool on a thread of its own when little is free.
+    fn grow_if_needed(&self, state: &mut State, now: Instant) {
+        let retry =
+            state.growth_failed.is_none_or(|at| now.saturating_duration_since(at) > GROWTH_RETRY);
+        if !retry || !state.should_grow() || self.inner.growing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let inner = Arc::clone(&self.inner);
+        let grow = move || {
+            inner.grow(now);
+            inner.growing.store(false, Ordering::Release);
+        };
+        if std::thread::Builder::new().name("kvferry-pool".into()).spawn(grow).is_err() {
+            self.inner.growing.store(false, Ordering::Release);
+            state.growth_failed = Some(now);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.inner.lock()
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reserves steps until enough is free or nothing is left to reserve.
+    fn grow(&self, now: Instant) {
+        loop {
+            let step = {
+                let state = self.lock();
+                if !state.should_grow() {
+                    return;
+                }
+                state.pool.next_step()
+            };
+            let Some(step) = step else { return };
+            let reserved = self.region.reserve(step);
+            let mut state = self.lock();
+            match reserved {
+                Ok(()) => {
+                    state.pool.grow();
+                    state.growth_failed = None;
+                }
+                Err(_) => {
+                    state.growth_failed = Some(now);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Readers of each object: LMCache's `num_kv_readers`, where absent or 0 counts as `max(1, tp_size)`.
+fn readers(key: &Key, tp_size: u32) -> Result<u32> {
+    let readers = if key.num_kv_readers == 0 { tp_size.max(1) } else { key.num_kv_readers };
+    if readers > READERS_MAX {
+        return Err(Error::invalid(format!(
+            "{readers} readers of one object are more than {READERS_MAX}"
+        )));
+    }
+    Ok(readers)
+}
+
+#[cfg(target_os = "linux")]
+fn shared(name: String, bytes: u64) -> Result<Region> {
+    let region = Arc::new(kvferry_copy::SharedRegion::create(&name, bytes)?);
+    Ok(Region::Shared { region, name })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn shared(_name: String, _bytes: u64) -> Result<Region> {
+    Err(Error::new(
+        kvferry_core::ErrorCode::UnsupportedPlatform,
+        "the shared-memory pool is for Linux; here, embed the store in the engine's process",
+    ))
+}
