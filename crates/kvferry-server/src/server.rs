@@ -1,0 +1,150 @@
+//! The listening side: a thread of its own, with a task for each connection.
+
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::rc::Rc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_store::{Departure, Store};
+use tokio::sync::oneshot;
+
+use crate::connection::{Unfinished, serve};
+use crate::service::{Peer, Service};
+
+/// Connections at most; one more is closed at once.
+const CONNECTIONS_MAX: usize = 1024;
+/// After `accept` failed (no file descriptor, say) the next try waits this long.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Where a server listens.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// A loopback address or `localhost`.
+    pub host: String,
+    /// 0 lets the system choose.
+    pub port: u16,
+}
+
+/// A listening server. Dropping it closes its connections and waits for its thread.
+pub struct Server {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Binds the address, then makes the store, then serves it. Errors: the address is in use, is not
+    /// loopback, or whatever `store` says.
+    pub fn start(options: &ServerOptions, store: impl FnOnce() -> Result<Store>) -> Result<Self> {
+        let listener = bind(options)?;
+        let cannot = |error: std::io::Error| Error::system("cannot serve", &error);
+        let address = listener.local_addr().map_err(cannot)?;
+        listener.set_nonblocking(true).map_err(cannot)?;
+        let mut boot_token = [0; 16];
+        getrandom::fill(&mut boot_token).map_err(|error| {
+            Error::new(ErrorCode::System, format!("no random numbers: {error}"))
+        })?;
+        let store = store()?;
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name("kvferry-server".into())
+            .spawn(move || {
+                let service = Rc::new(Service::new(store.clone(), boot_token));
+                let tasks = tokio::task::LocalSet::new();
+                tasks.block_on(&runtime, async move {
+                    tokio::select! {
+                        () = accept(listener, &store, service) => {}
+                        _ = stopped => {}
+                    }
+                });
+            })
+            .map_err(cannot)?;
+        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Where it listens; the port is the one that the system chose.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(()); // it may have ended
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn bind(options: &ServerOptions) -> Result<TcpListener> {
+    let ServerOptions { host, port } = options;
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let resolved = match bare.parse::<IpAddr>() {
+        Ok(address) => Ok(vec![SocketAddr::new(address, *port)]),
+        Err(_) if bare == "localhost" => {
+            (bare, *port).to_socket_addrs().map(Iterator::collect::<Vec<_>>)
+        }
+        Err(_) => Ok(Vec::new()),
+    };
+    let resolved =
+        resolved.map_err(|error| Error::system(format!("cannot resolve {host}"), &error))?;
+    if resolved.is_empty() || resolved.iter().any(|address| !address.ip().is_loopback()) {
+        return Err(Error::new(
+            ErrorCode::UnsupportedOption,
+            format!(
+                "host {host:?} is not loopback; this version serves 127.0.0.1, ::1 and localhost only"
+            ),
+        ));
+    }
+    TcpListener::bind(&*resolved).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => Error::new(
+            ErrorCode::AddressInUse,
+            format!("{host}:{port} is in use; stop the server there, or choose another port"),
+        ),
+        _ => Error::system(format!("cannot listen on {host}:{port}"), &error),
+    })
+}
+
+async fn accept(listener: TcpListener, store: &Store, service: Rc<Service>) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    let unfinished = Rc::new(Unfinished::default());
+    let connections = Rc::new(());
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            service.drop_message("accept");
+            tokio::time::sleep(ACCEPT_RETRY).await;
+            continue;
+        };
+        if Rc::strong_count(&connections) > CONNECTIONS_MAX {
+            service.drop_message("connections");
+            continue;
+        }
+        let (store, service) = (store.clone(), Rc::clone(&service));
+        let (unfinished, counted) = (Rc::clone(&unfinished), Rc::clone(&connections));
+        tokio::task::spawn_local(async move {
+            let mut peer =
+                Leaving { peer: Peer::new(store.connect()), departure: Departure::GivenUp, store };
+            peer.departure = serve(stream, &service, &mut peer.peer, &unfinished).await;
+            drop(counted);
+        });
+    }
+}
+
+/// Tells the store when the connection's task ends, however it ends.
+struct Leaving {
+    peer: Peer,
+    departure: Departure,
+    store: Store,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.store.disconnect(self.peer.owner(), self.departure);
+    }
+}

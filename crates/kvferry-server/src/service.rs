@@ -1,0 +1,201 @@
+//! From a message to its answer: what LMCache's operations mean for the store.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use kvferry_core::key::Key;
+use kvferry_core::{Error, Result};
+use kvferry_store::{Owner, Store};
+use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
+use kvferry_wire::{Header, Operation, Reply, Request};
+
+/// One connection, as the store knows it.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    owner: Owner,
+    /// It said hello: it gets what LMCache's replies cannot say.
+    extended: bool,
+}
+
+impl Peer {
+    pub(crate) fn new(owner: Owner) -> Self {
+        Self { owner, extended: false }
+    }
+
+    pub(crate) fn owner(&self) -> Owner {
+        self.owner
+    }
+}
+
+/// Answers messages; keeps count of those that it does not.
+pub(crate) struct Service {
+    store: Store,
+    hello: Hello,
+    started: Instant,
+    dropped: Mutex<BTreeMap<&'static str, i64>>,
+}
+
+impl Service {
+    pub(crate) fn new(store: Store, boot_token: [u8; 16]) -> Self {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        let hello = Hello { boot_token, version, pid: std::process::id() };
+        Self { store, hello, started: Instant::now(), dropped: Mutex::default() }
+    }
+
+    /// The reply to a message; `None` for one that LMCache would not answer either. It is counted.
+    pub(crate) fn answer(
+        &self,
+        peer: &mut Peer,
+        frames: &[Bytes],
+        now: Instant,
+    ) -> Option<Vec<Bytes>> {
+        let (header, payload) = match Header::decode(frames) {
+            Ok(message) => message,
+            Err(error) => {
+                self.drop_message(error.label());
+                return None;
+            }
+        };
+        let reply = match Request::decode(header.operation, payload) {
+            Ok(request) => self.carry_out(peer, request, now).map_err(|error| error.code.as_str()),
+            Err(error) => Err(error.label()),
+        };
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(label) => {
+                self.drop_message(label);
+                refusal(header.operation)?
+            }
+        };
+        Some(header.reply(&if peer.extended { reply } else { reply.plain() }))
+    }
+
+    /// Counts what was dropped, by why.
+    pub(crate) fn drop_message(&self, label: &'static str) {
+        let mut dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+        *dropped.entry(label).or_default() += 1;
+    }
+
+    fn carry_out(&self, peer: &mut Peer, request: Request, now: Instant) -> Result<Reply> {
+        let (store, owner) = (&self.store, peer.owner);
+        Ok(match request {
+            Request::Lookup { key, tp_size } => {
+                store.lookup(owner, &key.key, ranks(tp_size)?, now)?;
+                Reply::None
+            }
+            Request::QueryPrefetchStatus { request_id }
+            | Request::WaitPrefetchStatus { request_id, .. } => {
+                Reply::Integer(store.take_hit(&request_id, now))
+            }
+            Request::FreeLookupLocks { key, tp_size } => {
+                store.release(&key.key, ranks(tp_size)?, now)?;
+                Reply::None
+            }
+            Request::EndSession { request_id } => {
+                store.end_session(&request_id);
+                Reply::None
+            }
+            Request::Register { instance_id, layout } => {
+                store.register(owner, instance_id, layout)?;
+                let (shm_name, pool_size) = store.pool();
+                Reply::Registered { shm_name, pool_size }
+            }
+            Request::Unregister { instance_id } => {
+                store.unregister(instance_id);
+                Reply::None
+            }
+            Request::PrepareStore { key, instance_id } => {
+                self.prepare_store(owner, &key.key, instance_id, now)?
+            }
+            Request::CommitStore { key, instance_id } => {
+                Reply::Boolean(store.commit_store(&key.key, instance_id)?)
+            }
+            Request::PrepareRetrieve { key, instance_id } => {
+                let slots = store.prepare_retrieve(owner, &key.key, instance_id, now)?;
+                Reply::RetrieveSlots(slots.map(|slots| self.slots(slots, instance_id)))
+            }
+            Request::CommitRetrieve { key, instance_id } => {
+                store.commit_retrieve(&key.key, instance_id)?;
+                Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
+            }
+            Request::Clear { .. } => {
+                store.clear();
+                Reply::None
+            }
+            Request::GetChunkSize => Reply::Integer(store.chunk_size().into()),
+            Request::Ping { .. } => Reply::Boolean(true),
+            Request::ReportBlockAllocation { .. } => Reply::None,
+            Request::Noop => Reply::Text("OK".into()),
+            Request::GetExperimental => Reply::Names(vec![EXTENSION.into()]),
+            Request::Hello => {
+                peer.extended = true;
+                Reply::Hello(self.hello.clone())
+            }
+            Request::AbandonStore { key, instance_id } => {
+                store.abandon_store(&key.key, instance_id)?;
+                Reply::None
+            }
+            Request::Confirm { offsets, generations, .. } => {
+                let held = offsets.len() == generations.len()
+                    && store.holds(offsets.into_iter().zip(generations));
+                Reply::Boolean(held)
+            }
+            Request::Status => Reply::Status(self.status(now)),
+        })
+    }
+
+    fn prepare_store(&self, owner: Owner, key: &Key, instance: u64, now: Instant) -> Result<Reply> {
+        let reserved = self.store.prepare_store(owner, key, instance, now)?;
+        Ok(Reply::StoreSlots(Some(StoreSlots {
+            slots: self.slots(reserved.slots, instance),
+            chunk_indices: reserved.chunk_indices,
+            refused: Some(reserved.refused),
+        })))
+    }
+
+    fn slots(&self, slots: Vec<kvferry_core::cache::Slot>, instance: u64) -> Slots {
+        let shape = self.store.shape(instance).filter(|_| !slots.is_empty());
+        let (shape, dtype) = shape.map(|shape| (shape.dimensions, shape.dtype)).unwrap_or_default();
+        Slots { slots, shape, dtype }
+    }
+
+    fn status(&self, now: Instant) -> Vec<(String, Value)> {
+        let mut status: Vec<(String, Value)> = vec![
+            ("version".into(), Value::Text(self.hello.version.clone())),
+            ("pid".into(), Value::Integer(self.hello.pid.into())),
+            (
+                "uptime_seconds".into(),
+                Value::Float(now.saturating_duration_since(self.started).as_secs_f64()),
+            ),
+        ];
+        let count = |value: u64| Value::Integer(i64::try_from(value).unwrap_or(i64::MAX));
+        let figures = self.store.status(now).into_iter();
+        status.extend(figures.map(|(name, value)| (name.to_owned(), count(value))));
+        let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
+        status.push(("dropped_messages".into(), Value::Integer(dropped.values().sum())));
+        let by_reason = dropped.iter();
+        status.extend(by_reason.map(|(why, count)| {
+            (format!("dropped_{}", why.to_lowercase()), Value::Integer(*count))
+        }));
+        status
+    }
+}
+
+/// What a client is told when its request makes no sense or cannot be served. A prepare is always
+/// answered: vLLM's worker ends when it is not. The others are met with silence, as LMCache does.
+fn refusal(operation: Operation) -> Option<Reply> {
+    Some(match operation {
+        Operation::PrepareStore => Reply::StoreSlots(Some(StoreSlots::default())),
+        Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
+        Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
+        Operation::CommitRetrieve => Reply::Boolean(true),
+        _ => return None,
+    })
+}
+
+/// `tp_size` in the range that the store takes.
+fn ranks(tp_size: u64) -> Result<u32> {
+    u32::try_from(tp_size).map_err(|_| Error::invalid(format!("tp_size {tp_size} is out of range")))
+}
