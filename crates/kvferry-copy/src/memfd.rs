@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::slice;
 
+use kvferry_core::cache::FileBuffer;
 use kvferry_core::{Error, Result};
 
 use crate::mapping::Mapping;
@@ -16,7 +17,6 @@ use crate::mapping::Mapping;
 pub struct MemFd {
     file: File,
     mapping: Option<Mapping>,
-    bytes: usize,
 }
 
 impl MemFd {
@@ -32,26 +32,12 @@ impl MemFd {
         }
         // SAFETY: the descriptor was just made, and nobody else owns it.
         let file = unsafe { File::from_raw_fd(fd) };
-        Ok(Self { file, mapping: None, bytes: 0 })
+        Ok(Self { file, mapping: None })
     }
 
     /// A path that opens this file, within this process and while it lives.
     pub fn path(&self) -> String {
         format!("/proc/self/fd/{}", self.file.as_raw_fd())
-    }
-
-    /// Makes the file `bytes` long and returns all of it for writing. What it held before stays, up
-    /// to `bytes`.
-    pub fn resize(&mut self, bytes: usize) -> Result<&mut [u8]> {
-        self.file.set_len(bytes as u64).map_err(|error| {
-            Error::system(format!("cannot give {bytes} bytes to a file in memory"), &error)
-        })?;
-        self.map(bytes)?;
-        let Some(mapping) = &self.mapping else { return Ok(&mut []) };
-        // SAFETY: the mapping covers at least `bytes`, and so does the file. Nothing else in this
-        // process writes to it or truncates it while `self` is borrowed: its path is given only to
-        // an engine's load and save, and those are awaited before the next call here.
-        Ok(unsafe { slice::from_raw_parts_mut(mapping.as_ptr(), bytes) })
     }
 
     /// What someone wrote through [`Self::path`]: the whole file as it is now.
@@ -69,7 +55,6 @@ impl MemFd {
 
     /// Maps at least `bytes`. A mapping may be longer than the file: only the file's part is touched.
     fn map(&mut self, bytes: usize) -> Result<()> {
-        self.bytes = bytes;
         if bytes > self.mapping.as_ref().map_or(0, Mapping::len) {
             self.mapping = None;
             let mapping = Mapping::new(&self.file, bytes)
@@ -77,6 +62,23 @@ impl MemFd {
             self.mapping = Some(mapping);
         }
         Ok(())
+    }
+}
+
+impl FileBuffer for MemFd {
+    fn resize(&mut self, bytes: u64) -> Result<&mut [u8]> {
+        let cannot = |error: &io::Error| {
+            Error::system(format!("cannot give {bytes} bytes to a file in memory"), error)
+        };
+        let length =
+            usize::try_from(bytes).map_err(|_| cannot(&io::ErrorKind::OutOfMemory.into()))?;
+        self.file.set_len(bytes).map_err(|error| cannot(&error))?;
+        self.map(length)?;
+        let Some(mapping) = &self.mapping else { return Ok(&mut []) };
+        // SAFETY: the mapping covers at least `length`, and so does the file. Nothing else in this
+        // process writes to it or truncates it while `self` is borrowed: its path is given only to
+        // an engine's load and save, and those are awaited before the next call here.
+        Ok(unsafe { slice::from_raw_parts_mut(mapping.as_ptr(), length) })
     }
 }
 

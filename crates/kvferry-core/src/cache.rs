@@ -21,6 +21,12 @@ pub trait Memory: Send + Sync {
     fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
 }
 
+/// A file that is written by its bytes, for an engine that loads files.
+pub trait FileBuffer {
+    /// Makes the file `bytes` long and gives all of it for writing; what it held may still be there.
+    fn resize(&mut self, bytes: u64) -> Result<&mut [u8]>;
+}
+
 /// Where one object lies in the pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
@@ -53,7 +59,8 @@ pub struct RetrieveGrant {
 }
 
 /// LMCache's engine-driven operations. Any failure means "compute it": callers turn errors into a
-/// miss. Every wait ends at `deadline`.
+/// miss. Every wait ends at `deadline`, and a call that fails or is dropped leaves no lease and no
+/// reservation behind.
 pub trait Cache: Send + Sync {
     /// Tokens of one chunk.
     fn chunk_size(&self) -> u32;

@@ -7,6 +7,8 @@ use crate::{Error, ErrorCode, Result};
 
 /// Code points that a salt may have at most (LMCache's limit).
 pub const SALT_CHARS_MAX: usize = 128;
+/// Bytes that a model name may have at most: as many as a path.
+pub const MODEL_NAME_BYTES_MAX: usize = 4096;
 /// KV ranks that one model may have at most: [`kv_rank`] packs them in a byte.
 pub const WORLD_SIZE_MAX: u32 = 255;
 
@@ -31,8 +33,15 @@ pub fn check_salt(salt: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checks a model name: it is part of object keys, where `@` separates the fields.
+/// Checks a model name: it is part of object keys, where `@` separates the fields, and has at most
+/// [`MODEL_NAME_BYTES_MAX`] bytes.
 pub fn check_model_name(name: &str) -> Result<()> {
+    if name.len() > MODEL_NAME_BYTES_MAX {
+        return Err(Error::invalid(format!(
+            "a model name has at most {MODEL_NAME_BYTES_MAX} bytes, this one has {}",
+            name.len()
+        )));
+    }
     if name.contains('@') {
         return Err(Error::invalid(format!("model name {name:?} must not contain '@'")));
     }
@@ -186,6 +195,12 @@ mod tests {
         assert!(check_salt(&"é".repeat(SALT_CHARS_MAX)).is_ok(), "characters count, not bytes");
         assert!(check_salt(&"é".repeat(SALT_CHARS_MAX + 1)).is_err());
         assert!(check_salt("").is_ok());
+    }
+
+    #[test]
+    fn a_model_name_has_a_bound() {
+        assert!(check_model_name(&"m".repeat(MODEL_NAME_BYTES_MAX)).is_ok());
+        assert!(check_model_name(&"m".repeat(MODEL_NAME_BYTES_MAX + 1)).is_err());
     }
 
     fn layout() -> Layout {

@@ -3,6 +3,9 @@
 
 pub mod cache;
 pub mod error;
+pub mod hash;
 pub mod key;
+pub mod llama_state;
+pub mod prefix;
 
 pub use error::{Error, ErrorCode, Result};

@@ -1,0 +1,101 @@
+// What crossing into the addon adds to hashing 32k tokens: a call from JavaScript against the same
+// Rust, with the same allocations, in a process that never crosses (bench/boundary.rs). The two take
+// turns within one run.
+
+import { spawn } from "node:child_process";
+import { randomFillSync } from "node:crypto";
+import { once } from "node:events";
+import { createInterface } from "node:readline";
+import { capture, root } from "../../scripts/setup.mjs";
+import { load, median } from "./rows.mjs";
+
+const kvferry = await load();
+
+const PAIRS = 101;
+const HALF_MS = 4; // short, so that what else the machine does falls on both
+const TOKENS = 32 * 1024;
+
+/** @type {[string, (tokens: Uint32Array) => import("../../ts/index.js").Hashes][]} */
+const CALLS = [
+	["blake3", (tokens) => kvferry.chunkHashes(tokens)],
+	["sha256", (tokens) => kvferry.blockHashes(tokens, { seed: "0" })],
+	["sha256_cbor", (tokens) => kvferry.blockHashes(tokens, { seed: "0", algorithm: "sha256_cbor" })],
+	["xxhash_cbor", (tokens) => kvferry.blockHashes(tokens, { seed: "0", algorithm: "xxhash_cbor" })],
+];
+
+/**
+ * Nanoseconds of one call.
+ *
+ * @returns {Promise<import("./rows.mjs").Row[]>}
+ */
+export default async function boundary() {
+	const tokens = randomFillSync(new Uint32Array(TOKENS)).map((id) => id % 128_256);
+	const program = buildReference();
+	const rows = [];
+	for (const [algorithm, call] of CALLS) {
+		rows.push(await compare(program, algorithm, tokens, () => call(tokens)));
+	}
+	return rows;
+}
+
+async function compare(
+	/** @type {string} */ program,
+	/** @type {string} */ algorithm,
+	/** @type {Uint32Array} */ tokens,
+	/** @type {() => import("../../ts/index.js").Hashes} */ call,
+) {
+	const child = spawn(program, [algorithm], { stdio: ["pipe", "pipe", "inherit"] });
+	const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
+	child.stdin.write(`${tokens.length}\n`);
+	child.stdin.write(new Uint8Array(tokens.buffer));
+	const reference = async (/** @type {number} */ calls) => {
+		child.stdin.write(`${calls}\n`);
+		const [ns, last] = String((await lines.next()).value).split(" ");
+		if (last !== Buffer.from(call().bytes.subarray(-16)).toString("hex")) {
+			throw new Error(`${algorithm}: the results differ, so times mean nothing`);
+		}
+		return Number(ns) / calls;
+	};
+	const ours = (/** @type {number} */ calls) => {
+		const start = process.hrtime.bigint();
+		for (let i = 0; i < calls; i++) {
+			call();
+		}
+		return Number(process.hrtime.bigint() - start) / calls;
+	};
+
+	ours(100); // compiled by then
+	const calls = Math.ceil((HALF_MS * 1e6) / (await reference(100)));
+	/** @type {[number, number][]} */
+	const pairs = [];
+	for (let pair = 0; pair < PAIRS; pair++) {
+		if (pair % 2 === 0) {
+			pairs.push([ours(calls), await reference(calls)]);
+		} else {
+			const ns = await reference(calls);
+			pairs.push([ours(calls), ns]);
+		}
+	}
+	child.stdin.end();
+	await once(child, "close");
+	return {
+		name: `32k tokens, ${algorithm}, from JavaScript ÷ in Rust`,
+		ours: median(pairs.map(([ns]) => ns)),
+		reference: median(pairs.map(([, ns]) => ns)),
+		unit: "ns",
+		ratio: median(pairs.map(([ns, reference]) => ns / reference)),
+	};
+}
+
+/** Builds the program and tells its path. */
+function buildReference() {
+	const build = ["build", "--release", "--quiet", "--locked", "-p", "kvferry-bench"];
+	const messages = capture("cargo", [...build, "--bin", "boundary", "--message-format=json"]);
+	for (const line of messages.split("\n")) {
+		const { executable } = JSON.parse(line || "{}");
+		if (executable) {
+			return String(executable);
+		}
+	}
+	throw new Error(`cargo ${build.join(" ")} in ${root} gave no program`);
+}

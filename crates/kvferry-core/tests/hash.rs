@@ -1,0 +1,291 @@
+//! Every case of the oracle vectors: what vLLM 0.33.0 and LMCache 0.5.6 themselves computed.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use kvferry_core::hash::{
+    BlockAlgorithm, BlockHasher, BlockHasherOptions, ChunkAlgorithm, ChunkHasher, ChunkStream,
+    Lora, Tokens,
+};
+use kvferry_core::{ErrorCode, Result};
+use num_bigint::BigInt;
+use serde_json::Value;
+
+const BLOCK: &str = include_str!("../../../test/vectors/block_hash.json");
+const CHUNK: &str = include_str!("../../../test/vectors/chunk_hash.json");
+const WIRE: &str = include_str!("../../../test/wire/chunk_hash_vectors.json");
+
+fn parse(file: &str) -> Value {
+    serde_json::from_str(file).unwrap()
+}
+
+fn items(value: &Value) -> &[Value] {
+    value.as_array().unwrap()
+}
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(hex: &Value) -> Vec<u8> {
+    let hex = hex.as_str().unwrap();
+    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+}
+
+fn u32_at(case: &Value, field: &str) -> u32 {
+    case[field].as_u64().unwrap().try_into().unwrap()
+}
+
+fn integers(tokens: &Value) -> Vec<BigInt> {
+    items(tokens).iter().map(|id| id.to_string().trim_matches('"').parse().unwrap()).collect()
+}
+
+fn u32s(integers: &[BigInt]) -> Option<Vec<u32>> {
+    integers.iter().map(|id| u32::try_from(id).ok()).collect()
+}
+
+/// Both paths over the same tokens, when both take them.
+fn each_path(integers: &[BigInt], mut check: impl FnMut(Tokens<'_>)) {
+    check(integers.into());
+    if let Some(ids) = u32s(integers) {
+        check(ids[..].into());
+    }
+}
+
+fn needs_more_keys(case: &Value) -> bool {
+    !items(&case["mm_features"]).is_empty()
+        || !case["prompt_embeds"].is_null()
+        || case["lookahead"] != 0
+}
+
+fn block_hasher(case: &Value, algorithm: &str, block_size: u32) -> Result<BlockHasher> {
+    let lora = &case["lora"];
+    BlockHasher::new(&BlockHasherOptions {
+        block_size,
+        algorithm: BlockAlgorithm::from_name(algorithm)?,
+        seed: text(&case["PYTHONHASHSEED"]),
+        cache_salt: text(&case["cache_salt"]),
+        lora: text(&lora["name"]).map(|name| Lora { name, path: text(&lora["path"]).unwrap() }),
+    })
+}
+
+/// The hashes of the blocks that `parts` complete, one after the other.
+fn hashes(mut hasher: BlockHasher, parts: &[Tokens<'_>]) -> Vec<String> {
+    let mut all = Vec::new();
+    for part in parts {
+        let mut room = vec![0; hasher.completes(part.len()) * hasher.hash_bytes()];
+        let count = hasher.append(*part, &mut room).unwrap();
+        assert_eq!(count * hasher.hash_bytes(), room.len());
+        all.extend(room.chunks(hasher.hash_bytes()).map(hex));
+    }
+    all
+}
+
+#[test]
+fn block_hashes_are_vllms() {
+    let (mut run, mut pending) = (0, 0);
+    for case in items(&parse(BLOCK)["cases"]) {
+        if needs_more_keys(case) {
+            pending += 1;
+            continue;
+        }
+        let id = &case["id"];
+        let given = case.get("token_ids_str").unwrap_or(&case["token_ids"]);
+        let appended = integers(&case["append_tokens"]);
+        let block_size = u32_at(case, "block_size");
+        for (algorithm, expected) in case["block_hashes"].as_object().unwrap() {
+            let expected: Vec<String> = items(expected).iter().map(|h| text(h).unwrap()).collect();
+            let hasher = || block_hasher(case, algorithm, block_size).unwrap();
+            each_path(&integers(given), |tokens| {
+                let before = usize::try_from(u32_at(case, "num_blocks_before_append")).unwrap();
+                assert_eq!(hashes(hasher(), &[tokens]), expected[..before], "{id} {algorithm}");
+                let parts = [tokens, appended[..].into()];
+                assert_eq!(hashes(hasher(), &parts), expected, "{id} {algorithm}");
+            });
+        }
+        run += 1;
+    }
+    assert!(run >= 100 && pending >= 40, "{run} run, {pending} need keys of a later version");
+}
+
+#[test]
+fn the_first_parent_is_vllms_none_hash() {
+    for case in items(&parse(BLOCK)["none_hash"]) {
+        let hasher = block_hasher(case, text(&case["algo"]).unwrap().as_str(), 1);
+        if case["random_seed"] == true {
+            assert_eq!(hasher.unwrap_err().code, ErrorCode::InvalidArgument, "{case}");
+            continue;
+        }
+        let first = hasher.unwrap();
+        let mut resumed = first.clone();
+        resumed.resume(&unhex(&case["none_hash"])).unwrap();
+        let token = Tokens::U32(&[7]);
+        assert_eq!(hashes(first, &[token]), hashes(resumed, &[token]), "{case}");
+    }
+}
+
+#[test]
+fn a_block_after_a_known_hash_is_vllms() {
+    let mut run = 0;
+    for case in items(&parse(BLOCK)["serialization_examples"]) {
+        let tokens = integers(&case["token_ids"]);
+        if !case["extra_keys"].is_null() || tokens.is_empty() {
+            continue; // no request's block gives these
+        }
+        let size = u32::try_from(tokens.len()).unwrap();
+        let mut hasher = block_hasher(case, text(&case["algo"]).unwrap().as_str(), size).unwrap();
+        hasher.resume(&unhex(&case["parent_hex"])).unwrap();
+        each_path(&tokens, |tokens| {
+            assert_eq!(hashes(hasher.clone(), &[tokens]), [text(&case["hash"]).unwrap()], "{case}");
+        });
+        run += 1;
+    }
+    assert!(run >= 24, "{run}");
+}
+
+/// Recorded from `hashlib.sha256(pickle.dumps(…, protocol=5))` of CPython 3.11.7: the vectors stay
+/// below 64 KiB, where pickle begins another frame.
+#[test]
+fn large_pickles_have_pythons_frames() {
+    let pickled = |block_size, text: Option<&str>, tokens: Tokens<'_>| {
+        let hasher = BlockHasher::new(&BlockHasherOptions {
+            block_size,
+            algorithm: BlockAlgorithm::Sha256,
+            seed: None,
+            cache_salt: text.map(Into::into),
+            lora: text.map(|text| Lora { name: text.into(), path: text.into() }),
+        });
+        hashes(hasher.unwrap(), &[tokens])
+    };
+    // The last block of one frame, and the first of two.
+    for (count, hash) in [
+        (13_099, "9cdf857a2cd01df9a864734a2d8e9bf8d63a1fb6ef355ee1f6a740a50d928431"),
+        (13_100, "485b897a46394a13bb660091eb1b00374cecc875baedc2b505f7f536c84b8b83"),
+    ] {
+        let tokens: Vec<u32> = (0..count).map(|i| 65_536 + i).collect();
+        assert_eq!(pickled(count, None, tokens[..].into()), [hash]);
+    }
+    // Every width of token, a text that Python shares, and a block after a split one.
+    let tokens: Vec<u32> = (0..40_000_u32).map(|i| i.wrapping_mul(i).wrapping_mul(7919)).collect();
+    assert_eq!(
+        pickled(20_000, Some("x"), tokens[..].into()),
+        [
+            "16dbbcd520583c5f6df393125833db45bb73939ffdd6e0b4b835ce62250e0e27",
+            "2df33be72907e6d3665869764f27cac1b5272de9dffabde1b41d327010672a33",
+        ]
+    );
+    let tokens: Vec<BigInt> = (0..2_500)
+        .map(|i| BigInt::from(3).pow(i % 2_000) * if i % 2 == 0 { 1 } else { -1 })
+        .collect();
+    assert_eq!(
+        pickled(2_500, None, tokens[..].into()),
+        ["45c70c9425ef1beeeb0156ef9869ddb83fa60589fe7136f9a408d4d43a152ccf"]
+    );
+    let two_to = |n| BigInt::from(2).pow(n);
+    let edges = [
+        BigInt::from(-1),
+        BigInt::from(-128),
+        BigInt::from(-129),
+        -two_to(31),
+        -two_to(31) - 1,
+        two_to(31),
+        -two_to(63),
+        two_to(63),
+        two_to(2039) - 1,
+        two_to(2040),
+        -two_to(2039) - 1,
+    ];
+    assert_eq!(
+        pickled(11, None, edges[..].into()),
+        ["22dc7ff29f58643bd6fd70063659373d796fb8f2d2daf4bdcdf27e758f8db18c"]
+    );
+}
+
+#[test]
+fn a_request_in_parts_of_any_length_hashes_like_one() {
+    let tokens: Vec<u32> = (0..100).map(|i: u32| i.pow(4)).collect();
+    for algorithm in ["sha256", "sha256_cbor", "xxhash", "xxhash_cbor"] {
+        let case =
+            parse(r#"{"PYTHONHASHSEED":"1","cache_salt":"s","lora":{"name":"n","path":"n"}}"#);
+        let hasher = block_hasher(&case, algorithm, 8).unwrap();
+        let whole = hashes(hasher.clone(), &[tokens[..].into()]);
+        assert_eq!(whole.len(), 12);
+        for part in [1, 7, 8, 9, 40] {
+            let parts: Vec<Tokens<'_>> = tokens.chunks(part).map(Into::into).collect();
+            assert_eq!(hashes(hasher.clone(), &parts), whole, "{algorithm} by {part}");
+        }
+    }
+}
+
+#[test]
+fn a_refused_call_changes_nothing() {
+    let case = parse("{}");
+    let mut hasher = block_hasher(&case, "sha256_cbor", 2).unwrap();
+    let expected = hashes(hasher.clone(), &[Tokens::U32(&[1, 2, 3, 4])]);
+    hasher.append(&[1][..], &mut []).unwrap();
+    let error = hasher.append(&[2, 3, 4][..], &mut [0; 63]).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    assert_eq!(hasher.resume(&[0; 16]).unwrap_err().code, ErrorCode::InvalidArgument);
+    assert_eq!(hashes(hasher, &[Tokens::U32(&[2, 3, 4])]), expected);
+
+    assert!(block_hasher(&case, "sha256_cbor", 0).is_err());
+    assert!(BlockAlgorithm::from_name("md5").is_err());
+    let long = parse(&format!(r#"{{"cache_salt":"{}"}}"#, "x".repeat(4097)));
+    assert!(block_hasher(&long, "sha256", 16).is_err());
+}
+
+#[test]
+fn chunk_hashes_are_lmcaches() {
+    for case in items(&parse(CHUNK)["cases"]) {
+        let id = &case["id"];
+        let algorithm =
+            ChunkAlgorithm::from_name(case["hash_algorithm"].as_str().unwrap()).unwrap();
+        let chunk_size = u32_at(case, "chunk_size");
+        let hasher = ChunkHasher::new(algorithm, chunk_size).unwrap();
+        let mut stream = ChunkStream::new(&hasher);
+        if !case["prefix_hash_hex"].is_null() {
+            stream.resume(&unhex(&case["prefix_hash_hex"])).unwrap();
+        }
+        // LMCache hashes from token 0 to `end` and leaves out what begins before `start`.
+        let mut tokens = integers(&case["token_ids"]);
+        if let Some(end) = case["end"].as_u64() {
+            tokens.truncate(end.try_into().unwrap());
+        }
+        let start: usize = case["start"].as_u64().unwrap().try_into().unwrap();
+        let skip = start.div_ceil(chunk_size as usize);
+
+        each_path(&tokens, |tokens| {
+            let mut stream = stream.clone();
+            let mut room = vec![0; stream.completes(tokens.len()) * 32];
+            let result = stream.append(tokens, &mut room);
+            if case.get("error").is_some() {
+                let error = result.unwrap_err();
+                assert_eq!(error.code, ErrorCode::InvalidToken, "{id}");
+                assert!(error.message.contains("position 0"), "{id}: {error}");
+                return;
+            }
+            let hashes: Vec<Value> = room.chunks(32).skip(skip).map(|h| hex(h).into()).collect();
+            assert_eq!(hashes, items(&case["chunk_hashes_hex"]), "{id}");
+        });
+        if let (Some(ids), true) = (u32s(&tokens), case["prefix_hash_hex"].is_null()) {
+            let mut hashes = Vec::new();
+            hasher.extend(&mut hashes, &ids);
+            let hashes: Vec<Value> = hashes.iter().skip(skip).map(|h| hex(h).into()).collect();
+            assert_eq!(hashes, items(&case["chunk_hashes_hex"]), "{id}");
+        }
+    }
+}
+
+#[test]
+fn chunk_hashes_are_those_of_the_recorded_server() {
+    for case in items(&parse(WIRE)["vectors"]) {
+        let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, u32_at(case, "chunk_size")).unwrap();
+        let mut hashes = Vec::new();
+        hasher.extend(&mut hashes, &u32s(&integers(&case["tokens"])).unwrap());
+        let hashes: Vec<Value> = hashes.iter().map(|h| hex(h).into()).collect();
+        assert_eq!(hashes, items(&case["hashes"]));
+    }
+}
