@@ -1,0 +1,406 @@
+//! Limits come before allocation: what a peer announces is checked before anything is reserved for it,
+//! and what does not follow the grammar to the last byte is refused.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
+mod recorded;
+
+use allocation_counter::measure;
+use bytes::{Bytes, BytesMut};
+use kvferry_core::key::Key;
+use kvferry_wire::zmtp::{Config, Connection, Event, Limits, SocketType, ZmtpError};
+use kvferry_wire::{Dialect, Header, MessageError, Operation, Problem, Reply, Request};
+
+/// Two connections that are through their handshake.
+fn pair() -> (Connection, Connection) {
+    let (mut to_server, mut to_client) = (BytesMut::new(), BytesMut::new());
+    let mut client = Connection::new(Config::null(SocketType::Dealer), &mut to_server);
+    let mut server = Connection::new(Config::null(SocketType::Router), &mut to_client);
+    assert_eq!(server.receive(&mut to_server, &mut to_client).unwrap(), None);
+    assert_eq!(client.receive(&mut to_client, &mut to_server).unwrap(), Some(Event::Ready));
+    assert_eq!(server.receive(&mut to_server, &mut to_client).unwrap(), Some(Event::Ready));
+    (client, server)
+}
+
+/// What a server says to these bytes, and that it reserves next to nothing for them.
+fn receive(bytes: &[u8]) -> Result<Option<Event>, ZmtpError> {
+    let (_, mut server) = pair();
+    let mut input = BytesMut::from(bytes);
+    let mut output = BytesMut::new();
+    let mut result = Ok(None);
+    let info = measure(|| result = server.receive(&mut input, &mut output));
+    assert!(info.bytes_total < 4096, "{} bytes reserved", info.bytes_total);
+    result
+}
+
+#[test]
+fn announced_sizes_are_refused_before_their_bytes_arrive() {
+    let limits = Limits::default();
+    for announced in [1 << 62, u64::MAX, 1 << 38, limits.message_bytes_max as u64 + 1] {
+        let message = [&[2], &announced.to_be_bytes()[..]].concat();
+        assert_eq!(receive(&message), Err(ZmtpError::MessageTooLong(limits.message_bytes_max)));
+        let command = [&[6], &announced.to_be_bytes()[..]].concat();
+        assert_eq!(receive(&command), Err(ZmtpError::CommandTooLong(announced)));
+    }
+    let largest = [&[2], &(limits.message_bytes_max as u64).to_be_bytes()[..]].concat();
+    assert_eq!(receive(&largest), Ok(None));
+}
+
+#[test]
+fn a_message_has_at_most_16_frames() {
+    let sixteen = [b"\x01\x01a".repeat(15), b"\x00\x01a".to_vec()].concat();
+    assert!(matches!(receive(&sixteen), Ok(Some(Event::Message(frames))) if frames.len() == 16));
+    // The frame too many is refused at its header.
+    let seventeen = [b"\x01\x01a".repeat(16), b"\x00\x09".to_vec()].concat();
+    assert_eq!(receive(&seventeen), Err(ZmtpError::TooManyFrames(16)));
+    assert_eq!(receive(&b"\x01\x00".repeat(17)), Err(ZmtpError::TooManyFrames(16)));
+}
+
+#[test]
+fn the_frames_of_a_message_share_its_limit() {
+    let (_, mut server) = pair();
+    let half = Limits::default().message_bytes_max / 2;
+    let mut input = BytesMut::new();
+    for _ in 0..2 {
+        input.extend_from_slice(&[3]);
+        input.extend_from_slice(&(half as u64).to_be_bytes());
+        input.resize(input.len() + half, 0);
+    }
+    assert_eq!(server.unfinished(), None);
+    assert_eq!(server.receive(&mut input, &mut BytesMut::new()), Ok(None));
+    assert_eq!(server.unfinished(), Some(2 * half));
+    input.extend_from_slice(b"\x00\x01");
+    let result = server.receive(&mut input, &mut BytesMut::new());
+    assert_eq!(result, Err(ZmtpError::MessageTooLong(2 * half)));
+}
+
+#[test]
+fn each_message_has_the_whole_limit() {
+    let (_, mut server) = pair();
+    let size = Limits::default().message_bytes_max * 2 / 3;
+    for _ in 0..2 {
+        let mut input = BytesMut::from(&b"\x02"[..]);
+        input.extend_from_slice(&(size as u64).to_be_bytes());
+        input.resize(input.len() + size, 0);
+        let event = server.receive(&mut input, &mut BytesMut::new()).unwrap();
+        assert!(matches!(event, Some(Event::Message(_))));
+        assert_eq!(server.unfinished(), None);
+    }
+}
+
+#[test]
+fn flags_that_mean_nothing_are_refused() {
+    for flags in [0x08, 0x10, 0x20, 0x40, 0x80, 0xff, 0x05, 0x07] {
+        assert_eq!(receive(&[flags, 0]), Err(ZmtpError::MalformedFrame(flags)));
+    }
+}
+
+#[test]
+fn we_keep_the_limits_too() {
+    let (client, _) = pair();
+    let mut output = BytesMut::new();
+    assert!(matches!(client.send(&["a"; 17], &mut output), Err(ZmtpError::TooManyFrames(16))));
+    let long = vec![0; (8 << 20) + 1];
+    assert!(matches!(client.send(&[&long], &mut output), Err(ZmtpError::MessageTooLong(_))));
+    assert!(output.is_empty(), "all or nothing");
+}
+
+#[test]
+fn frames_are_slices_of_the_input() {
+    let (_, mut server) = pair();
+    let mut input =
+        BytesMut::from(&[&b"\x02\0\0\0\0\0\x10\0\0"[..], &vec![7; 1 << 20]].concat()[..]);
+    let mut event = None;
+    let info = measure(|| event = server.receive(&mut input, &mut BytesMut::new()).unwrap());
+    assert!(matches!(event, Some(Event::Message(frames)) if frames[0].len() == 1 << 20));
+    assert!(info.bytes_total < 4096, "{} bytes reserved", info.bytes_total);
+}
+
+#[test]
+fn a_message_of_fewer_than_two_frames_is_refused() {
+    // The one that silences an LMCache server for ever.
+    let (client, mut server) = pair();
+    let mut input = BytesMut::new();
+    client.send(&["\x07"], &mut input).unwrap();
+    let Some(Event::Message(frames)) = server.receive(&mut input, &mut BytesMut::new()).unwrap()
+    else {
+        panic!("no message");
+    };
+    assert_eq!(Header::decode(&frames), Err(MessageError::TooFewFrames(1)));
+    assert_eq!(Header::decode(&[]), Err(MessageError::TooFewFrames(0)));
+}
+
+fn key() -> Key {
+    Key {
+        model_name: "m".to_owned(),
+        world_size: 2,
+        worker_id: Some(1),
+        token_ids: (0..300).map(|i| i * 1000).collect(),
+        start: 0,
+        end: 256,
+        request_id: "r".to_owned(),
+        cache_salt: "s".to_owned(),
+        num_kv_readers: 1,
+    }
+}
+
+/// The problem of a `prepare_store` with this key, and that little is reserved for it.
+fn key_problem(key: &[u8]) -> Problem {
+    let payload = [Bytes::copy_from_slice(key), Bytes::from_static(b"\x01")];
+    let mut result = None;
+    let info = measure(|| result = Some(Request::decode(Operation::PrepareStore, &payload)));
+    let bound = 4096 + 16 * key.len() as u64;
+    assert!(info.bytes_total < bound, "{} bytes reserved", info.bytes_total);
+    match result.unwrap() {
+        Err(MessageError::Parameter { malformed, .. }) => malformed.problem,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A map with the entries of `key()`, then these bytes, which are `more` entries.
+fn with_entries(more: u8, entries: &[u8]) -> Vec<u8> {
+    let request = Request::PrepareStore { key: key().into(), instance_id: 1 };
+    let mut encoded = request.encode(0, Dialect::Current)[2].to_vec();
+    encoded[0] += more;
+    encoded.extend(entries);
+    encoded
+}
+
+#[test]
+fn a_count_larger_than_the_frame_reserves_nothing() {
+    let cases: [&[u8]; 5] = [
+        b"\x81\xa9token_ids\xdd\xff\xff\xff\xff",
+        b"\x81\xa9token_ids\xdc\xff\xff\x01\x02",
+        b"\xdf\xff\xff\xff\xff",
+        b"\x81\xaamodel_name\xdb\xff\xff\xff\xff",
+        b"\x81\xa7unknown\xdd\xff\xff\xff\xff",
+    ];
+    for case in cases {
+        assert_eq!(key_problem(case), Problem::Truncated, "{case:?}");
+    }
+    let records = [&b"\xdd\0\x10\0\0"[..], &[0x83; 1 << 20]].concat();
+    let payload: Vec<Bytes> = [&b"\x01"[..], b"\xa1m", &records].map(Bytes::copy_from_slice).into();
+    let mut result = None;
+    let info =
+        measure(|| result = Some(Request::decode(Operation::ReportBlockAllocation, &payload)));
+    assert!(result.unwrap().is_err());
+    assert!(info.bytes_total < 4096, "{} bytes reserved", info.bytes_total);
+}
+
+#[test]
+fn the_bytes_of_a_frame_are_one_value() {
+    assert_eq!(key_problem(&with_entries(0, b"\xc0")), Problem::Trailing(1));
+    let whole = with_entries(0, b"");
+    for end in 0..whole.len() {
+        assert_eq!(key_problem(&whole[..end]), Problem::Truncated, "cut at {end}");
+    }
+    let payload = [Bytes::from_static(b"\xa1r\x00")];
+    assert!(Request::decode(Operation::EndSession, &payload).is_err());
+}
+
+#[test]
+fn a_key_of_a_map_comes_once() {
+    assert_eq!(key_problem(&with_entries(1, b"\xa5start\x00")), Problem::Duplicate);
+    assert_eq!(key_problem(&with_entries(1, b"\xaacache_salt\xa0")), Problem::Duplicate);
+}
+
+#[test]
+fn unknown_entries_are_stepped_over_to_a_bounded_depth() {
+    let decode = |entry: &[u8]| {
+        let key = Bytes::from(with_entries(1, entry));
+        Request::decode(Operation::PrepareStore, &[key, Bytes::from_static(b"\x01")])
+    };
+    let expected = Request::PrepareStore { key: key().into(), instance_id: 1 };
+    let nested = |depth| [&b"\xa1x"[..], &vec![0x91; depth], b"\xc0"].concat();
+    for entry in [
+        &b"\xa1x\xc7\x02\x01ab"[..],
+        b"\xa1x\xd8\x010123456789abcdef",
+        b"\xa1x\xc4\x02ab",
+        b"\xa1x\x82\xc3\xca\0\0\0\0\x01\xcb\0\0\0\0\0\0\0\0",
+        b"\xa1x\xd3\xff\xff\xff\xff\xff\xff\xff\xff",
+        &nested(16),
+    ] {
+        assert_eq!(decode(entry).unwrap(), expected, "{entry:?}");
+    }
+    assert_eq!(key_problem(&with_entries(1, &nested(17))), Problem::Depth);
+    assert_eq!(key_problem(&with_entries(1, &nested(1 << 20))), Problem::Depth);
+    let maps = [&b"\xa1x"[..], &vec![0x81; 1 << 20]].concat();
+    assert_eq!(key_problem(&with_entries(1, &maps)), Problem::Depth);
+    assert!(matches!(key_problem(&with_entries(1, b"\xa1x\xc1")), Problem::Type { .. }));
+    assert_eq!(key_problem(&with_entries(1, b"\xa1x\xa1\xff")), Problem::NotUtf8);
+    assert_eq!(key_problem(&with_entries(1, b"\xa1\xff\x00")), Problem::NotUtf8);
+    assert!(matches!(key_problem(&with_entries(1, b"\x01\x00")), Problem::Type { .. }));
+}
+
+#[test]
+fn types_are_strict_inside_a_key() {
+    let replaced = |field: &str, value: &[u8]| {
+        let whole = with_entries(0, b"");
+        let at = whole.windows(field.len()).position(|w| w == field.as_bytes()).unwrap();
+        let at = at + field.len();
+        [&whole[..at], value, &whole[at + 1..]].concat()
+    };
+    for value in [&b"\xc3"[..], b"\xca\0\0\0\0", b"\xa11", b"\xc0", b"\x80"] {
+        assert!(
+            matches!(key_problem(&replaced("start", value)), Problem::Type { .. }),
+            "{value:?}"
+        );
+    }
+    assert_eq!(key_problem(&replaced("start", b"\xff")), Problem::Range(-1));
+    assert_eq!(
+        key_problem(&replaced("world_size", b"\xcf\0\0\0\x01\0\0\0\0")),
+        Problem::Range(1 << 32)
+    );
+    assert!(matches!(key_problem(&replaced("worker_id", b"\xc2")), Problem::Type { .. }));
+    let as_array = [&b"\x9a"[..], &[0x01; 10]].concat();
+    assert!(matches!(key_problem(&as_array), Problem::Type { expected: "a map", .. }));
+    let binary = b"\x81\xaamodel_name\xc4\x01m";
+    assert!(matches!(key_problem(binary), Problem::Type { expected: "a string", .. }));
+    assert_eq!(key_problem(b"\x81\xaamodel_name\xa1m"), Problem::Missing);
+    let configs = with_entries(0, b"").to_vec();
+    let at = configs.windows(15).position(|w| w == b"request_configs").unwrap() + 15;
+    let listed = [&configs[..at], b"\x91\x01", &configs[at + 1..]].concat();
+    assert!(matches!(key_problem(&listed), Problem::Type { expected: "a map", .. }));
+}
+
+#[test]
+fn token_ids_are_32_bit_in_any_encoding() {
+    let decode = |tokens: &[u8]| {
+        let whole = with_entries(0, b"");
+        let at = whole.windows(9).position(|w| w == b"token_ids").unwrap() + 9;
+        let end = whole.windows(6).position(|w| w == b"\xa5start").unwrap();
+        let key = Bytes::from([&whole[..at], tokens, &whole[end..]].concat());
+        match Request::decode(Operation::PrepareStore, &[key, Bytes::from_static(b"\x01")]) {
+            Ok(Request::PrepareStore { key, .. }) => Ok(key.key.token_ids.to_vec()),
+            Err(MessageError::Parameter { malformed, .. }) => Err(malformed),
+            other => panic!("{other:?}"),
+        }
+    };
+    let tokens = b"\x97\x07\xcc\x07\xcd\x01\0\xce\xff\xff\xff\xff\xcf\0\0\0\0\0\0\0\x07\xd0\x07\xd3\0\0\0\0\0\0\x01\0";
+    assert_eq!(decode(tokens).unwrap(), [7, 7, 256, u32::MAX, 7, 7, 256]);
+    for (tokens, problem) in [
+        (&b"\x91\xff"[..], Problem::Range(-1)),
+        (b"\x91\xcf\0\0\0\x01\0\0\0\0", Problem::Range(1 << 32)),
+        (b"\x91\xc3", Problem::Type { expected: "an integer", found: "a boolean" }),
+        (b"\x91\xca\0\0\0\0", Problem::Type { expected: "an integer", found: "a float" }),
+        (b"\xc0", Problem::Type { expected: "an array", found: "nil" }),
+    ] {
+        let malformed = decode(tokens).unwrap_err();
+        assert_eq!((malformed.field, malformed.problem), ("token_ids", problem));
+    }
+}
+
+#[test]
+fn integers_and_booleans_stand_for_each_other_as_parameters() {
+    let decode =
+        |operation, frame: &'static [u8]| Request::decode(operation, &[Bytes::from_static(frame)]);
+    assert_eq!(decode(Operation::Clear, b"\x01").unwrap(), Request::Clear { force: true });
+    assert_eq!(decode(Operation::Clear, b"\xc2").unwrap(), Request::Clear { force: false });
+    let unregister = decode(Operation::Unregister, b"\xc3").unwrap();
+    assert_eq!(unregister, Request::Unregister { instance_id: 1 });
+    assert!(decode(Operation::Clear, b"\xc0").is_err());
+    assert!(decode(Operation::Unregister, b"\xcb\0\0\0\0\0\0\0\0").is_err());
+    let yes = Reply::decode(Operation::CommitStore, &[Bytes::from_static(b"\x01")]).unwrap();
+    assert_eq!(yes, Reply::Boolean(true));
+    let one = Reply::decode(Operation::GetChunkSize, &[Bytes::from_static(b"\xc3")]).unwrap();
+    assert_eq!(one, Reply::Integer(1));
+}
+
+#[test]
+fn data_is_never_taken_from_a_message() {
+    let decode = |data: &[u8]| {
+        let request = Request::CommitStore { key: key().into(), instance_id: 1 };
+        let mut payload = request.encode(0, Dialect::Current).split_off(2);
+        payload[2] = Bytes::copy_from_slice(data);
+        Request::decode(Operation::CommitStore, &payload)
+    };
+    assert!(decode(b"\xc4\x00").is_ok());
+    for protocol in 2..=5 {
+        let pickle = decode(&[0xc4, 3, 0x80, protocol, 0x95]);
+        assert_eq!(pickle, Err(MessageError::Pickle(Operation::CommitStore)));
+    }
+    assert_eq!(decode(b"\xc4\x02(.").unwrap_err().label(), "data");
+    assert_eq!(decode(b"\xa0").unwrap_err().label(), "wrong_type", "a string is not bytes");
+    let reply = b"\x83\xa7success\xc3\xa4data\xc4\x03\x80\x04\x95\xa7context\x80";
+    let result = Reply::decode(Operation::PrepareRetrieve, &[Bytes::from_static(reply)]);
+    assert_eq!(result, Err(MessageError::Pickle(Operation::PrepareRetrieve)));
+}
+
+#[test]
+fn the_lists_of_a_reply_go_together() {
+    let slot = |dtype: &str| {
+        let mut slot = b"\x84\xa6offset\x00\xa6length\x01\xa5shape\x91\x01\xa5dtype".to_vec();
+        slot.push(0xa0 | u8::try_from(dtype.len()).unwrap());
+        slot.extend(dtype.as_bytes());
+        slot
+    };
+    let decode = |slots: &[Vec<u8>], rest: &[u8]| {
+        let count = 0x90 | u8::try_from(slots.len()).unwrap();
+        let reply = [b"\x81\xa7context\x82\xa5slots", &[count][..], &slots.concat(), rest].concat();
+        Reply::decode(Operation::PrepareStore, &[Bytes::from(reply)])
+    };
+    let label = |result: Result<Reply, MessageError>| result.map_err(|error| error.label());
+    assert!(decode(&[slot("half")], b"\xadchunk_indices\x91\x00").is_ok());
+    let indices = decode(&[slot("half")], b"\xadchunk_indices\x90");
+    assert_eq!(label(indices), Err("inconsistent"));
+    let layouts = decode(&[slot("half"), slot("int8")], b"\xadchunk_indices\x92\x00\x01");
+    assert_eq!(label(layouts), Err("inconsistent"));
+    assert_eq!(label(decode(&[slot("half")], b"\xabgenerations\x90")), Err("inconsistent"));
+    assert_eq!(label(decode(&[slot("half")], b"\xabgenerations\x91\x01")), Err("missing_key"));
+}
+
+#[test]
+fn names_and_counters_are_few() {
+    let many = |marker: u8, entry: &[u8]| {
+        Bytes::from([&[marker, 0x04, 0x01], &entry.repeat(0x401)[..]].concat())
+    };
+    let names = Reply::decode(Operation::GetExperimental, &[many(0xdc, b"\xa0")]);
+    assert_eq!(names.unwrap_err().label(), "too_long");
+    let status = Reply::decode(Operation::Status, &[many(0xde, b"\xa0\x00")]);
+    assert_eq!(status.unwrap_err().label(), "too_long");
+}
+
+#[test]
+fn every_frame_counts() {
+    for message in recorded::messages() {
+        let Ok((header, payload)) = Header::decode(&message.frames) else { continue };
+        let more = [payload, &[Bytes::from_static(b"\x00")]].concat();
+        let decode = |payload| {
+            if message.request {
+                Request::decode(header.operation, payload).map(drop)
+            } else {
+                Reply::decode(header.operation, payload).map(drop)
+            }
+        };
+        if decode(payload).is_err() {
+            continue;
+        }
+        // A count may be there or not.
+        let counted = [Operation::QueryPrefetchStatus, Operation::WaitPrefetchStatus];
+        let absent = !message.request && payload.is_empty() && counted.contains(&header.operation);
+        assert_eq!(decode(&more).is_err(), !absent, "{message}");
+        if let [fewer @ .., _] = payload {
+            let counted = !message.request && counted.contains(&header.operation);
+            assert_eq!(decode(fewer).is_err(), !counted, "{message}");
+        }
+    }
+}
+
+#[test]
+fn uids_and_operations_are_checked() {
+    let label = |uid: &'static [u8], operation: &'static [u8]| {
+        Header::decode(&[uid, operation].map(Bytes::from_static)).map_err(|e| e.label()).err()
+    };
+    assert_eq!(label(b"\x07", b"\x16"), None);
+    assert_eq!(label(b"\xd3\xff\xff\xff\xff\xff\xff\xff\xff", b"\xa4ping"), None);
+    for uid in [&b""[..], b"\xc3", b"\xa1a", b"\x07\x07", b"\xcf\x00"] {
+        assert_eq!(label(uid, b"\x16"), Some("bad_uid"), "{uid:?}");
+    }
+    for operation in [&b""[..], b"\xc0", b"\x16\x16", b"\xa4ping\x00", b"\xa1\xff", b"\xa4pin"] {
+        assert_eq!(label(b"\x07", operation), Some("bad_operation"), "{operation:?}");
+    }
+    for operation in [&b"\xff"[..], b"\x00", b"\xcd\x01\x16", b"\xa4PING", b"\xadkvferry.hello"] {
+        let unknown = label(b"\x07", operation);
+        assert_eq!(unknown, (operation[0] != 0xad).then_some("unknown_operation"), "{operation:?}");
+    }
+}

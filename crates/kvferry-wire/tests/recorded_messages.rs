@@ -1,0 +1,217 @@
+//! Every recorded message of LMCache's engine-driven mode decodes, and encodes to the same bytes.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
+mod recorded;
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use kvferry_core::cache::Slot;
+use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
+use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request};
+use recorded::Recorded;
+
+fn decode_request(frames: &[Bytes]) -> Result<(Header, Request), MessageError> {
+    let (header, payload) = Header::decode(frames)?;
+    let request = Request::decode(header.operation, payload)?;
+    Ok((header, request))
+}
+
+fn encode_again(message: &Recorded) -> Result<Vec<Bytes>, MessageError> {
+    if message.request {
+        let (header, request) = decode_request(&message.frames)?;
+        let uid = rmp::decode::read_int(&mut &header.uid[..]).unwrap();
+        Ok(request.encode(uid, Dialect::Current))
+    } else {
+        let (header, payload) = Header::decode(&message.frames)?;
+        Ok(header.reply(&Reply::decode(header.operation, payload)?))
+    }
+}
+
+#[test]
+fn recorded_messages_encode_to_the_same_bytes() {
+    let mut equal = 0;
+    let mut different = Vec::new();
+    let mut refused: BTreeMap<(String, &str), usize> = BTreeMap::new();
+    for message in recorded::messages() {
+        match encode_again(&message) {
+            Ok(frames) if frames == message.frames => equal += 1,
+            Ok(_) => different.push((message.file, message.step, message.operation)),
+            Err(error) => *refused.entry((message.operation, error.label())).or_default() += 1,
+        }
+    }
+    assert_eq!(equal, 432);
+    let expected = [
+        (50, "lookup"), // a key with a field that nobody knows, and without those that have defaults
+        (54, "free_lookup_locks"), // the same key
+        (58, "ping"),   // by name, where we send the id
+    ]
+    .map(|(step, operation)| ("extra.json", step, operation.to_owned()));
+    assert_eq!(different, expected);
+    let refused: Vec<_> =
+        refused.iter().map(|((operation, label), n)| (operation.as_str(), *label, *n)).collect();
+    assert_eq!(
+        refused,
+        [
+            ("", "bad_operation", 2), // a stream's control message
+            ("99", "unknown_operation", 1),
+            ("commit_store", "pickle", 2),
+            ("lookup", "out_of_range", 1), // a token id of 2^32
+            ("nope", "unknown_operation", 1),
+            ("ping", "frame_count", 1),
+            ("prepare_retrieve", "pickle", 2),
+            ("query_prefetch_status", "wrong_type", 1), // an integer for the request id
+            ("register_kv_cache", "unknown_operation", 2),
+            ("register_kv_cache_engine_driven_context", "unknown_dtype", 2),
+            ("retrieve", "unknown_operation", 4),
+            ("store", "unknown_operation", 9),
+            ("subscribe_kv_events", "unknown_operation", 3),
+            ("unregister_kv_cache", "unknown_operation", 2),
+        ]
+    );
+}
+
+#[test]
+fn every_operation_of_lmcache_is_recorded() {
+    let mut seen: Vec<Operation> = recorded::messages()
+        .iter()
+        .filter_map(|message| Header::decode(&message.frames).ok())
+        .map(|(header, _)| header.operation)
+        .collect();
+    seen.sort_by_key(|operation| operation.id());
+    seen.dedup();
+    let all: Vec<Operation> =
+        Operation::ALL.into_iter().filter(|operation| operation.id().is_some()).collect();
+    assert_eq!(seen, all);
+}
+
+#[test]
+fn a_key_with_unknown_and_missing_fields_takes_the_defaults() {
+    let messages = recorded::messages();
+    let message = messages.iter().find(|m| m.file == "extra.json" && m.step == 50).unwrap();
+    let (_, Request::Lookup { key, tp_size }) = decode_request(&message.frames).unwrap() else {
+        panic!("{message}");
+    };
+    assert_eq!((key.key.model_name.as_str(), key.key.world_size), ("tiny/tp2", 2));
+    assert_eq!((key.key.token_ids.len(), key.key.start, key.key.end), (32, 0, 16));
+    assert_eq!((key.key.cache_salt.as_str(), key.configs, tp_size), ("", None, 2));
+}
+
+#[test]
+fn an_operation_goes_by_name_as_well_and_its_frame_is_echoed() {
+    let messages = recorded::messages();
+    let named: Vec<_> = messages
+        .iter()
+        .filter(|m| m.file == "extra.json" && m.operation == "ping" && m.frames[1].len() > 1)
+        .collect();
+    let (header, request) = decode_request(&named[0].frames).unwrap();
+    assert_eq!(request, Request::Ping { instance_id: None });
+    assert_eq!(header.reply(&Reply::Boolean(true)), named[1].frames);
+}
+
+#[test]
+fn request_configs_are_kept_verbatim() {
+    let messages = recorded::messages();
+    let message = messages.iter().find(|m| m.file == "roundtrip_shm.json" && m.step == 72).unwrap();
+    let (_, Request::Lookup { key, .. }) = decode_request(&message.frames).unwrap() else {
+        panic!("{message}");
+    };
+    assert_eq!(key.key.cache_salt, "tenantA");
+    assert_eq!(&key.configs.unwrap()[..], b"\x81\xb0lmcache.tag.user\xa2u1");
+}
+
+#[test]
+fn older_servers_get_the_fields_that_they_know() {
+    for message in recorded::messages() {
+        let Ok((_, request)) = decode_request(&message.frames) else { continue };
+        let fields = |dialect| request.encode(0, dialect)[2][0];
+        match request {
+            Request::Lookup { .. } => {
+                assert_eq!([fields(Dialect::Current), fields(Dialect::Lmcache054)], [0x8a, 0x88]);
+            }
+            Request::Register { .. } => {
+                assert_eq!([fields(Dialect::Current), fields(Dialect::Lmcache054)], [0x89, 0x88]);
+            }
+            _ => continue,
+        }
+        let old = request.encode(0, Dialect::Lmcache054);
+        assert!(decode_request(&old).is_ok(), "{request:?}");
+        let last_key =
+            if matches!(request, Request::Lookup { .. }) { "cache_salt" } else { "use_mla" };
+        let position = old[2].windows(last_key.len()).rposition(|w| w == last_key.as_bytes());
+        assert!(old[2].len() - position.unwrap() - last_key.len() <= 10, "{last_key} is the last");
+    }
+}
+
+/// Replies of the operations that no LMCache has, and what a hello adds to the others.
+#[test]
+fn our_own_messages_survive_the_wire() {
+    let slot = |offset, generation| Slot { offset, length: 1024, generation };
+    let slots = Slots {
+        slots: vec![slot(0, Some(7)), slot(4096, Some(1 << 40))],
+        shape: vec![2, 2, 16, 8],
+        dtype: "bfloat16".to_owned(),
+    };
+    let store = StoreSlots { slots: slots.clone(), chunk_indices: vec![0, 3], refused: Some(2) };
+    let replies = [
+        (Operation::PrepareStore, Reply::StoreSlots(Some(store))),
+        (
+            Operation::PrepareStore,
+            Reply::StoreSlots(Some(StoreSlots { refused: Some(4), ..StoreSlots::default() })),
+        ),
+        (Operation::PrepareRetrieve, Reply::RetrieveSlots(Some(slots))),
+        (
+            Operation::Hello,
+            Reply::Hello(Hello { boot_token: [9; 16], version: "0.1.0".to_owned(), pid: 4711 }),
+        ),
+        (Operation::GetExperimental, Reply::Names(vec![EXTENSION.to_owned()])),
+        (
+            Operation::Status,
+            Reply::Status(vec![
+                ("objects".to_owned(), Value::Integer(3)),
+                ("drift".to_owned(), Value::Integer(-3)),
+                ("hit_ratio".to_owned(), Value::Float(0.5)),
+                ("policy".to_owned(), Value::Text("lru".to_owned())),
+            ]),
+        ),
+        (Operation::AbandonStore, Reply::None),
+        (Operation::Confirm, Reply::Boolean(false)),
+    ];
+    for (operation, reply) in replies {
+        let payload: Vec<Bytes> = reply.encode().into_iter().collect();
+        assert_eq!(Reply::decode(operation, &payload).unwrap(), reply);
+    }
+
+    let requests = [
+        Request::Hello,
+        Request::Status,
+        Request::Confirm { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
+    ];
+    for request in requests {
+        let frames = request.encode(300, Dialect::Current);
+        let (header, decoded) = decode_request(&frames).unwrap();
+        assert_eq!((header.operation, decoded), (request.operation(), request));
+        assert_eq!(header.operation_frame[1..], *header.operation.name().as_bytes(), "by name");
+    }
+}
+
+#[test]
+fn without_a_hello_a_reply_is_lmcaches() {
+    for message in recorded::messages().iter().filter(|message| !message.request) {
+        let Ok((header, payload)) = Header::decode(&message.frames) else { continue };
+        let Ok(mut reply) = Reply::decode(header.operation, payload) else { continue };
+        match &mut reply {
+            Reply::StoreSlots(Some(store)) => {
+                store.refused = Some(1);
+                store.slots.slots.iter_mut().for_each(|slot| slot.generation = Some(1));
+            }
+            Reply::RetrieveSlots(Some(slots)) => {
+                slots.slots.iter_mut().for_each(|slot| slot.generation = Some(1));
+            }
+            _ => continue,
+        }
+        assert_ne!(header.reply(&reply), message.frames);
+        assert_eq!(header.reply(&reply.plain()), message.frames);
+    }
+}
