@@ -1,1 +1,14 @@
-//! A connection to a server: requests, deadlines, heartbeat, mapping of its pool
+//! A connection to a server: requests, deadlines, heartbeat, mapping of its pool.
+//!
+//! [`Client`] speaks to kvferry's server and to LMCache's alike, and is a
+//! [`Cache`](kvferry_core::cache::Cache).
+
+mod address;
+mod cache;
+mod client;
+mod link;
+mod pool;
+mod session;
+
+pub use client::{Client, ConnectOptions, ServerInfo};
+pub use kvferry_wire::message::Value;

@@ -1,0 +1,315 @@
+//! The client as a [`Cache`].
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_wire::message::Slots;
+use kvferry_wire::{Operation, Reply, Request, RequestKey};
+
+use crate::client::{Client, unexpected};
+use crate::session::{Session, Undo};
+
+/// Between the first two questions for a lookup's result; doubled from there on.
+const POLL_MIN: Duration = Duration::from_millis(1);
+/// Between two questions at most.
+const POLL_MAX: Duration = Duration::from_millis(16);
+
+impl Cache for Client {
+    fn chunk_size(&self) -> u32 {
+        self.server().chunk_size
+    }
+
+    fn register(&self, layout: Layout, deadline: Instant) -> CacheFuture<'_, u64> {
+        Box::pin(async move {
+            layout.object_bytes(self.chunk_size())?;
+            let deadline = self.deadline(deadline);
+            let session = self.session()?;
+            // Remembered first: a connection that begins meanwhile registers it too.
+            let instance_id = self.remember(layout.clone());
+            let forget = Forget { client: self, instance_id, armed: true };
+            let undo = Undo::new(Arc::clone(&session), Some(Request::Unregister { instance_id }));
+            let reply =
+                session.request(&Request::Register { instance_id, layout }, deadline).await?;
+            session.map(reply)?;
+            undo.disarm();
+            forget.disarm();
+            Ok(instance_id)
+        })
+    }
+
+    fn unregister(&self, instance: u64, deadline: Instant) -> CacheFuture<'_, ()> {
+        self.forget(instance);
+        Box::pin(async move {
+            let request = Request::Unregister { instance_id: instance };
+            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+        })
+    }
+
+    fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64> {
+        Box::pin(async move {
+            let chunks = self.chunks(key)?;
+            let (session, deadline) = (self.session()?, self.deadline(deadline));
+            // Whoever gives up waiting must not leave leases.
+            let end = Request::EndSession { request_id: key.request_id.clone() };
+            let undo = Undo::new(Arc::clone(&session), Some(end));
+            session.request(&Request::Lookup { key: all_ranks(key), tp_size: 1 }, deadline).await?;
+            let query = Request::QueryPrefetchStatus { request_id: key.request_id.clone() };
+            let mut pause = POLL_MIN;
+            loop {
+                match session.request(&query, deadline).await? {
+                    Reply::Integer(hit) if hit <= chunks => {
+                        undo.disarm();
+                        return Ok(hit);
+                    }
+                    Reply::None => {}
+                    reply => return Err(unexpected(Operation::QueryPrefetchStatus, &reply)),
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(POLL_MAX);
+            }
+        })
+    }
+
+    fn release<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, ()> {
+        Box::pin(async move {
+            self.chunks(key)?;
+            let request = Request::FreeLookupLocks { key: all_ranks(key), tp_size: 1 };
+            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+        })
+    }
+
+    fn end_session<'a>(&'a self, request_id: &'a str, deadline: Instant) -> CacheFuture<'a, ()> {
+        Box::pin(async move {
+            let request = Request::EndSession { request_id: request_id.to_owned() };
+            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+        })
+    }
+
+    fn prepare_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, StoreGrant> {
+        Box::pin(async move {
+            let chunks = self.chunks(key)?;
+            let object_bytes = self.object_bytes(instance)?;
+            let session = self.session()?;
+            let request = Request::PrepareStore { key: key.clone().into(), instance_id: instance };
+            // Whoever gives up waiting must not leave a reservation that nobody fills.
+            let abandon = Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+            let undo = Undo::new(Arc::clone(&session), session.hello.is_some().then_some(abandon));
+            let store = match session.request(&request, self.deadline(deadline)).await? {
+                Reply::StoreSlots(Some(store)) => store,
+                Reply::StoreSlots(None) => return Err(pickles()),
+                reply => return Err(unexpected(Operation::PrepareStore, &reply)),
+            };
+            check_slots(&store.slots, object_bytes)?;
+            let ascending = store.chunk_indices.is_sorted_by(|a, b| a < b);
+            let inside = store.chunk_indices.last().is_none_or(|last| u64::from(*last) < chunks);
+            if !ascending || !inside || store.chunk_indices.len() != store.slots.slots.len() {
+                return Err(Error::new(
+                    ErrorCode::Protocol,
+                    format!("the server granted chunks {:?} of {chunks}", store.chunk_indices),
+                ));
+            }
+            let pool = session.pool().ok_or_else(no_pool)?;
+            if !store.slots.slots.is_empty() {
+                session.grant(Operation::PrepareStore, key, instance);
+            }
+            undo.disarm();
+            Ok(StoreGrant {
+                slots: store.slots.slots,
+                chunk_indices: store.chunk_indices,
+                refused: store.refused,
+                memory: pool.memory,
+            })
+        })
+    }
+
+    fn commit_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, bool> {
+        Box::pin(async move {
+            let session = self.session()?;
+            if !session.take_grant(Operation::PrepareStore, key, instance) {
+                return Ok(false);
+            }
+            let request = Request::CommitStore { key: key.clone().into(), instance_id: instance };
+            boolean(&session, &request, self.deadline(deadline)).await
+        })
+    }
+
+    fn abandon_store<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, ()> {
+        Box::pin(async move {
+            let session = self.session()?;
+            let granted = session.take_grant(Operation::PrepareStore, key, instance);
+            // LMCache has no such operation; there the reservation ends by its own deadline.
+            if !granted || session.hello.is_none() {
+                return Ok(());
+            }
+            let request = Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+            session.request(&request, self.deadline(deadline)).await.map(drop)
+        })
+    }
+
+    fn prepare_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        deadline: Instant,
+    ) -> CacheFuture<'a, Option<RetrieveGrant>> {
+        Box::pin(async move {
+            let chunks = self.chunks(key)?;
+            let object_bytes = self.object_bytes(instance)?;
+            let session = self.session()?;
+            let request =
+                Request::PrepareRetrieve { key: key.clone().into(), instance_id: instance };
+            // Whoever gives up waiting must not leave slots that the server keeps for a reader.
+            let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
+            let undo = Undo::new(Arc::clone(&session), Some(commit));
+            let slots = match session.request(&request, self.deadline(deadline)).await? {
+                Reply::RetrieveSlots(Some(slots)) => slots,
+                Reply::RetrieveSlots(None) => {
+                    undo.disarm();
+                    return Ok(None);
+                }
+                reply => return Err(unexpected(Operation::PrepareRetrieve, &reply)),
+            };
+            check_slots(&slots, object_bytes)?;
+            if slots.slots.len() as u64 != chunks {
+                return Err(Error::new(
+                    ErrorCode::Protocol,
+                    format!("the server granted {} slots for {chunks} chunks", slots.slots.len()),
+                ));
+            }
+            let pool = session.pool().ok_or_else(no_pool)?;
+            session.grant(Operation::PrepareRetrieve, key, instance);
+            undo.disarm();
+            Ok(Some(RetrieveGrant { slots: slots.slots, memory: pool.memory }))
+        })
+    }
+
+    fn commit_retrieve<'a>(
+        &'a self,
+        key: &'a Key,
+        instance: u64,
+        slots: &'a [Slot],
+        deadline: Instant,
+    ) -> CacheFuture<'a, bool> {
+        Box::pin(async move {
+            let (session, deadline) = (self.session()?, self.deadline(deadline));
+            // Slots of a connection that ended may have been used anew during the copy.
+            if !session.take_grant(Operation::PrepareRetrieve, key, instance) {
+                return Ok(false);
+            }
+            let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
+            let commit = boolean(&session, &commit, deadline);
+            let uses: Option<(Vec<u64>, Vec<u64>)> =
+                slots.iter().map(|slot| Some((slot.offset, slot.generation?))).collect();
+            let Some((offsets, generations)) = uses.filter(|_| session.hello.is_some()) else {
+                return commit.await;
+            };
+            let confirm = Request::Confirm { instance_id: instance, offsets, generations };
+            // In this order on the wire: what is confirmed is still granted.
+            let (held, ended) = tokio::join!(boolean(&session, &confirm, deadline), commit);
+            Ok(held? && ended?)
+        })
+    }
+}
+
+impl Client {
+    /// Checks what servers meet with silence, and counts the chunks of the key's range.
+    fn chunks(&self, key: &Key) -> Result<u64> {
+        check_model_name(&key.model_name)?;
+        check_salt(&key.cache_salt)?;
+        if key.world_size == 0 || key.world_size > WORLD_SIZE_MAX {
+            return Err(Error::invalid(format!(
+                "world size {} is not in 1..={WORLD_SIZE_MAX}",
+                key.world_size
+            )));
+        }
+        let chunk = u64::from(self.chunk_size());
+        let Key { start, end, .. } = key;
+        let tokens = key.token_ids.len() as u64;
+        if start > end || *end > tokens || start % chunk != 0 || end % chunk != 0 {
+            return Err(Error::invalid(format!(
+                "the range {start}..{end} of {tokens} tokens is not one of whole chunks of {chunk}"
+            )));
+        }
+        Ok((end - start) / chunk)
+    }
+}
+
+/// The key of a scheduler's operation: of no rank, and with the number of readers said.
+fn all_ranks(key: &Key) -> RequestKey {
+    let num_kv_readers = key.num_kv_readers.max(1);
+    Key { worker_id: None, num_kv_readers, ..key.clone() }.into()
+}
+
+/// Slots of another size than the registered objects would be filled or read wrongly.
+fn check_slots(slots: &Slots, object_bytes: u64) -> Result<()> {
+    match slots.slots.iter().find(|slot| slot.length != object_bytes) {
+        None => Ok(()),
+        Some(slot) => Err(Error::new(
+            ErrorCode::Protocol,
+            format!(
+                "the server granted a slot of {} bytes for an object of {object_bytes}; \
+                 does another engine use the same model name with another layout?",
+                slot.length
+            ),
+        )),
+    }
+}
+
+/// The answer to a request that is answered by yes or no.
+async fn boolean(session: &Session, request: &Request, deadline: Instant) -> Result<bool> {
+    match session.request(request, deadline).await? {
+        Reply::Boolean(value) => Ok(value),
+        reply => Err(unexpected(request.operation(), &reply)),
+    }
+}
+
+fn pickles() -> Error {
+    Error::new(
+        ErrorCode::UnsupportedOption,
+        "the server asks for pickles; LMCache's server needs the options \
+         --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven",
+    )
+}
+
+fn no_pool() -> Error {
+    Error::new(ErrorCode::Protocol, "the server granted slots and has named no pool")
+}
+
+/// Takes a registration back that did not succeed, however it failed.
+struct Forget<'a> {
+    client: &'a Client,
+    instance_id: u64,
+    armed: bool,
+}
+
+impl Forget<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.client.forget(self.instance_id);
+        }
+    }
+}

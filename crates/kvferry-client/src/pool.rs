@@ -1,0 +1,53 @@
+//! The server's pool in this process.
+
+use std::sync::Arc;
+
+use kvferry_core::cache::Memory;
+use kvferry_core::{Error, ErrorCode, Result};
+
+/// A mapped pool.
+#[derive(Clone)]
+pub(crate) struct Pool {
+    name: String,
+    bytes: u64,
+    /// The mapping. Grants keep it alive beyond the session.
+    pub(crate) memory: Arc<dyn Memory>,
+}
+
+impl Pool {
+    /// Whether this is the mapping of the segment that a server of the same boot names.
+    pub(crate) fn is(&self, name: &str, bytes: u64) -> bool {
+        self.name == name && self.bytes == bytes
+    }
+
+    /// Maps the segment that a registration's reply names.
+    pub(crate) fn map(name: &str, bytes: u64) -> Result<Self> {
+        if name.is_empty() || bytes == 0 {
+            return Err(Error::new(
+                ErrorCode::UnsupportedOption,
+                "the server offers no shared memory; LMCache's server needs the options \
+                 --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven",
+            ));
+        }
+        if name.contains(['/', '\0']) {
+            return Err(Error::new(
+                ErrorCode::Protocol,
+                format!("the server names a pool {name:?}, which is no segment's name"),
+            ));
+        }
+        Ok(Self { name: name.to_owned(), bytes, memory: open(name, bytes)? })
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn open(name: &str, bytes: u64) -> Result<Arc<dyn Memory>> {
+    Ok(Arc::new(kvferry_copy::SharedRegion::open(name, bytes)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn open(_name: &str, _bytes: u64) -> Result<Arc<dyn Memory>> {
+    Err(Error::new(
+        ErrorCode::UnsupportedPlatform,
+        "a server's pool is shared memory of Linux; use an embedded store on this platform",
+    ))
+}

@@ -1,0 +1,248 @@
+//! What belongs to one connection: requests under way, what the server granted, its pool.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use kvferry_core::key::Key;
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_wire::message::Hello;
+use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::address::Address;
+use crate::pool::Pool;
+
+/// Bytes of requests that may wait to be sent.
+const QUEUED_BYTES_MAX: usize = 64 << 20;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A request on its way to the socket.
+pub(crate) struct Outgoing {
+    pub(crate) frames: Vec<Bytes>,
+    bytes: usize,
+    awaited: bool,
+}
+
+struct Waiting {
+    operation: Operation,
+    answer: oneshot::Sender<Result<Reply>>,
+}
+
+/// Requests that wait for a reply, by the bytes of their uid; after the end, why it ended.
+type Requests = Result<HashMap<Bytes, Waiting>>;
+
+/// What a prepare granted and no commit has ended.
+#[derive(PartialEq, Eq, Hash)]
+struct Granted {
+    operation: Operation,
+    instance: u64,
+    request_id: String,
+    start: u64,
+    end: u64,
+}
+
+impl Granted {
+    fn new(operation: Operation, key: &Key, instance: u64) -> Self {
+        let Key { request_id, start, end, .. } = key;
+        Self { operation, instance, request_id: request_id.clone(), start: *start, end: *end }
+    }
+}
+
+pub(crate) struct Session {
+    address: Address,
+    /// `None` for a server without our operations.
+    pub(crate) hello: Option<Hello>,
+    uids: AtomicU64,
+    requests: Mutex<Requests>,
+    queue: mpsc::UnboundedSender<Outgoing>,
+    queued_bytes: AtomicUsize,
+    granted: Mutex<HashSet<Granted>>,
+    pool: Mutex<Option<Pool>>,
+}
+
+impl Session {
+    /// A session, and its requests to be sent.
+    pub(crate) fn new(
+        address: Address,
+        hello: Option<Hello>,
+        pool: Option<Pool>,
+    ) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
+        let (queue, outgoing) = mpsc::unbounded_channel();
+        let session = Self {
+            address,
+            hello,
+            uids: AtomicU64::new(1),
+            requests: Mutex::new(Ok(HashMap::new())),
+            queue,
+            queued_bytes: AtomicUsize::new(0),
+            granted: Mutex::default(),
+            pool: Mutex::new(pool),
+        };
+        (session, outgoing)
+    }
+
+    /// Sends a request and waits for its reply until `deadline`. A reply that comes later is dropped.
+    pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {
+        let (answer, answered) = oneshot::channel();
+        let operation = request.operation();
+        let uid = self.enqueue(request, Some(Waiting { operation, answer }))?;
+        let _forget = Forget { session: self, uid };
+        match tokio::time::timeout_at(deadline.into(), answered).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(_)) => Err(self.ended()),
+            Err(_) => Err(Error::new(
+                ErrorCode::Timeout,
+                format!("the server at {} did not answer {operation} in time", self.address),
+            )),
+        }
+    }
+
+    /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its end
+    /// undoes what such requests are for.
+    pub(crate) fn send(&self, request: &Request) {
+        let _ = self.enqueue(request, None);
+    }
+
+    fn enqueue(&self, request: &Request, waiting: Option<Waiting>) -> Result<Bytes> {
+        let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), Dialect::Current);
+        let uid = frames[0].clone();
+        let bytes = frames.iter().map(Bytes::len).sum();
+        let awaited = waiting.is_some();
+        if self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > QUEUED_BYTES_MAX {
+            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                format!(
+                    "{QUEUED_BYTES_MAX} bytes of requests wait for the server at {}, which does not take them",
+                    self.address
+                ),
+            ));
+        }
+        let mut requests = lock(&self.requests);
+        let all = requests.as_mut().map_err(|error| error.clone())?;
+        if let Some(waiting) = waiting {
+            all.insert(uid.clone(), waiting);
+        }
+        // In the lock, so that the order of uids is the order on the wire.
+        self.queue.send(Outgoing { frames, bytes, awaited }).map_err(|_| self.ended())?;
+        Ok(uid)
+    }
+
+    /// The frames of a request that is to be sent now; `None` when nobody waits for it any more.
+    pub(crate) fn dequeue(&self, outgoing: Outgoing) -> Option<Vec<Bytes>> {
+        self.queued_bytes.fetch_sub(outgoing.bytes, Ordering::Relaxed);
+        let wanted = !outgoing.awaited
+            || lock(&self.requests).as_ref().is_ok_and(|all| all.contains_key(&outgoing.frames[0]));
+        wanted.then_some(outgoing.frames)
+    }
+
+    /// Ends the request of `uid` with an error.
+    pub(crate) fn fail(&self, uid: &Bytes, error: Error) {
+        if let Some(waiting) = self.take(uid) {
+            let _ = waiting.answer.send(Err(error)); // nobody may wait any more
+        }
+    }
+
+    /// Hands a reply to whoever waits for it. What nobody waits for is dropped.
+    pub(crate) fn deliver(&self, message: &[Bytes]) {
+        let Ok((header, payload)) = Header::decode(message) else { return };
+        let Some(Waiting { operation, answer }) = self.take(&header.uid) else { return };
+        let reply = if header.operation == operation {
+            Reply::decode(operation, payload).map_err(Error::from)
+        } else {
+            Err(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the server at {} answered {operation} with {}",
+                    self.address, header.operation
+                ),
+            ))
+        };
+        let _ = answer.send(reply); // nobody may wait any more
+    }
+
+    fn take(&self, uid: &Bytes) -> Option<Waiting> {
+        lock(&self.requests).as_mut().ok()?.remove(uid)
+    }
+
+    /// Ends all requests, these and those to come.
+    pub(crate) fn end(&self, error: &Error) {
+        let ended = std::mem::replace(&mut *lock(&self.requests), Err(error.clone()));
+        for waiting in ended.into_iter().flat_map(HashMap::into_values) {
+            let _ = waiting.answer.send(Err(error.clone()));
+        }
+    }
+
+    fn ended(&self) -> Error {
+        let error = lock(&self.requests).as_ref().err().cloned();
+        error.unwrap_or_else(|| Error::new(ErrorCode::Internal, "a session ended without a reason"))
+    }
+
+    /// Remembers that a prepare was granted.
+    pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64) {
+        lock(&self.granted).insert(Granted::new(operation, key, instance));
+    }
+
+    /// Forgets it again. `false`: this session has not granted it. A commit must not go to the server
+    /// then: what it would end is another's.
+    pub(crate) fn take_grant(&self, operation: Operation, key: &Key, instance: u64) -> bool {
+        lock(&self.granted).remove(&Granted::new(operation, key, instance))
+    }
+
+    /// The pool, once a registration was answered.
+    pub(crate) fn pool(&self) -> Option<Pool> {
+        lock(&self.pool).clone()
+    }
+
+    /// Maps the pool that a registration's reply names, unless it is mapped.
+    pub(crate) fn map(&self, reply: Reply) -> Result<()> {
+        let Reply::Registered { shm_name, pool_size } = reply else { return Ok(()) };
+        let mut pool = lock(&self.pool);
+        if !pool.as_ref().is_some_and(|pool| pool.is(&shm_name, pool_size)) {
+            *pool = Some(Pool::map(&shm_name, pool_size)?);
+        }
+        Ok(())
+    }
+}
+
+/// Takes a request out of those that wait, however the wait ended.
+struct Forget<'a> {
+    session: &'a Session,
+    uid: Bytes,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.session.take(&self.uid);
+    }
+}
+
+/// A request that is sent unless disarmed: it undoes on the server what a caller no longer waits for.
+pub(crate) struct Undo {
+    session: Arc<Session>,
+    request: Option<Request>,
+}
+
+impl Undo {
+    pub(crate) fn new(session: Arc<Session>, request: Option<Request>) -> Self {
+        Self { session, request }
+    }
+
+    pub(crate) fn disarm(mut self) {
+        self.request = None;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if let Some(request) = &self.request {
+            self.session.send(request);
+        }
+    }
+}

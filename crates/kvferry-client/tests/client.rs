@@ -1,0 +1,603 @@
+//! The client against a scripted server: what it asks, and what it makes of silence, ends and lies.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
+
+mod router;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvferry_client::{Client, ConnectOptions};
+use kvferry_copy::SharedRegion;
+use kvferry_core::cache::{Cache, Memory};
+use kvferry_core::key::Key;
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_wire::message::{StoreSlots, Value};
+use kvferry_wire::{Reply, Request};
+use router::{
+    Answer, CHUNK, OBJECT, POOL, Router, hello, honest, key, layout, shortly, slots, soon,
+};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+/// A pool as a server makes it, under a name of this test's own.
+fn pool(test: &str) -> (String, SharedRegion) {
+    let name = format!("kvferry_client_test_{}_{test}", std::process::id());
+    let region = SharedRegion::create(&name, POOL).unwrap();
+    region.reserve(0).unwrap();
+    (name, region)
+}
+
+fn code<T>(result: Result<T>) -> Option<ErrorCode> {
+    result.err().map(|error| error.code)
+}
+
+async fn connect_error(options: ConnectOptions) -> Error {
+    Client::connect(options).await.err().unwrap()
+}
+
+#[tokio::test]
+async fn nobody_there_is_said_with_the_address_and_the_remedy() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let error = connect_error(ConnectOptions::new(&address)).await;
+    assert_eq!(error.code, ErrorCode::Unreachable);
+    assert!(error.message.contains(&address), "{error}");
+    assert!(error.message.contains("npx kvferry serve"), "{error}");
+}
+
+#[tokio::test]
+async fn a_listener_that_says_nothing_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let options = ConnectOptions {
+        connect_timeout: Duration::from_millis(30),
+        ..ConnectOptions::new(&address)
+    };
+    let error = connect_error(options).await;
+    assert_eq!(error.code, ErrorCode::Timeout);
+    assert!(error.message.contains(&address), "{error}");
+}
+
+#[tokio::test]
+async fn a_listener_of_another_kind_is_told_apart() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = ConnectOptions::new(listener.local_addr().unwrap().to_string());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    assert_eq!(connect_error(options).await.code, ErrorCode::Protocol);
+}
+
+#[tokio::test]
+async fn hosts_beyond_loopback_are_an_unsupported_option() {
+    let error = connect_error(ConnectOptions::new("tcp://192.0.2.1:5555")).await;
+    assert_eq!(error.code, ErrorCode::UnsupportedOption);
+}
+
+#[tokio::test]
+async fn a_server_is_asked_who_it_is() {
+    let router = Router::start("", |_, request| match request {
+        Request::Status => {
+            Some(Answer::Reply(Reply::Status(vec![("objects".to_owned(), Value::Integer(3))])))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let server = client.server();
+    assert_eq!((client.chunk_size(), server.chunk_size), (CHUNK, CHUNK));
+    assert_eq!(server.boot_token, Some([1; 16]));
+    assert_eq!((server.version.as_deref(), server.pid), (Some("0.0.1"), Some(42)));
+    client.ping().await.unwrap();
+    assert_eq!(client.status().await.unwrap(), [("objects".to_owned(), Value::Integer(3))]);
+}
+
+#[tokio::test]
+async fn what_is_stored_lies_in_the_servers_pool() {
+    let (name, region) = pool("store");
+    let router = Router::honest(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    assert_eq!((&grant.chunk_indices[..], grant.refused), (&[1][..], Some(0)));
+    assert_eq!((grant.slots[0].length, grant.slots[0].generation), (OBJECT, Some(7)));
+    grant.memory.write(grant.slots[0].offset, b"stored").unwrap();
+    assert!(client.commit_store(&key(), instance, soon()).await.unwrap());
+    let mut seen = [0; 6];
+    region.read(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"stored");
+
+    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap(), "committed already");
+}
+
+#[tokio::test]
+async fn what_is_loaded_is_confirmed_before_the_lease_ends() {
+    let (name, region) = pool("load");
+    region.write(4096, b"second").unwrap();
+    let mut held = [true, false].into_iter();
+    let mut router = Router::start(&name, move |_, request| match request {
+        Request::Confirm { .. } => Some(Answer::Reply(Reply::Boolean(held.next().unwrap()))),
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    for held in [true, false] {
+        let grant = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+        let mut seen = [0; 6];
+        grant.memory.read(grant.slots[1].offset, &mut seen).unwrap();
+        assert_eq!(&seen, b"second");
+        router.so_far();
+        let kept = client.commit_retrieve(&key(), instance, &grant.slots, soon()).await.unwrap();
+        assert_eq!(kept, held, "slots that were used anew are thrown away");
+        let asked = router.so_far();
+        let confirm = Request::Confirm {
+            instance_id: instance,
+            offsets: vec![0, 4096],
+            generations: vec![7, 8],
+        };
+        assert_eq!(asked[0], confirm);
+        assert!(matches!(asked[1], Request::CommitRetrieve { .. }));
+    }
+}
+
+#[tokio::test]
+async fn a_miss_is_no_error() {
+    let (name, _region) = pool("miss");
+    let router = Router::start(&name, |_, request| {
+        matches!(request, Request::PrepareRetrieve { .. })
+            .then_some(Answer::Reply(Reply::RetrieveSlots(None)))
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    assert!(client.prepare_retrieve(&key(), instance, soon()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_lookup_asks_until_it_is_done() {
+    let mut questions = 0;
+    let mut router = Router::start("", move |_, request| match request {
+        Request::QueryPrefetchStatus { .. } => {
+            questions += 1;
+            (questions < 3).then_some(Answer::Reply(Reply::None))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    assert_eq!(client.lookup(&key(), soon()).await.unwrap(), 2);
+    let (_, lookup) = router.received(|request| matches!(request, Request::Lookup { .. })).await;
+    let Request::Lookup { key: asked, .. } = lookup else { panic!("{lookup:?}") };
+    // LMCache is silent to a key with a rank, and to one that does not say the readers.
+    assert_eq!(asked.key, Key { worker_id: None, num_kv_readers: 1, ..key() });
+    assert_eq!(router.so_far().len(), 3);
+    client.release(&key(), soon()).await.unwrap();
+    client.end_session("request", soon()).await.unwrap();
+    let asked = router.so_far();
+    assert!(
+        matches!(&asked[0], Request::FreeLookupLocks { key, .. } if key.key.worker_id.is_none())
+    );
+    assert_eq!(asked[1], Request::EndSession { request_id: "request".to_owned() });
+}
+
+#[tokio::test]
+async fn keys_that_servers_meet_with_silence_are_not_sent() {
+    let mut router = Router::honest("").await;
+    let client = Client::connect(router.options()).await.unwrap();
+    router.so_far();
+    let bad = [
+        (Key { cache_salt: "a@b".to_owned(), ..key() }, ErrorCode::InvalidSalt),
+        (Key { model_name: "a@b".to_owned(), ..key() }, ErrorCode::InvalidArgument),
+        (Key { world_size: 0, ..key() }, ErrorCode::InvalidArgument),
+        (Key { end: 17, ..key() }, ErrorCode::InvalidArgument),
+        (Key { start: 8, ..key() }, ErrorCode::InvalidArgument),
+        (Key { end: 48, ..key() }, ErrorCode::InvalidArgument),
+        (Key { start: 32, end: 16, ..key() }, ErrorCode::InvalidArgument),
+    ];
+    for (key, expected) in bad {
+        assert_eq!(code(client.lookup(&key, soon()).await), Some(expected), "{key:?}");
+    }
+    let unknown = client.prepare_store(&key(), 1, soon()).await;
+    assert_eq!(code(unknown), Some(ErrorCode::InvalidArgument), "an instance of nobody");
+    assert_eq!(router.so_far(), []);
+}
+
+#[tokio::test]
+async fn silence_is_a_timeout_and_its_late_end_is_nobodys_reply() {
+    let mut pings = 0;
+    let router = Router::start("", move |_, request| {
+        pings += u32::from(matches!(request, Request::Ping { .. }));
+        (pings == 1).then_some(Answer::Silence)
+    })
+    .await;
+    let options = ConnectOptions { request_timeout: Duration::from_millis(30), ..router.options() };
+    let client = Client::connect(options).await.unwrap();
+    let error = client.ping().await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Timeout);
+    assert!(error.message.contains("ping") && error.message.contains(&router.address), "{error}");
+}
+
+#[tokio::test]
+async fn replies_that_nobody_asked_for_are_ignored() {
+    let router = Router::start("", |_, request| {
+        matches!(request, Request::Ping { .. }).then_some(Answer::Stray(Reply::Boolean(true)))
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    client.ping().await.unwrap();
+    client.ping().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_reply_of_another_operation_is_refused() {
+    let router = Router::start("", |_, request| {
+        let wrong = Answer::As(Request::Noop, Reply::Text("OK".to_owned()));
+        matches!(request, Request::Ping { .. }).then_some(wrong)
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    assert_eq!(code(client.ping().await), Some(ErrorCode::Protocol));
+}
+
+#[tokio::test]
+async fn replies_may_come_in_any_order() {
+    let mut first = None;
+    let router = Router::start("", move |_, request| match request {
+        Request::Lookup { key, .. } if first.is_none() => {
+            first = Some(key.key.request_id.clone());
+            Some(Answer::Silence)
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let first = Key { request_id: "first".to_owned(), ..key() };
+    let second = Key { request_id: "second".to_owned(), ..key() };
+    let (first, second) =
+        tokio::join!(client.lookup(&first, shortly()), client.lookup(&second, soon()));
+    assert_eq!(code(first), Some(ErrorCode::Timeout));
+    assert_eq!(second.unwrap(), 2);
+}
+
+#[tokio::test]
+async fn an_unanswered_prepare_is_undone() {
+    let (name, _region) = pool("undone");
+    let mut router = Router::start(&name, |_, request| {
+        matches!(request, Request::PrepareStore { .. } | Request::PrepareRetrieve { .. })
+            .then_some(Answer::Silence)
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let store = client.prepare_store(&key(), instance, shortly()).await;
+    assert_eq!(code(store), Some(ErrorCode::Timeout));
+    let (_, undone) = router.received(|r| matches!(r, Request::AbandonStore { .. })).await;
+    assert_eq!(undone, Request::AbandonStore { key: key().into(), instance_id: instance });
+    let load = client.prepare_retrieve(&key(), instance, shortly()).await;
+    assert_eq!(code(load), Some(ErrorCode::Timeout));
+    router.received(|request| matches!(request, Request::CommitRetrieve { .. })).await;
+    let asked = router.so_far();
+    assert!(asked.is_empty(), "{asked:?}");
+}
+
+#[tokio::test]
+async fn an_abandoned_store_is_given_back_and_not_committed() {
+    let (name, _region) = pool("abandoned");
+    let mut router = Router::honest(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    client.prepare_store(&key(), instance, soon()).await.unwrap();
+    router.so_far();
+    client.abandon_store(&key(), instance, soon()).await.unwrap();
+    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap());
+    let abandon = Request::AbandonStore { key: key().into(), instance_id: instance };
+    assert_eq!(router.so_far(), [abandon]);
+}
+
+#[tokio::test]
+async fn grants_that_do_not_fit_are_refused_and_undone() {
+    let (name, _region) = pool("unfit");
+    let mut grants = [
+        StoreSlots { slots: slots(1, OBJECT / 2), chunk_indices: vec![0], refused: None },
+        StoreSlots { slots: slots(1, OBJECT), chunk_indices: vec![2], refused: None },
+        StoreSlots { slots: slots(2, OBJECT), chunk_indices: vec![1, 0], refused: None },
+        StoreSlots { slots: slots(2, OBJECT), chunk_indices: vec![1, 1], refused: None },
+    ]
+    .into_iter();
+    let mut router = Router::start(&name, move |_, request| match request {
+        Request::PrepareStore { .. } => {
+            Some(Answer::Reply(Reply::StoreSlots(Some(grants.next().unwrap()))))
+        }
+        Request::PrepareRetrieve { .. } => {
+            Some(Answer::Reply(Reply::RetrieveSlots(Some(slots(1, OBJECT)))))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    for _ in 0..4 {
+        let store = client.prepare_store(&key(), instance, soon()).await;
+        assert_eq!(code(store), Some(ErrorCode::Protocol));
+        router.received(|request| matches!(request, Request::AbandonStore { .. })).await;
+    }
+    let load = client.prepare_retrieve(&key(), instance, soon()).await;
+    assert_eq!(code(load), Some(ErrorCode::Protocol), "one slot for two chunks");
+}
+
+#[tokio::test]
+async fn a_server_started_anew_is_registered_with_and_its_pool_mapped() {
+    let (old_name, old) = pool("before");
+    let (new_name, new) = pool("after");
+    let registered = new_name.clone();
+    let mut router =
+        Router::start(&old_name, move |connection, request| match (connection, request) {
+            (0, Request::Ping { .. }) => Some(Answer::Close),
+            (1, Request::Hello) => Some(Answer::Reply(hello(2))),
+            (1, Request::Register { .. }) => Some(Answer::Reply(honest(request, &registered))),
+            _ => None,
+        })
+        .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let before = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    let load = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+    router.so_far();
+
+    let error = client.ping().await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unreachable, "in mid-request");
+    assert!(error.message.contains(&router.address), "{error}");
+    let (connection, again) =
+        router.received(|request| matches!(request, Request::Register { .. })).await;
+    let register = Request::Register { instance_id: instance, layout: layout() };
+    assert_eq!((connection, again), (1, register));
+    client.connected(soon()).await.unwrap();
+    assert_eq!(client.server().boot_token, Some([2; 16]));
+    router.so_far();
+
+    // What the old server granted is not the new one's to commit, and cannot be confirmed.
+    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap());
+    assert!(!client.commit_retrieve(&key(), instance, &load.slots, soon()).await.unwrap());
+    assert_eq!(router.so_far(), []);
+
+    let after = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    before.memory.write(0, b"old").unwrap();
+    after.memory.write(0, b"new").unwrap();
+    for (region, expected) in [(old, b"old"), (new, b"new")] {
+        let mut seen = [0; 3];
+        region.read(0, &mut seen).unwrap();
+        assert_eq!(&seen, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_lives_on_keeps_its_mapping() {
+    let (name, _region) = pool("same");
+    let router = Router::start(&name, move |connection, request| {
+        (connection == 0 && matches!(request, Request::Ping { .. })).then_some(Answer::Close)
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let before = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    client.ping().await.unwrap_err();
+    client.connected(soon()).await.unwrap();
+    let after = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    assert!(Arc::ptr_eq(&before.memory, &after.memory));
+}
+
+#[tokio::test]
+async fn without_a_connection_requests_fail_at_once() {
+    let mut router = Router::start("", |connection, request| match connection {
+        0 => matches!(request, Request::Ping { .. }).then_some(Answer::Close),
+        _ => Some(Answer::Close),
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    client.ping().await.unwrap_err();
+    router.received(|_| true).await;
+    for _ in 0..3 {
+        let error = client.lookup(&key(), soon()).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Unreachable);
+        assert!(error.message.contains("npx kvferry serve"), "{error}");
+    }
+    let never = client.connected(shortly()).await;
+    assert_eq!(code(never), Some(ErrorCode::Unreachable));
+}
+
+#[tokio::test]
+async fn another_chunk_size_after_a_restart_is_said() {
+    let router = Router::start("", |connection, request| match (connection, request) {
+        (0, Request::Ping { .. }) => Some(Answer::Close),
+        (0, _) => None,
+        (_, Request::GetChunkSize) => Some(Answer::Reply(Reply::Integer(256))),
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    client.ping().await.unwrap_err();
+    loop {
+        let error = client.ping().await.unwrap_err();
+        if error.code != ErrorCode::Unreachable {
+            assert_eq!(error.code, ErrorCode::Protocol);
+            assert!(error.message.contains("256") && error.message.contains("16"), "{error}");
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(client.chunk_size(), CHUNK);
+}
+
+#[tokio::test]
+async fn signs_of_life_begin_with_a_registration_and_their_lack_ends_a_connection() {
+    let (name, _region) = pool("life");
+    let mut router = Router::start(&name, |connection, request| {
+        (connection == 0 && matches!(request, Request::Ping { .. })).then_some(Answer::Silence)
+    })
+    .await;
+    let options =
+        ConnectOptions { heartbeat_interval: Duration::from_millis(20), ..router.options() };
+    let client = Client::connect(options).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let ping = |request: &Request| matches!(request, Request::Ping { .. });
+    let expected = Request::Ping { instance_id: Some(instance) };
+    assert_eq!(router.received(ping).await, (0, expected.clone()));
+    assert_eq!(router.received(ping).await, (1, expected.clone()), "on another connection");
+    assert_eq!(router.received(ping).await, (1, expected), "where they are answered");
+}
+
+#[tokio::test]
+async fn a_stalled_server_is_not_given_more_than_can_be_kept() {
+    let router = Router::start("", |_, request| {
+        matches!(request, Request::Ping { .. }).then_some(Answer::Stall)
+    })
+    .await;
+    let client = Arc::new(Client::connect(router.options()).await.unwrap());
+    // Tokens of five bytes each: 7 MiB a request.
+    let tokens: Arc<[u32]> = vec![u32::MAX; 7 << 20 >> 2].into();
+    let large =
+        Key { token_ids: tokens.iter().take((7 << 20) / 5).copied().collect(), end: 0, ..key() };
+    let mut requests = JoinSet::new();
+    let stalled = Arc::clone(&client);
+    requests.spawn(async move { stalled.ping().await.map(drop) });
+    for _ in 0..12 {
+        let (client, key) = (Arc::clone(&client), large.clone());
+        requests.spawn(async move { client.lookup(&key, soon()).await.map(drop) });
+    }
+    let error = requests.join_next().await.unwrap().unwrap().unwrap_err();
+    assert_eq!(error.code, ErrorCode::Timeout);
+    assert!(error.message.contains("does not take them"), "{error}");
+}
+
+#[tokio::test]
+async fn a_request_too_long_for_any_server_is_refused_and_harms_no_other() {
+    let router = Router::honest("").await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let long = Key { token_ids: vec![u32::MAX; 2 << 20].into(), end: 0, ..key() };
+    let error = client.lookup(&long, soon()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    client.ping().await.unwrap();
+}
+
+/// LMCache's server: no operations of ours.
+async fn lmcache(pool: &str) -> Router {
+    Router::start(pool, |_, request| match request {
+        Request::GetExperimental => {
+            Some(Answer::Reply(Reply::Names(vec!["kv_event_stream".to_owned()])))
+        }
+        Request::Hello
+        | Request::Confirm { .. }
+        | Request::AbandonStore { .. }
+        | Request::Status => {
+            panic!("LMCache was asked {request:?}")
+        }
+        Request::PrepareStore { .. } | Request::PrepareRetrieve { .. } => {
+            Some(Answer::Reply(honest(request, "").plain()))
+        }
+        _ => None,
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_lmcache_server_is_asked_only_what_it_knows() {
+    let (name, _region) = pool("lmcache");
+    let router = lmcache(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    assert_eq!(client.server().boot_token, None);
+    assert_eq!(code(client.status().await), Some(ErrorCode::UnsupportedOption));
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let store = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    assert_eq!((store.refused, store.slots[0].generation), (None, None));
+    client.abandon_store(&key(), instance, soon()).await.unwrap();
+    let load = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+    assert!(client.commit_retrieve(&key(), instance, &load.slots, soon()).await.unwrap());
+    client.close().await;
+}
+
+#[tokio::test]
+async fn an_lmcache_server_without_shared_memory_is_told_what_it_lacks() {
+    let router = Router::start("", |_, request| match request {
+        Request::Register { .. } => {
+            Some(Answer::Reply(Reply::Registered { shm_name: String::new(), pool_size: 0 }))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let error = client.register(layout(), soon()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::UnsupportedOption);
+    for option in ["--no-l1-use-lazy", "--shm-name", "--supported-transfer-mode engine_driven"] {
+        assert!(error.message.contains(option), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_pool_is_a_segment_and_no_other_file() {
+    for name in ["../../etc/passwd", "a\0b"] {
+        let router = Router::honest(name).await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let error = client.register(layout(), soon()).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Protocol, "{name:?}");
+    }
+}
+
+#[tokio::test]
+async fn closing_says_goodbye_once() {
+    let (name, _region) = pool("close");
+    let mut router = Router::honest(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    router.so_far();
+    client.close().await;
+    client.close().await;
+    assert_eq!(router.so_far(), [Request::Unregister { instance_id: instance }]);
+    assert_eq!(code(client.ping().await), Some(ErrorCode::Closed));
+    assert_eq!(code(client.lookup(&key(), soon()).await), Some(ErrorCode::Closed));
+    assert_eq!(code(client.connected(soon()).await), Some(ErrorCode::Closed));
+}
+
+#[tokio::test]
+async fn closing_ends_requests_under_way() {
+    let mut router = Router::start("", |_, request| {
+        matches!(request, Request::Ping { .. }).then_some(Answer::Silence)
+    })
+    .await;
+    let client = Arc::new(Client::connect(router.options()).await.unwrap());
+    let pinging = Arc::clone(&client);
+    let ping = tokio::spawn(async move { pinging.ping().await });
+    router.received(|request| matches!(request, Request::Ping { .. })).await;
+    client.close().await;
+    assert_eq!(code(ping.await.unwrap()), Some(ErrorCode::Closed));
+}
+
+#[tokio::test]
+async fn an_instance_that_is_unregistered_stays_so() {
+    let (name, _region) = pool("unregister");
+    let mut router = Router::start(&name, |connection, request| {
+        (connection == 0 && matches!(request, Request::Ping { .. })).then_some(Answer::Close)
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let kept = client.register(layout(), soon()).await.unwrap();
+    let gone = client.register(layout(), soon()).await.unwrap();
+    assert_ne!(kept, gone);
+    client.unregister(gone, soon()).await.unwrap();
+    client.ping().await.unwrap_err();
+    client.connected(soon()).await.unwrap();
+    client.ping().await.unwrap();
+    let again: Vec<_> = router
+        .so_far()
+        .into_iter()
+        .skip_while(|request| !matches!(request, Request::Ping { .. }))
+        .filter(|request| matches!(request, Request::Register { .. }))
+        .collect();
+    assert_eq!(again, [Request::Register { instance_id: kept, layout: layout() }]);
+}
