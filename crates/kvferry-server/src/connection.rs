@@ -7,8 +7,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use kvferry_store::Departure;
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::service::{Peer, Service};
@@ -56,7 +55,7 @@ impl Drop for Part<'_> {
 
 /// Serves the connection until it ends; says who ended it.
 pub(crate) async fn serve(
-    mut stream: TcpStream,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
     service: &Service,
     peer: &mut Peer,
     unfinished: &Unfinished,
@@ -75,12 +74,11 @@ pub(crate) async fn serve(
 }
 
 async fn talk(
-    stream: &mut TcpStream,
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     service: &Service,
     peer: &mut Peer,
     unfinished: &Unfinished,
 ) -> io::Result<()> {
-    stream.set_nodelay(true)?;
     let mut part = Part { all: unfinished, bytes: 0 };
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
     let mut zmtp = Connection::new(Config::null(SocketType::Router), &mut output);
@@ -98,6 +96,7 @@ async fn talk(
         if read? == 0 {
             return Ok(());
         }
+        let arrived = input.len();
         let mut ready = false;
         while let Some(event) = zmtp.receive(&mut input, &mut output).map_err(Malformed::io)? {
             match event {
@@ -114,26 +113,31 @@ async fn talk(
                 send(stream, &mut output).await?;
             }
         }
-        if !part.set(input.len()) {
+        if input.len() < arrived {
+            // What stays must not keep the space of what was taken.
+            input = BytesMut::from(&input[..]);
+        }
+        let begun = zmtp.unfinished();
+        if !part.set(input.len() + begun.unwrap_or(0)) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         if zmtp.is_ready() {
-            deadline = match (input.is_empty(), deadline) {
-                (true, _) => None,
-                (false, Some(deadline)) if !ready => Some(deadline), // the same message goes on
-                (false, _) => Some(Instant::now() + MESSAGE),
+            deadline = match deadline {
+                _ if input.is_empty() && begun.is_none() => None,
+                Some(deadline) if !ready => Some(deadline), // the same message goes on
+                _ => Some(Instant::now() + MESSAGE),
             };
-        }
-        if input.is_empty() && input.capacity() > READ {
-            input = BytesMut::new(); // a large message came: an idle peer does not keep its space
         }
     }
 }
 
-async fn send(stream: &mut TcpStream, output: &mut BytesMut) -> io::Result<()> {
+async fn send(stream: &mut (impl AsyncWrite + Unpin), output: &mut BytesMut) -> io::Result<()> {
     if !output.is_empty() {
         let sent = timeout(MESSAGE, stream.write_all(output)).await;
         sent.map_err(|_| io::ErrorKind::TimedOut)??;
+        if output.capacity() > WRITE {
+            *output = BytesMut::new(); // an idle peer does not keep a large answer's space
+        }
         output.clear();
     }
     Ok(())
@@ -164,5 +168,210 @@ fn label(error: &io::Error) -> &'static str {
         (None, io::ErrorKind::TimedOut) => "deadline",
         (None, io::ErrorKind::OutOfMemory) => "unfinished_messages",
         (None, _) => "connection",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use kvferry_store::{Limits, Store, StoreOptions};
+    use kvferry_wire::message::Value;
+    use kvferry_wire::{Operation, Reply, Request};
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::time::{advance, sleep};
+
+    use super::*;
+
+    /// The serving side, without a socket.
+    struct Host {
+        store: Store,
+        service: Service,
+        unfinished: Unfinished,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            let options = StoreOptions {
+                chunk_size: 16,
+                memory: 1 << 20,
+                shared_name: None,
+                limits: Limits::default(),
+            };
+            let store = Store::new(options).unwrap();
+            let service = Service::new(store.clone(), [0; 16]);
+            Self { store, service, unfinished: Unfinished::default() }
+        }
+
+        /// How the connection ends, and after how long.
+        async fn serve(&self, stream: DuplexStream) -> (Departure, Duration) {
+            let begun = Instant::now();
+            let mut peer = Peer::new(self.store.connect());
+            let departure = serve(stream, &self.service, &mut peer, &self.unfinished).await;
+            (departure, begun.elapsed())
+        }
+
+        fn dropped(&self, reason: &str) -> i64 {
+            let frames = Request::Status.encode(0, Default::default());
+            let mut peer = Peer::new(self.store.connect());
+            let reply = self.service.answer(&mut peer, &frames, std::time::Instant::now()).unwrap();
+            let Ok(Reply::Status(status)) = Reply::decode(Operation::Status, &reply[2..]) else {
+                panic!("no status")
+            };
+            let name = format!("dropped_{reason}");
+            status.iter().find(|(known, _)| *known == name).map_or(0, |(_, count)| match count {
+                Value::Integer(count) => *count,
+                other => panic!("{other:?}"),
+            })
+        }
+    }
+
+    /// What a client sends to get through the handshake.
+    fn handshake() -> BytesMut {
+        let mut output = BytesMut::new();
+        let mut client = Connection::new(Config::null(SocketType::Dealer), &mut output);
+        let mut theirs = BytesMut::new();
+        Connection::new(Config::null(SocketType::Router), &mut theirs);
+        client.receive(&mut theirs, &mut output).unwrap();
+        output
+    }
+
+    fn message(frames: &[Bytes]) -> BytesMut {
+        let mut output = BytesMut::new();
+        for (i, frame) in frames.iter().enumerate() {
+            let more = u8::from(i + 1 < frames.len());
+            output.extend_from_slice(&[more, u8::try_from(frame.len()).unwrap()]);
+            output.extend_from_slice(frame);
+        }
+        output
+    }
+
+    fn noop() -> BytesMut {
+        message(&Request::Noop.encode(1, Default::default()))
+    }
+
+    async fn drain(mut stream: impl AsyncRead + Unpin) {
+        let mut buffer = [0; 4096];
+        while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_handshake_takes_five_seconds_at_most_however_it_is_dragged_out() {
+        for sent in [0, 1, 11, 63, 64, 70, handshake().len() - 1] {
+            let host = Host::new();
+            let (near, far) = duplex(4096);
+            let (reading, mut writing) = tokio::io::split(near);
+            let dragging = async {
+                for byte in &handshake()[..sent] {
+                    writing.write_all(&[*byte]).await.unwrap();
+                    sleep(HANDSHAKE / 100).await;
+                }
+                drain(reading).await;
+            };
+            let (ended, ()) = tokio::join!(host.serve(far), dragging);
+            assert_eq!(ended, (Departure::GivenUp, HANDSHAKE), "after {sent} bytes");
+            assert_eq!(host.dropped("deadline"), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn between_messages_a_peer_may_be_silent_for_as_long_as_it_likes() {
+        let host = Host::new();
+        let (mut near, far) = duplex(4096);
+        let client = async {
+            near.write_all(&handshake()).await.unwrap();
+            near.write_all(&noop()).await.unwrap();
+            sleep(Duration::from_secs(86_400)).await;
+            near.write_all(&noop()).await.unwrap();
+            near.shutdown().await.unwrap();
+            let mut received = Vec::new();
+            near.read_to_end(&mut received).await.unwrap();
+            let answers = received.windows(3).filter(|bytes| bytes == b"\xa2OK").count();
+            assert_eq!(answers, 2);
+        };
+        let ((departure, _), ()) = tokio::join!(host.serve(far), client);
+        assert_eq!(departure, Departure::Ended);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_takes_thirty_seconds_at_most_from_its_first_byte() {
+        let frames = [vec![1], vec![0x18]].map(Bytes::from);
+        let whole = message(&frames);
+        // In the middle of a header, of a frame, and between two frames of a message.
+        for cut in 1..whole.len() {
+            let host = Host::new();
+            let (near, far) = duplex(4096);
+            let (reading, mut writing) = tokio::io::split(near);
+            let idle = Duration::from_secs(600);
+            let dragging = async {
+                writing.write_all(&handshake()).await.unwrap();
+                sleep(idle).await;
+                for byte in &whole[..cut] {
+                    writing.write_all(&[*byte]).await.unwrap();
+                    sleep(MESSAGE / 10).await;
+                }
+                drain(reading).await;
+            };
+            let (ended, ()) = tokio::join!(host.serve(far), dragging);
+            assert_eq!(ended, (Departure::GivenUp, idle + MESSAGE), "after {cut} bytes");
+            assert_eq!(host.dropped("deadline"), 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_no_answers_is_cut() {
+        let host = Host::new();
+        let (near, far) = duplex(1024);
+        let (reading, mut writing) = tokio::io::split(near);
+        let asking = async {
+            writing.write_all(&handshake()).await.unwrap();
+            while writing.write_all(&noop()).await.is_ok() {}
+        };
+        let ((departure, took), ()) = tokio::join!(host.serve(far), asking);
+        assert_eq!((departure, took), (Departure::GivenUp, MESSAGE));
+        assert_eq!(host.dropped("deadline"), 1);
+        drop(reading);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unfinished_messages_of_all_peers_have_a_bound_together() {
+        let host = Host::new();
+        let others = UNFINISHED_MAX - 100;
+        host.unfinished.0.store(others, Ordering::Relaxed);
+        // Both in a frame that has not arrived whole and in frames that have.
+        let part = |length: u8| [&[1, 200][..], &vec![0; length.into()]].concat();
+        let frames = |count| [&[1, 10][..], &[0; 10]].concat().repeat(count);
+        let served = [part(90), frames(9)];
+        let refused = [part(110), frames(11)];
+        for (sent, fits) in
+            served.map(|sent| (sent, true)).into_iter().chain(refused.map(|sent| (sent, false)))
+        {
+            let before = host.dropped("unfinished_messages");
+            let (near, far) = duplex(4096);
+            let (reading, mut writing) = tokio::io::split(near);
+            let client = async {
+                writing.write_all(&handshake()).await.unwrap();
+                writing.write_all(&sent).await.unwrap();
+                advance(Duration::from_secs(1)).await;
+                writing.shutdown().await.unwrap();
+                drain(reading).await;
+            };
+            let ((departure, _), ()) = tokio::join!(host.serve(far), client);
+            let expected = if fits { Departure::Ended } else { Departure::GivenUp };
+            assert_eq!(departure, expected, "{} bytes", sent.len());
+            assert_eq!(host.dropped("unfinished_messages") - before, i64::from(!fits));
+            assert_eq!(host.unfinished.0.load(Ordering::Relaxed), others, "its part is given back");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_ended_a_connection_is_told_apart() {
+        let host = Host::new();
+        let (near, far) = duplex(4096);
+        drop(near);
+        assert_eq!(host.serve(far).await.0, Departure::Ended);
+        let (mut near, far) = duplex(4096);
+        near.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        assert_eq!(host.serve(far).await.0, Departure::GivenUp);
+        assert_eq!(host.dropped("zmtp_greeting"), 1);
     }
 }

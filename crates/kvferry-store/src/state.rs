@@ -46,6 +46,8 @@ pub(crate) struct Registered {
 
 pub(crate) struct Instance {
     pub(crate) registered: Arc<Registered>,
+    /// Larger for one that was registered later.
+    pub(crate) age: u64,
     /// Oldest first, as their commits come.
     pub(crate) stores: HashMap<Range, VecDeque<Reservation>>,
     pub(crate) retrievals: HashMap<Range, VecDeque<Retrieval>>,
@@ -91,6 +93,8 @@ pub(crate) struct Session {
     /// Leases that no worker was handed.
     pub(crate) leases: HashMap<Handle, u32>,
     pub(crate) age: (Instant, u64),
+    /// What it counts for in [`Limits::session_bytes`].
+    pub(crate) bytes: u64,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -203,14 +207,15 @@ impl State {
         prompt: Arc<Prompt>,
         now: Instant,
     ) -> &mut Session {
-        self.session_bytes += prompt.bytes();
+        let bytes = prompt.bytes() + 3 * request_id.len() as u64; // three maps have it
+        self.session_bytes += bytes;
         let age = (now + self.limits.session_idle, self.next());
         self.sessions_by_age.insert(age, request_id.to_owned());
         self.belongings(owner).sessions.insert(request_id.to_owned());
         let former = self.sessions.remove(request_id);
         let mut leases = HashMap::new();
         if let Some(former) = former {
-            self.session_bytes -= former.prompt.bytes();
+            self.session_bytes -= former.bytes;
             self.sessions_by_age.remove(&former.age);
             if former.owner != owner {
                 self.belongings(former.owner).sessions.remove(request_id);
@@ -227,7 +232,7 @@ impl State {
             self.end_session(&oldest);
             self.counters.expired_sessions += 1;
         }
-        let session = Session { owner, prompt, hit: None, leases, age };
+        let session = Session { owner, prompt, hit: None, leases, age, bytes };
         self.sessions.entry(request_id.to_owned()).insert_entry(session).into_mut()
     }
 
@@ -246,7 +251,7 @@ impl State {
     pub(crate) fn end_session(&mut self, request_id: &str) {
         let Some(session) = self.sessions.remove(request_id) else { return };
         self.sessions_by_age.remove(&session.age);
-        self.session_bytes -= session.prompt.bytes();
+        self.session_bytes -= session.bytes;
         if let Some(belongings) = self.owners.get_mut(&session.owner) {
             belongings.sessions.remove(request_id);
         }
@@ -314,6 +319,54 @@ impl State {
             self.counters.abandoned_chunks += grants.len() as u64;
             known.apart.push(Apart { owner: reservation.owner, range, grants });
         }
+    }
+
+    /// Retrievals of an instance that are not committed.
+    pub(crate) fn retrievals(&self, instance: u64) -> usize {
+        let known = self.instances.get(&instance);
+        known.map_or(0, |known| known.retrievals.values().map(VecDeque::len).sum())
+    }
+
+    /// Forgets an instance and takes back every slot that it was told of.
+    pub(crate) fn unregister(&mut self, instance: u64) {
+        let Some(gone) = self.instances.remove(&instance) else { return };
+        for belongings in self.owners.values_mut() {
+            belongings.instances.remove(&instance);
+        }
+        for reservation in gone.stores.into_values().flatten() {
+            self.reservations_by_age.remove(&reservation.age);
+            self.abandon(&reservation.objects);
+        }
+        for retrieval in gone.retrievals.into_values().flatten() {
+            self.unpin(&retrieval.objects);
+        }
+        for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
+            self.pool.give_back(grant);
+        }
+        let registered = gone.registered;
+        let in_use =
+            self.instances.values().any(|other| Arc::ptr_eq(&other.registered, &registered));
+        if !in_use {
+            let place = (registered.layout.model_name.clone(), registered.layout.world_size);
+            if self.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &registered)) {
+                self.layouts.remove(&place);
+            }
+        }
+    }
+
+    /// Forgets the oldest instance whose peers are all gone and that holds nothing: engines that were
+    /// killed did not unregister theirs. `false` when there is none.
+    pub(crate) fn forget_deserted(&mut self) -> bool {
+        let owned: HashSet<u64> =
+            self.owners.values().flat_map(|owner| &owner.instances).copied().collect();
+        let deserted = self.instances.iter().filter(|(id, instance)| {
+            !owned.contains(id)
+                && instance.stores.is_empty()
+                && instance.retrievals.is_empty()
+                && instance.apart.is_empty()
+        });
+        let oldest = deserted.min_by_key(|(_, instance)| instance.age).map(|(id, _)| *id);
+        oldest.inspect(|id| self.unregister(*id)).is_some()
     }
 
     /// A peer that was told of this instance's slots is gone.

@@ -21,6 +21,15 @@ use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retriev
 
 /// Readers of one object that a lookup may announce at most.
 const READERS_MAX: u32 = 255;
+/// Leases of one object that one request may hold at most.
+const LEASES_MAX: u32 = 4_096;
+/// Slots of one answer at most: a reply of the wire (8 MiB) holds them.
+const SLOTS_MAX: usize = 65_536;
+/// Retrievals of one instance that are not committed, at most.
+const RETRIEVALS_MAX: usize = 4_096;
+/// Begins the name of every segment of ours.
+#[cfg(target_os = "linux")]
+const PREFIX: &str = "kvferry_";
 /// After shared memory ran out, growing is not tried again for this long.
 const GROWTH_RETRY: Duration = Duration::from_secs(5);
 
@@ -32,7 +41,8 @@ pub struct StoreOptions {
     /// Bytes of the pool, 4096 or more.
     pub memory: u64,
     /// The shared-memory segment's name, 1 to 200 bytes without `/` and NUL; `None` keeps the pool in
-    /// this process's own memory.
+    /// this process's own memory. `kvferry_` is put before it where it is missing, so that no other
+    /// program's segment is ever taken for a stale one of ours.
     pub shared_name: Option<String>,
     /// Deadlines and bounds.
     pub limits: Limits,
@@ -48,9 +58,10 @@ pub struct Limits {
     pub reservation: Duration,
     /// Sessions at most; the one unused longest goes first. Default 65,536.
     pub sessions: usize,
-    /// Bytes of tokens and hashes that sessions may hold together. Default 256 MiB.
+    /// Bytes of tokens, hashes and request ids that sessions may hold together. Default 256 MiB.
     pub session_bytes: u64,
-    /// Registered instances at most; one more is refused. Default 4,096.
+    /// Registered instances at most. Of those whose peer is gone and that hold nothing, the oldest makes
+    /// room for one more; without any it is refused. Default 4,096.
     pub instances: usize,
 }
 
@@ -189,9 +200,9 @@ impl Store {
                     "instance {instance} is registered with another layout; unregister it first"
                 )));
             }
-        } else if state.instances.len() >= state.limits.instances {
+        } else if state.instances.len() >= state.limits.instances && !state.forget_deserted() {
             return Err(Error::invalid(format!(
-                "{} instances are registered, the most that are allowed; unregister one",
+                "{} instances are registered and in use, the most that are allowed; unregister one",
                 state.limits.instances
             )));
         }
@@ -205,8 +216,10 @@ impl Store {
             }
         };
         state.headroom = state.headroom.max(16 * object_bytes);
+        let age = state.next();
         state.instances.entry(instance).or_insert_with(|| Instance {
             registered,
+            age,
             stores: HashMap::new(),
             retrievals: HashMap::new(),
             apart: Vec::new(),
@@ -218,27 +231,7 @@ impl Store {
 
     /// Forgets the instance and takes back every slot that it was told of. Its objects stay.
     pub fn unregister(&self, instance: u64) {
-        let mut state = self.lock();
-        let Some(gone) = state.instances.remove(&instance) else { return };
-        for reservation in gone.stores.into_values().flatten() {
-            state.reservations_by_age.remove(&reservation.age);
-            state.abandon(&reservation.objects);
-        }
-        for retrieval in gone.retrievals.into_values().flatten() {
-            state.unpin(&retrieval.objects);
-        }
-        for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
-            state.pool.give_back(grant);
-        }
-        let registered = gone.registered;
-        let in_use =
-            state.instances.values().any(|other| Arc::ptr_eq(&other.registered, &registered));
-        if !in_use {
-            let place = (registered.layout.model_name.clone(), registered.layout.world_size);
-            if state.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &registered)) {
-                state.layouts.remove(&place);
-            }
-        }
+        self.lock().unregister(instance);
     }
 
     /// The shape of an instance's objects.
@@ -282,6 +275,14 @@ impl Store {
             }
         }
         let hit_chunks = hit.len() as u64 / u64::from(key.world_size);
+        let held = state.sessions.get(&key.request_id).map(|session| &session.leases);
+        let most = held.and_then(|leases| hit.iter().filter_map(|handle| leases.get(handle)).max());
+        if most.is_some_and(|most| most + readers > LEASES_MAX) {
+            return Err(Error::invalid(format!(
+                "request {:?} holds {LEASES_MAX} leases of one object; end its session",
+                key.request_id
+            )));
+        }
         let session = state.session(owner, &key.request_id, prompt, now);
         session.hit = Some(hit_chunks);
         for handle in &hit {
@@ -340,7 +341,7 @@ impl Store {
     }
 
     /// Reserves slots for the range's chunks that are neither stored nor being written; leading chunks
-    /// first, as many as there is room for. What is least recently used makes room.
+    /// first, as many as there is room for, and 65,536 at most. What is least recently used makes room.
     pub fn prepare_store(
         &self,
         owner: Owner,
@@ -379,7 +380,9 @@ impl Store {
                 parent = Some(known);
                 continue;
             }
-            let Some(grant) = state.allocate(registered.object_bytes) else {
+            let room = objects.len() < SLOTS_MAX;
+            let grant = room.then(|| state.allocate(registered.object_bytes)).flatten();
+            let Some(grant) = grant else {
                 let rest = chunks.clone().skip(position as usize);
                 let missing = rest.filter(|chunk| state.index.get(&id(*chunk)).is_none()).count();
                 reserved.refused = u32::try_from(missing).unwrap_or(u32::MAX);
@@ -429,7 +432,8 @@ impl Store {
     }
 
     /// The slots of the range's chunks for the key's rank, if each is there and leased by the key's
-    /// request; otherwise `None`, and nothing changes.
+    /// request; otherwise `None`, and nothing changes. At most 65,536 at once, and 4,096 retrievals of an
+    /// instance that are not committed.
     pub fn prepare_retrieve(
         &self,
         owner: Owner,
@@ -443,6 +447,11 @@ impl Store {
         state.touch(&key.request_id, now);
         let (_, range) = state.range(key, instance, &prompt, &chunks)?;
         let Some(range) = range else { return Ok(Some(Vec::new())) };
+        if chunks.len() > SLOTS_MAX || state.retrievals(instance) >= RETRIEVALS_MAX {
+            return Err(Error::invalid(format!(
+                "instance {instance} retrieves more than {SLOTS_MAX} chunks at once, or commits none of {RETRIEVALS_MAX} retrievals"
+            )));
+        }
         let objects: Vec<Handle> = chunks
             .clone()
             .map_while(|chunk| {
@@ -666,6 +675,7 @@ fn readers(key: &Key, tp_size: u32) -> Result<u32> {
 
 #[cfg(target_os = "linux")]
 fn shared(name: String, bytes: u64) -> Result<Region> {
+    let name = if name.starts_with(PREFIX) { name } else { format!("{PREFIX}{name}") };
     let region = Arc::new(kvferry_copy::SharedRegion::create(&name, bytes)?);
     Ok(Region::Shared { region, name })
 }

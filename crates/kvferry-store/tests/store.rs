@@ -391,6 +391,73 @@ fn sessions_are_bounded_in_number_and_bytes() {
 }
 
 #[test]
+fn a_request_id_counts_as_much_as_it_takes() {
+    let engine = engine_with(4, Limits { session_bytes: 10_000, ..Limits::default() });
+    for request in 0..10 {
+        let long = format!("{request}{}", "x".repeat(1_500));
+        engine.store.lookup(engine.owner, &key(&long, 0, 2), 1, engine.now).unwrap();
+    }
+    assert_eq!(engine.status("sessions"), 2);
+}
+
+#[test]
+fn leases_and_reads_that_nobody_ends_are_bounded() {
+    let engine = engine(4);
+    let key_ = key("a", 0, 1);
+    engine.put(&key_);
+    let lease = |request: &str| {
+        let key = Key { num_kv_readers: 255, ..key(request, 0, 1) };
+        engine.store.lookup(engine.owner, &key, 1, engine.now)
+    };
+    for _ in 0..16 {
+        lease("a").unwrap(); // 255 at a time
+    }
+    assert!(lease("a").is_err());
+    assert_eq!(engine.status("leases"), 16 * 255, "what was refused leased nothing");
+
+    let read = |request: &str| {
+        engine.store.prepare_retrieve(engine.owner, &key(request, 0, 1), 1, engine.now)
+    };
+    for _ in 0..16 * 255 {
+        read("a").unwrap().unwrap();
+    }
+    lease("b").unwrap();
+    let more = (0..255).take_while(|_| read("b").is_ok()).count();
+    assert_eq!(more, 16, "4,096 in all");
+    engine.store.commit_retrieve(&key("a", 0, 1), 1).unwrap();
+    read("b").unwrap().unwrap();
+}
+
+#[test]
+fn instances_whose_peers_are_gone_make_room_and_those_in_use_do_not() {
+    let engine = engine_with(4, Limits { instances: 4, ..Limits::default() });
+    engine.put(&key("a", 0, 1));
+    // Killed ones, one of which was given up in the middle of a store.
+    let gone = |instance, departure| {
+        let peer = engine.store.connect();
+        engine.store.register(peer, instance, layout("m", 1)).unwrap();
+        engine.store.prepare_store(peer, &key("w", 100, 1), instance, engine.now).unwrap();
+        engine.store.disconnect(peer, departure);
+    };
+    gone(2, Departure::GivenUp);
+    for instance in 3..20 {
+        gone(instance, Departure::Ended);
+    }
+    assert_eq!(engine.status("instances"), 4);
+    assert_eq!(engine.status("slots_apart"), 1, "the one that may still write is remembered");
+    assert_eq!(engine.hits(&key("b", 0, 1)), 1, "and so is the one that is connected");
+    assert!(engine.store.prepare_store(engine.owner, &key("c", 0, 2), 1, engine.now).is_ok());
+
+    let live = engine.store.connect();
+    for instance in [20, 21] {
+        engine.store.register(live, instance, layout("m", 1)).unwrap();
+    }
+    assert!(engine.store.register(live, 22, layout("m", 1)).is_err());
+    engine.store.unregister(20);
+    engine.store.register(live, 22, layout("m", 1)).unwrap();
+}
+
+#[test]
 fn generations_tell_that_a_slot_was_used_anew() {
     let engine = engine(1);
     let key_ = key("a", 0, 1);

@@ -1,0 +1,222 @@
+//! Conversations of real engines with LMCache's server, from `test/wire/`, held again with ours: each
+//! request is sent as it was, and each reply is compared byte for byte.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use common::{Client, start, store_options};
+use kvferry_core::cache::Slot;
+use kvferry_store::StoreOptions;
+use kvferry_wire::message::StoreSlots;
+use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
+
+/// What ours answers otherwise than LMCache's, step by step, and why.
+enum Difference {
+    /// LMCache's is silent; ours answers this.
+    Answered(Reply),
+    /// LMCache's answers; ours is silent.
+    Silent,
+    /// Both answer; ours answers this.
+    Other(Reply),
+}
+
+/// Ours at a step of a recording.
+type Expected = (u64, Difference);
+
+fn nothing_to_store() -> Difference {
+    Difference::Answered(Reply::StoreSlots(Some(StoreSlots::default())))
+}
+
+fn extension() -> Difference {
+    Difference::Other(Reply::Names(vec!["kvferry.v1".into()]))
+}
+
+struct Step {
+    number: u64,
+    client: String,
+    is_request: bool,
+    frames: Vec<Bytes>,
+}
+
+fn recording(file: &str) -> Vec<Step> {
+    let path = format!("{}/../../test/wire/{file}", env!("CARGO_MANIFEST_DIR"));
+    let steps: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let step = |step: &serde_json::Value| Step {
+        number: step["step"].as_u64().unwrap(),
+        client: step["client"].as_str().unwrap().into(),
+        is_request: step["direction"] == "client->server",
+        frames: step["frames_hex"].as_array().unwrap().iter().map(from_hex).collect(),
+    };
+    steps.iter().map(step).collect()
+}
+
+fn from_hex(text: &serde_json::Value) -> Bytes {
+    let digits = text.as_str().unwrap().as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    digits.chunks_exact(2).map(byte).collect()
+}
+
+/// The values of a run, which differ from recording to replay: LMCache's in place of ours, so that
+/// everything else can be compared.
+#[derive(Default)]
+struct Run {
+    shm_name: String,
+    pool_size: u64,
+    /// LMCache's slot of each of ours, and the other way round.
+    slots: HashMap<u64, u64>,
+    recorded: HashMap<u64, u64>,
+}
+
+impl Run {
+    fn translate(&mut self, ours: Reply, recorded: &Reply) -> Reply {
+        match (ours, recorded) {
+            (Reply::Registered { shm_name, pool_size }, Reply::Registered { .. }) => {
+                assert_eq!((shm_name, pool_size), (self.shm_name.clone(), self.pool_size));
+                recorded.clone()
+            }
+            (Reply::StoreSlots(Some(mut ours)), Reply::StoreSlots(Some(recorded))) => {
+                for (slot, recorded) in ours.slots.slots.iter_mut().zip(&recorded.slots.slots) {
+                    // Either may have been another object's before.
+                    self.slots.insert(slot.offset, recorded.offset);
+                    self.recorded.insert(recorded.offset, slot.offset);
+                    slot.offset = recorded.offset;
+                }
+                Reply::StoreSlots(Some(ours))
+            }
+            (Reply::RetrieveSlots(Some(mut ours)), Reply::RetrieveSlots(Some(recorded))) => {
+                for (slot, recorded) in ours.slots.iter_mut().zip(&recorded.slots) {
+                    assert_eq!(self.recorded.get(&recorded.offset), Some(&slot.offset));
+                    slot.offset = self.slots[&slot.offset];
+                }
+                Reply::RetrieveSlots(Some(ours))
+            }
+            (ours, _) => ours,
+        }
+    }
+}
+
+fn replay(file: &str, options: impl FnOnce(u32) -> StoreOptions, differences: Vec<Expected>) {
+    let steps = recording(file);
+    let mut differences: HashMap<u64, Difference> = differences.into_iter().collect();
+    let mut latest = HashMap::new();
+    let mut replies: HashMap<u64, &[Bytes]> = HashMap::new();
+    for step in &steps {
+        let uid = (&step.client, &step.frames[0]);
+        if step.is_request {
+            latest.insert(uid, step.number);
+        } else {
+            replies.insert(latest[&uid], &step.frames);
+        }
+    }
+    let chunk_size = steps.iter().find_map(|step| match Header::decode(&step.frames) {
+        Ok((header, payload))
+            if !step.is_request && header.operation == Operation::GetChunkSize =>
+        {
+            match Reply::decode(header.operation, payload) {
+                Ok(Reply::Integer(size)) => u32::try_from(size).ok(),
+                _ => None,
+            }
+        }
+        _ => None,
+    });
+    let options = options(chunk_size.unwrap());
+    let mut run = Run {
+        shm_name: options.shared_name.clone().unwrap_or_default(),
+        pool_size: options.memory,
+        ..Run::default()
+    };
+    let server = start(options);
+    let mut clients: HashMap<&str, Client> = HashMap::new();
+    let marker = Request::Noop.encode(u64::MAX, Dialect::Current);
+    for step in steps.iter().filter(|step| step.is_request) {
+        let at = format!("{file}, step {}", step.number);
+        let client =
+            clients.entry(&step.client).or_insert_with(|| Client::connect(server.address()));
+        client.send(&step.frames);
+        client.send(&marker); // whatever is answered is answered before this
+        let mut received = client.receive();
+        let recorded = replies.get(&step.number).copied();
+        let difference = differences.remove(&step.number);
+        let answered = received[0] != marker[0];
+        if answered {
+            assert_eq!(client.receive()[0], marker[0], "{at}: one answer");
+            assert_eq!(received[..2], step.frames[..2], "{at}: the header is repeated");
+        }
+        let expected = match (recorded, &difference) {
+            (None, None) | (Some(_), Some(Difference::Silent)) => {
+                assert!(!answered, "{at}: silence, not {received:?}");
+                continue;
+            }
+            (Some(recorded), None) => recorded.to_vec(),
+            (None, Some(Difference::Answered(reply)))
+            | (Some(_), Some(Difference::Other(reply))) => {
+                Header::decode(&step.frames).unwrap().0.reply(reply)
+            }
+            _ => panic!("{at}: the listed difference is none"),
+        };
+        assert!(answered, "{at}: no answer");
+        if let Some(recorded) = recorded {
+            let (header, payload) = Header::decode(&received).unwrap();
+            let ours = Reply::decode(header.operation, payload).unwrap();
+            assert_eq!(header.reply(&ours), received, "{at}: in the form that is always sent");
+            let (_, recorded) = Header::decode(recorded).unwrap();
+            let recorded = Reply::decode(header.operation, recorded).unwrap();
+            received = header.reply(&run.translate(ours, &recorded));
+        }
+        assert_eq!(received, expected, "{at}");
+    }
+    assert!(differences.is_empty(), "differences at steps that there are not");
+    assert!(run.slots.values().all(|offset| offset % 4096 == 0));
+}
+
+#[test]
+fn a_round_trip_of_lmcaches_own_client() {
+    replay(
+        "roundtrip_shm.json",
+        |chunk_size| store_options(chunk_size, 1 << 20),
+        vec![
+            (4, extension()),
+            // Silence ends a vLLM engine: an instance that is not known ...
+            (86, nothing_to_store()),
+            // ... and ranges that are not whole chunks, or not of the prompt.
+            (89, nothing_to_store()),
+            (90, nothing_to_store()),
+            // A lookup without num_kv_readers counts as one of tp_size readers.
+            (87, Difference::Answered(Reply::None)),
+        ],
+    );
+}
+
+#[test]
+fn two_ranks_one_plane_names_for_numbers_and_abuse() {
+    replay(
+        "extra.json",
+        |chunk_size| store_options(chunk_size, 1 << 20),
+        vec![
+            // Event streams are not served: neither is their end answered.
+            (60, Difference::Silent),
+            (67, Difference::Silent),
+            // A worker without a rank: silence ends a vLLM engine.
+            (74, nothing_to_store()),
+        ],
+    );
+}
+
+#[test]
+fn lmcaches_benchmark_with_objects_of_32_mib() {
+    // In private memory: six such objects are more than some machines' /dev/shm.
+    let options =
+        |chunk_size| StoreOptions { shared_name: None, ..store_options(chunk_size, 256 << 20) };
+    replay("lmcache_bench_engine_driven_shm.json", options, vec![]);
+}
+
+#[test]
+fn a_vllm_engine_from_start_to_end() {
+    let options = |chunk_size| store_options(chunk_size, 16 << 20);
+    replay("vllm_life1.json", options, vec![(2, extension())]);
+}

@@ -1,0 +1,234 @@
+//! The prefix cache of kvferry-core on the embedded store: what comes back is what went in, or nothing.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use kvferry_core::cache::{FileBuffer, Memory};
+use kvferry_core::llama_state::{self, Geometry, Layer, Plane, StateFile, Target};
+use kvferry_core::prefix::PrefixCache;
+use kvferry_core::{ErrorCode, Result};
+use kvferry_store::{Embedded, Limits, Store, StoreOptions};
+
+const CHUNK: u32 = 16;
+const PAYLOAD: u64 = 100_000;
+
+/// The embedded store answers at once.
+fn now<T>(future: impl Future<Output = T>) -> T {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => value,
+        Poll::Pending => panic!("the embedded store made someone wait"),
+    }
+}
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+fn store() -> Store {
+    let options = StoreOptions {
+        chunk_size: CHUNK,
+        memory: 4 << 20,
+        shared_name: None,
+        limits: Limits::default(),
+    };
+    Store::new(options).unwrap()
+}
+
+fn cache(store: &Store, identity: &str, payload: u64) -> PrefixCache {
+    let cache = Arc::new(Embedded::new(store.clone()));
+    now(PrefixCache::open(cache, identity.as_bytes(), payload, 7, deadline())).unwrap()
+}
+
+fn tokens(chunks: u32) -> Vec<u32> {
+    (0..chunks * CHUNK).collect()
+}
+
+fn payload(chunk: u32) -> Vec<u8> {
+    let text = format!("chunk {chunk};");
+    text.bytes().cycle().take(usize::try_from(PAYLOAD).unwrap()).collect()
+}
+
+fn put(cache: &PrefixCache, tokens: &[u32]) -> Vec<u32> {
+    let writing = now(cache.store(tokens, "", deadline())).unwrap();
+    let chunks = writing.chunks().to_vec();
+    for (place, chunk) in chunks.iter().enumerate() {
+        writing.write(place, |next| payload(*chunk).chunks(777).try_for_each(next)).unwrap();
+    }
+    assert!(now(cache.commit(writing, deadline())).unwrap());
+    chunks
+}
+
+/// The leading chunks that can be read, each compared with what was stored.
+fn get(cache: &PrefixCache, tokens: &[u32]) -> u32 {
+    let hit = now(cache.lookup(tokens, "", deadline())).unwrap();
+    let Some(reading) = now(cache.load(&hit, deadline())).unwrap() else { return 0 };
+    let whole = (0..reading.chunks()).take_while(|chunk| {
+        let mut bytes = payload(99);
+        let whole =
+            reading.read(*chunk, |next| bytes.chunks_mut(50_001).try_for_each(next)).unwrap();
+        assert!(!whole || bytes == payload(*chunk), "wrong bytes were called whole");
+        whole
+    });
+    let whole = u32::try_from(whole.count()).unwrap();
+    assert!(now(cache.finish(&hit, Some(reading), deadline())).unwrap());
+    whole
+}
+
+/// Where the pool holds `needle`.
+fn find(memory: &dyn Memory, needle: &[u8]) -> u64 {
+    let mut pool = vec![0; 4 << 20];
+    memory.read(0, &mut pool).unwrap();
+    pool.windows(needle.len()).position(|window| window == needle).unwrap() as u64
+}
+
+#[test]
+fn payloads_come_back_in_whatever_pieces_they_are_copied() {
+    let store = store();
+    let cache = cache(&store, "model", PAYLOAD);
+    assert_eq!(put(&cache, &tokens(3)), [0, 1, 2]);
+    assert_eq!(get(&cache, &tokens(3)), 3);
+    assert_eq!(get(&cache, &tokens(5)), 3);
+}
+
+#[test]
+fn a_chunk_whose_bytes_changed_is_a_miss_and_those_before_it_are_not() {
+    for (needle, offset) in
+        [("chunk 1;", 3), ("KVFY", 1), ("KVFY", 5), ("KVFY", 9), ("KVFY", 17), ("KVFY", 30)]
+    {
+        let store = store();
+        let cache = cache(&store, "model", PAYLOAD);
+        put(&cache, &tokens(3));
+        let memory = store.memory();
+        let first = find(&*memory, b"chunk 0;");
+        let second = find(&*memory, b"chunk 1;");
+        let at = if needle == "KVFY" { second - 64 } else { second } + offset;
+        assert!(second > first);
+        let mut byte = [0];
+        memory.read(at, &mut byte).unwrap();
+        memory.write(at, &[byte[0] ^ 0x10]).unwrap();
+        assert_eq!(get(&cache, &tokens(3)), 1, "{needle} + {offset}");
+    }
+}
+
+#[test]
+fn a_chunk_in_another_ones_place_is_a_miss() {
+    let store = store();
+    let cache = cache(&store, "model", PAYLOAD);
+    put(&cache, &tokens(2));
+    let memory = store.memory();
+    let [first, second] = ["chunk 0;", "chunk 1;"].map(|text| find(&*memory, text.as_bytes()) - 64);
+    let mut object = vec![0; 64 + usize::try_from(PAYLOAD).unwrap()];
+    memory.read(first, &mut object).unwrap();
+    memory.write(second, &object).unwrap();
+    assert_eq!(get(&cache, &tokens(2)), 1);
+}
+
+#[test]
+fn a_payload_that_is_too_short_or_too_long_is_refused() {
+    let store = store();
+    let cache = cache(&store, "model", PAYLOAD);
+    let writing = now(cache.store(&tokens(1), "", deadline())).unwrap();
+    for bytes in [vec![0; 10], vec![0; usize::try_from(PAYLOAD).unwrap() + 1]] {
+        let error = writing.write(0, |next| next(&bytes)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidArgument);
+    }
+    assert!(writing.write(1, |_| Ok(())).is_err(), "no such place");
+    now(cache.abandon(writing, deadline())).unwrap();
+    assert_eq!(get(&cache, &tokens(1)), 0);
+}
+
+struct File(Vec<u8>);
+
+impl FileBuffer for File {
+    fn resize(&mut self, bytes: u64) -> Result<&mut [u8]> {
+        self.0.resize(usize::try_from(bytes).unwrap(), 0xaa);
+        Ok(&mut self.0)
+    }
+}
+
+fn geometry(transposed: bool) -> Geometry {
+    let plane = |runs, run_bytes| Plane { ggml_type: 1, runs, run_bytes };
+    let values = if transposed { plane(3, 2) } else { plane(1, 6) };
+    let layers = vec![Layer { keys: plane(1, 8), values }; 4];
+    Geometry::new(transposed, layers).unwrap()
+}
+
+/// A state file of `tokens`, as an engine would save it: every byte a function of its place.
+fn engine_file(geometry: &Geometry, tokens: &[u32]) -> Vec<u8> {
+    let plan = llama_state::AssemblePlan::new(geometry, tokens, 1, 0).unwrap();
+    let size = usize::try_from(plan.file_bytes()).unwrap();
+    let mut file: Vec<u8> = (0..size).map(|at| u8::try_from(at % 251).unwrap()).collect();
+    for piece in plan.pieces() {
+        let at = usize::try_from(piece.offset).unwrap();
+        file[at..at + piece.bytes.len()].copy_from_slice(&piece.bytes);
+    }
+    StateFile::parse(&file).unwrap();
+    file
+}
+
+#[test]
+fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
+    for transposed in [false, true] {
+        let store = store();
+        let geometry = geometry(transposed);
+        let payload = geometry.chunk_payload_bytes(CHUNK).unwrap();
+        let cache = cache(&store, "llama", payload);
+        let saved = engine_file(&geometry, &tokens(3));
+        let run = &|work: &mut (dyn FnMut() + Send)| work();
+        let stored =
+            now(llama_state::store(&cache, &geometry, &tokens(3), &saved, "", deadline(), run))
+                .unwrap();
+        assert_eq!((stored.chunks, stored.bytes, stored.refused), (3, 3 * payload, Some(0)));
+        let restore = |count: u32, file: &mut File| {
+            let tokens = tokens(count);
+            let target = Target {
+                geometry: &geometry,
+                tokens: &tokens,
+                chunk_size: CHUNK,
+                streams: 1,
+                sequence: 0,
+                beyond: 0,
+            };
+            now(llama_state::restore(&cache, &target, "", file, deadline(), run)).unwrap().written
+        };
+        let mut file = File(Vec::new());
+        assert_eq!(restore(4, &mut file), 3);
+        assert_eq!(file.0, saved);
+        assert_eq!(restore(2, &mut file), 2, "a shorter prefix");
+        assert_eq!(StateFile::parse(&file.0).unwrap().tokens(), tokens(2));
+        // The last chunk is damaged: the file is that of the two before it.
+        let two = file.0.clone();
+        let memory = store.memory();
+        let mut pool = vec![0; 4 << 20];
+        memory.read(0, &mut pool).unwrap();
+        let headers = pool.windows(4).enumerate().filter(|(_, window)| window == b"KVFY");
+        let last = headers.map(|(at, _)| at as u64).max().unwrap() + 64 + payload - 1;
+        let mut byte = [0];
+        memory.read(last, &mut byte).unwrap();
+        memory.write(last, &[!byte[0]]).unwrap();
+        assert_eq!(restore(3, &mut file), 2);
+        assert_eq!(file.0, two);
+        let status = store.status(Instant::now());
+        for name in ["leases", "sessions", "slots_reading", "slots_writing"] {
+            assert_eq!(status.iter().find(|row| row.0 == name).unwrap().1, 0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_state_of_another_shape_is_refused_and_nothing_of_it_stored() {
+    let store = store();
+    let expected = geometry(false);
+    let cache = cache(&store, "llama", expected.chunk_payload_bytes(CHUNK).unwrap());
+    let saved = engine_file(&geometry(true), &tokens(2));
+    let run = &|work: &mut (dyn FnMut() + Send)| work();
+    let error = now(llama_state::store(&cache, &expected, &tokens(2), &saved, "", deadline(), run))
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidState);
+    let status = store.status(Instant::now());
+    assert_eq!(status.iter().find(|row| row.0 == "used_bytes").unwrap().1, 0);
+}
