@@ -1,0 +1,113 @@
+//! A connection to a server.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kvferry_client::{ConnectOptions, Value};
+use kvferry_core::{Error, ErrorCode};
+use napi::bindgen_prelude::{Either, PromiseRaw};
+use napi::{Env, Result};
+use napi_derive::napi;
+
+use crate::cache::PrefixCache;
+use crate::error::to_napi;
+use crate::promise::{deadline, promise, within};
+
+/// A connection.
+#[napi]
+pub struct Client {
+    inner: Mutex<Option<Arc<kvferry_client::Client>>>,
+    chunk_size: u32,
+}
+
+type Figure = (String, Either<f64, String>);
+
+#[napi]
+impl Client {
+    /// Connects to `tcp://host:port`.
+    #[napi(catch_unwind, ts_return_type = "Promise<Client>")]
+    pub fn connect(env: &Env, url: String, timeout_ms: u32) -> Result<PromiseRaw<'_, Client>> {
+        promise(env, async move {
+            let mut options = ConnectOptions::new(url);
+            // The first connection has the caller's time; later ones have the default.
+            options.connect_timeout = Duration::from_millis(timeout_ms.into());
+            let client = kvferry_client::Client::connect(options).await?;
+            let chunk_size = client.server().chunk_size;
+            Ok(Self { inner: Mutex::new(Some(Arc::new(client))), chunk_size })
+        })
+    }
+
+    /// Tokens of one chunk.
+    #[napi(getter, catch_unwind)]
+    pub fn chunk_size(&self) -> u32 {
+        self.chunk_size
+    }
+
+    /// Milliseconds that a sign of life takes.
+    #[napi(catch_unwind)]
+    pub fn ping<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, f64>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        promise(env, async move {
+            let took = within(until, client.ping()).await?;
+            Ok(took.as_secs_f64() * 1e3)
+        })
+    }
+
+    /// The server's figures, by name.
+    #[napi(catch_unwind, ts_return_type = "Promise<Array<[string, number | string]>>")]
+    pub fn status<'env>(
+        &self,
+        env: &'env Env,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, Vec<Figure>>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        promise(env, async move {
+            let figures = within(until, client.status()).await?;
+            #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
+            let convert = |value| match value {
+                Value::Integer(value) => Either::A(value as f64),
+                Value::Float(value) => Either::A(value),
+                Value::Text(text) => Either::B(text),
+            };
+            Ok(figures.into_iter().map(|(name, value)| (name, convert(value))).collect())
+        })
+    }
+
+    /// A prefix cache at this server.
+    #[napi(catch_unwind, ts_return_type = "Promise<PrefixCache>")]
+    pub fn open_prefix_cache<'env>(
+        &self,
+        env: &'env Env,
+        identity: &[u8],
+        payload_bytes: f64,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, PrefixCache>> {
+        PrefixCache::open(env, self.client()?, identity.to_vec(), payload_bytes, timeout_ms)
+    }
+
+    /// Says goodbye and ends the connection.
+    #[napi(catch_unwind)]
+    pub fn close<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, ()>> {
+        let client = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let until = deadline(timeout_ms);
+        promise(env, async move {
+            match client {
+                Some(client) => {
+                    let goodbye = async {
+                        client.close().await;
+                        Ok(())
+                    };
+                    within(until, goodbye).await
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn client(&self) -> Result<Arc<kvferry_client::Client>> {
+        let client = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        client.clone().ok_or_else(|| {
+            to_napi(Error::new(ErrorCode::Closed, "the client was closed; connect another one"))
+        })
+    }
+}

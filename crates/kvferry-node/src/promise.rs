@@ -1,0 +1,47 @@
+//! Futures as promises.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use kvferry_core::{Error, ErrorCode};
+use napi::bindgen_prelude::{PromiseRaw, ToNapiValue};
+use napi::{Env, Result};
+
+use crate::error::to_napi;
+
+/// Runs `work` on threads of our own; a panic in it rejects the promise.
+pub(crate) fn promise<'env, T>(
+    env: &'env Env,
+    work: impl Future<Output = kvferry_core::Result<T>> + Send + 'static,
+) -> Result<PromiseRaw<'env, T>>
+where
+    T: ToNapiValue + Send + 'static,
+{
+    env.spawn_future(async move {
+        let ended = tokio::spawn(work).await;
+        let result = ended.unwrap_or_else(|error| {
+            Err(Error::new(ErrorCode::Internal, format!("a task ended early: {error}")))
+        });
+        result.map_err(to_napi)
+    })
+}
+
+/// The moment `timeout_ms` from now.
+pub(crate) fn deadline(timeout_ms: u32) -> Instant {
+    Instant::now() + Duration::from_millis(timeout_ms.into())
+}
+
+/// What `work` gives before `deadline`.
+pub(crate) async fn within<T>(
+    deadline: Instant,
+    work: impl Future<Output = kvferry_core::Result<T>>,
+) -> kvferry_core::Result<T> {
+    tokio::time::timeout_at(deadline.into(), work).await.unwrap_or_else(|_| {
+        Err(Error::new(ErrorCode::Timeout, "the server did not answer before the deadline"))
+    })
+}
+
+/// Runs work that takes milliseconds without holding up the other tasks.
+pub(crate) fn run_copy(work: &mut (dyn FnMut() + Send)) {
+    tokio::task::block_in_place(work);
+}

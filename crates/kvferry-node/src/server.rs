@@ -1,0 +1,161 @@
+//! A store in this process, with or without a socket around it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvferry_core::{Error, ErrorCode};
+use kvferry_store::{Embedded, Limits, Store, StoreOptions};
+use napi::bindgen_prelude::PromiseRaw;
+use napi::{Env, Result};
+use napi_derive::napi;
+
+use crate::cache::PrefixCache;
+use crate::error::to_napi;
+use crate::promise::promise;
+
+/// What `Server.start` needs; `ts/server.ts` has the defaults.
+#[napi(object)]
+pub struct ServerOptions {
+    /// A loopback host; absent: no socket.
+    pub host: Option<String>,
+    /// 0 lets the system choose.
+    pub port: u16,
+    /// Bytes of the pool.
+    pub memory: f64,
+    /// The segment's name; absent: by the port. Without a socket the pool is not shared.
+    pub shm_name: Option<String>,
+    /// Tokens of one chunk.
+    pub chunk_size: u32,
+    /// Milliseconds that a session may be idle.
+    pub session_timeout_ms: u32,
+    /// Milliseconds from a reservation to its commit.
+    pub reservation_timeout_ms: u32,
+}
+
+/// A running store.
+#[napi]
+pub struct Server {
+    running: Arc<Mutex<Option<Running>>>,
+    address: Option<String>,
+    shm_name: String,
+}
+
+struct Running {
+    store: Store,
+    _listening: Option<kvferry_server::Server>,
+}
+
+#[napi]
+impl Server {
+    /// Creates the pool and listens.
+    #[napi(catch_unwind, ts_return_type = "Promise<Server>")]
+    pub fn start(env: &Env, options: ServerOptions) -> Result<PromiseRaw<'_, Server>> {
+        promise(env, async move {
+            let mut started = Err(Error::new(ErrorCode::Internal, "the server did not start"));
+            // Reserving the first memory takes milliseconds.
+            tokio::task::block_in_place(|| started = start(options));
+            started
+        })
+    }
+
+    /// `host:port`; absent without a socket.
+    #[napi(getter, catch_unwind)]
+    pub fn address(&self) -> Option<String> {
+        self.address.clone()
+    }
+
+    /// The shared segment's name; empty when the pool is private.
+    #[napi(getter, catch_unwind)]
+    pub fn shm_name(&self) -> String {
+        self.shm_name.clone()
+    }
+
+    /// Figures by name.
+    #[napi(catch_unwind)]
+    pub fn status(&self) -> Result<Vec<(String, f64)>> {
+        let figures = self.store()?.status(Instant::now());
+        #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
+        let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
+        Ok(figures.collect())
+    }
+
+    /// A prefix cache on this store, no socket between.
+    #[napi(catch_unwind, ts_return_type = "Promise<PrefixCache>")]
+    pub fn open_prefix_cache<'env>(
+        &self,
+        env: &'env Env,
+        identity: &[u8],
+        payload_bytes: f64,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, PrefixCache>> {
+        let cache = Arc::new(Embedded::new(self.store()?));
+        PrefixCache::open(env, cache, identity.to_vec(), payload_bytes, timeout_ms)
+    }
+
+    /// Stops listening, closes all connections and lets go of the store.
+    #[napi(catch_unwind)]
+    pub fn close<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        promise(env, async move {
+            tokio::task::block_in_place(|| drop(running)); // waits for the server's thread
+            Ok(())
+        })
+    }
+
+    fn store(&self) -> Result<Store> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let store = running.as_ref().map(|running| running.store.clone());
+        store.ok_or_else(|| {
+            to_napi(Error::new(ErrorCode::Closed, "the server was closed; start another one"))
+        })
+    }
+}
+
+fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
+    let ServerOptions { host, port, shm_name, .. } = options;
+    let private = StoreOptions {
+        chunk_size: options.chunk_size,
+        memory: whole(options.memory, "memory")?,
+        shared_name: None,
+        limits: Limits {
+            session_idle: Duration::from_millis(options.session_timeout_ms.into()),
+            reservation: Duration::from_millis(options.reservation_timeout_ms.into()),
+            ..Limits::default()
+        },
+    };
+    let (store, listening) = match host {
+        None => (Store::new(private)?, None),
+        Some(host) => {
+            let mut made = None;
+            let listen = kvferry_server::ServerOptions { host, port };
+            let server = kvferry_server::Server::start(&listen, |address| {
+                let name = shm_name.unwrap_or_else(|| address.port().to_string());
+                let store = Store::new(StoreOptions { shared_name: Some(name), ..private })?;
+                made = Some(store.clone());
+                Ok(store)
+            })?;
+            let store = made.ok_or_else(|| Error::new(ErrorCode::Internal, "no store was made"))?;
+            (store, Some(server))
+        }
+    };
+    let address = listening.as_ref().map(|server| server.address().to_string());
+    let (shm_name, _) = store.pool();
+    let running = Arc::new(Mutex::new(Some(Running { store, _listening: listening })));
+    Ok(Server { running, address, shm_name })
+}
+
+/// A JavaScript number that counts bytes.
+pub(crate) fn whole(value: f64, name: &str) -> kvferry_core::Result<u64> {
+    const LARGEST: f64 = 9_007_199_254_740_991.0;
+    if (0.0..=LARGEST).contains(&value) && value.fract() == 0.0 {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "just checked"
+        )]
+        return Ok(value as u64);
+    }
+    Err(Error::invalid(format!(
+        "{name} is {value}, which is not a whole number of bytes from 0 to 2^53 - 1"
+    )))
+}

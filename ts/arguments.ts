@@ -1,0 +1,70 @@
+import { types } from "node:util";
+import { KvferryError } from "./errors.js";
+
+/** An `INVALID_ARGUMENT`. */
+export function invalid(message: string): KvferryError {
+	return new KvferryError("INVALID_ARGUMENT", message);
+}
+
+/** Checks for an integer from `min` to `max`. */
+export function checkInteger(name: string, value: unknown, min: number, max: number): void {
+	if (!Number.isInteger(value) || (value as number) < min || (value as number) > max) {
+		throw invalid(`${name} is ${String(value)}: pass an integer from ${min} to ${max}`);
+	}
+}
+
+/** Checks for a string without lone surrogates, which have no UTF-8. */
+export function checkText(name: string, text: unknown): asserts text is string {
+	if (typeof text !== "string") {
+		throw invalid(`${name} must be a string`);
+	}
+	if (/\p{Surrogate}/u.test(text)) {
+		throw invalid(`${name} has half of a surrogate pair, which UTF-8 cannot say: correct the text`);
+	}
+}
+
+/** Checks for bytes that still have their memory. */
+export function checkBytes(name: string, bytes: unknown): asserts bytes is Uint8Array {
+	if (!types.isUint8Array(bytes)) {
+		throw invalid(`${name} must be a Uint8Array`);
+	}
+	checkAttached(name, bytes);
+}
+
+/** Checks for the token ids of a prompt. */
+export function checkTokens(tokens: unknown): asserts tokens is Uint32Array {
+	if (!types.isUint32Array(tokens)) {
+		throw invalid("tokens must be a Uint32Array: Uint32Array.from(ids)");
+	}
+	checkAttached("tokens", tokens);
+}
+
+/** The salt to use: absent, null and "" are the same. Characters and length are checked natively. */
+export function checkSalt(salt: unknown): string {
+	if (salt === undefined || salt === null) {
+		return "";
+	}
+	if (typeof salt !== "string" || /\p{Surrogate}/u.test(salt)) {
+		throw new KvferryError(
+			"INVALID_SALT",
+			"cacheSalt must be a string without halves of surrogate pairs, or null for none",
+		);
+	}
+	return salt;
+}
+
+/** A detached array, or one that its resized buffer no longer covers, reads as empty: refuse it. */
+export function checkAttached(name: string, array: Uint8Array | Uint32Array): void {
+	if (array.length > 0) {
+		return;
+	}
+	try {
+		array.keys();
+	} catch (error) {
+		throw new KvferryError(
+			"INVALID_ARGUMENT",
+			`the buffer of ${name} was detached (transferred) or resized: pass an array that still has its memory`,
+			{ cause: error },
+		);
+	}
+}

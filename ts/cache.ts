@@ -1,0 +1,286 @@
+import { checkBytes, checkInteger, checkSalt, checkTokens } from "./arguments.js";
+import type { Client } from "./client.js";
+import { KvferryError, wrap } from "./errors.js";
+import type {
+	PrefixCache as NativePrefixCache,
+	PrefixHit as NativePrefixHit,
+	PrefixReading,
+	PrefixWriting,
+} from "./native-binding.js";
+import type { Server } from "./server.js";
+import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+
+/** How a {@link PrefixCache} is set up. */
+export interface PrefixCacheOptions extends WaitOptions {
+	/** Where the cache is: a server in another process, or one in this process. */
+	readonly via: Client | Server;
+	/**
+	 * Everything that a chunk's bytes depend on besides tokens and salt: model, precision, engine
+	 * release, … Another identity is another cache. The same thing must always be written the same way.
+	 */
+	readonly identity: string | Uint8Array;
+	/** Bytes that the engine keeps for one chunk of tokens, 1 to 2^44. */
+	readonly bytesPerChunk: number;
+}
+
+/** Options of one request. */
+export interface RequestOptions extends WaitOptions {
+	/**
+	 * The tenant: what is stored with one salt is never found with another. At most 128 characters
+	 * without `@ / \` and NUL. "" is the same as none.
+	 */
+	readonly cacheSalt?: string | null | undefined;
+}
+
+/** What became of a {@link PrefixCache.store}. */
+export interface StoreResult {
+	/** Chunks that were written now; others were there, or are being written by someone else. */
+	readonly storedChunks: number;
+	/** Chunks for which there was no room; undefined when the server does not say. */
+	readonly refusedChunks: number | undefined;
+	/** Why nothing was stored, if the cache failed. */
+	readonly failure?: KvferryError;
+}
+
+/** Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". */
+const FAILURES: ReadonlySet<string> = new Set(["TIMEOUT", "UNREACHABLE", "PROTOCOL", "SYSTEM"]);
+
+/** The failure of the cache that `error` is; anything else is thrown on. */
+export function failureOf(error: unknown): KvferryError {
+	if (error instanceof KvferryError && FAILURES.has(error.code)) {
+		return error;
+	}
+	throw error;
+}
+
+/**
+ * A prefix cache for engines without paging: bytes for each chunk of a prompt, found again by the
+ * prompt's tokens. Bytes that come back are checked against their checksum and identity, whatever
+ * server they come from.
+ *
+ * A cache that fails is a miss, with the reason beside it: what is computed instead is slower, never
+ * wrong.
+ *
+ * @example
+ * ```ts
+ * await using cache = await PrefixCache.open({ via: client, identity: "model-7 f16", bytesPerChunk });
+ * const hit = await cache.lookup(tokens);
+ * const chunks = await hit.load(); // one Uint8Array for each leading chunk that is stored
+ * await cache.store(tokens, (chunk) => stateOfChunk(chunk));
+ * ```
+ */
+export class PrefixCache implements AsyncDisposable {
+	/** Tokens of one chunk. */
+	readonly chunkSize: number;
+	/** Bytes of one chunk. */
+	readonly bytesPerChunk: number;
+	readonly #native: NativePrefixCache;
+	#closed = false;
+
+	private constructor(cache: NativePrefixCache, bytesPerChunk: number) {
+		this.#native = cache;
+		this.chunkSize = cache.chunkSize;
+		this.bytesPerChunk = bytesPerChunk;
+	}
+
+	/**
+	 * Registers with a cache.
+	 *
+	 * @throws {@link KvferryError} `UNREACHABLE` or `TIMEOUT` when a server does not answer.
+	 */
+	static async open(options: PrefixCacheOptions): Promise<PrefixCache> {
+		const { via, identity, bytesPerChunk } = options;
+		checkInteger("bytesPerChunk", bytesPerChunk, 1, 2 ** 44);
+		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
+		checkBytes("identity", bytes);
+		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), bytesPerChunk);
+	}
+
+	/**
+	 * Which leading chunks of `tokens` are stored. They stay until the hit is loaded or closed.
+	 * Only whole chunks count: a prompt shorter than one has no hit.
+	 */
+	async lookup(tokens: Uint32Array, options: RequestOptions = {}): Promise<PrefixHit> {
+		this.#checkOpen();
+		checkTokens(tokens);
+		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
+		try {
+			const hit = await waitFor(
+				() => this.#native.lookup(tokens, salt, timeoutMs),
+				options.signal,
+				(late) => this.#native.release(late, timeoutMs),
+			);
+			return new PrefixHit(this.#native, hit, this.bytesPerChunk, timeoutMs);
+		} catch (error) {
+			return new PrefixHit(this.#native, failureOf(error), this.bytesPerChunk, timeoutMs);
+		}
+	}
+
+	/**
+	 * Stores those whole chunks of `tokens` that are not stored yet.
+	 *
+	 * @param bytesOf The bytes of a chunk, counted from the prompt's start; just
+	 * {@link PrefixCache.bytesPerChunk} of them. They are copied before the next call. Nothing is stored
+	 * when it throws.
+	 */
+	async store(
+		tokens: Uint32Array,
+		bytesOf: (chunk: number) => Uint8Array,
+		options: RequestOptions = {},
+	): Promise<StoreResult> {
+		this.#checkOpen();
+		checkTokens(tokens);
+		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
+		try {
+			const writing = await waitFor(
+				() => this.#native.store(tokens, salt, timeoutMs),
+				options.signal,
+				(late) => this.#native.abandon(late, timeoutMs),
+			);
+			return await this.#write(writing, bytesOf, options, timeoutMs);
+		} catch (error) {
+			return { storedChunks: 0, refusedChunks: undefined, failure: failureOf(error) };
+		}
+	}
+
+	async #write(
+		writing: PrefixWriting,
+		bytesOf: (chunk: number) => Uint8Array,
+		options: RequestOptions,
+		timeoutMs: number,
+	): Promise<StoreResult> {
+		const { chunks } = writing;
+		try {
+			for (const [place, chunk] of chunks.entries()) {
+				const bytes = bytesOf(chunk);
+				checkBytes(`the bytes of chunk ${chunk}`, bytes);
+				wrap(() => writing.write(place, bytes));
+			}
+		} catch (error) {
+			await this.#native.abandon(writing, timeoutMs).catch(() => {}); // the first error tells more
+			throw error;
+		}
+		const refusedChunks = writing.refused ?? undefined;
+		const committed = await waitFor(
+			() => this.#native.commit(writing, timeoutMs),
+			options.signal,
+			() => {},
+		);
+		return { storedChunks: committed ? chunks.length : 0, refusedChunks };
+	}
+
+	/** Ends the registration; what is stored stays. Calling it again does nothing. */
+	async close(options: WaitOptions = {}): Promise<void> {
+		if (this.#closed) {
+			return;
+		}
+		this.#closed = true;
+		const timeoutMs = timeoutOf(options);
+		await this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
+	}
+
+	/** The same as {@link PrefixCache.close}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.close();
+	}
+
+	/** @internal */
+	get native(): NativePrefixCache {
+		this.#checkOpen();
+		return this.#native;
+	}
+
+	#checkOpen(): void {
+		if (this.#closed) {
+			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
+		}
+	}
+}
+
+/** Stored chunks of one prompt, held until they are loaded or the hit is closed. */
+export class PrefixHit implements AsyncDisposable {
+	/** Leading chunks that are stored. */
+	readonly chunks: number;
+	/** Why there is no hit, if the cache failed. */
+	readonly failure: KvferryError | undefined;
+	readonly #native: NativePrefixCache;
+	readonly #hit: NativePrefixHit | undefined;
+	readonly #bytesPerChunk: number;
+	readonly #timeoutMs: number;
+	#ended = false;
+
+	/** @internal */
+	constructor(
+		cache: NativePrefixCache,
+		found: NativePrefixHit | KvferryError,
+		bytesPerChunk: number,
+		timeoutMs: number,
+	) {
+		this.#native = cache;
+		this.failure = found instanceof KvferryError ? found : undefined;
+		this.#hit = found instanceof KvferryError ? undefined : found;
+		this.chunks = this.#hit?.chunks ?? 0;
+		this.#bytesPerChunk = bytesPerChunk;
+		this.#timeoutMs = timeoutMs;
+	}
+
+	/**
+	 * Copies the chunks. Fewer than {@link PrefixHit.chunks} come back when one is not what was stored:
+	 * those before it are good.
+	 *
+	 * @param into Where to: an array for a chunk of just the chunk's bytes. Default: new arrays.
+	 */
+	async load(
+		into: (chunk: number) => Uint8Array = () => new Uint8Array(this.#bytesPerChunk),
+		options: WaitOptions = {},
+	): Promise<Uint8Array[]> {
+		if (this.#ended) {
+			throw new KvferryError("CLOSED", "The hit was loaded or closed; look up again.");
+		}
+		const timeoutMs = timeoutOf(options);
+		this.#ended = true;
+		const hit = this.#hit;
+		if (hit === undefined) {
+			return [];
+		}
+		let reading: PrefixReading;
+		try {
+			reading = await waitFor(
+				() => this.#native.load(hit, timeoutMs),
+				options.signal,
+				(late) => this.#native.finish(late, timeoutMs),
+			);
+		} catch (error) {
+			failureOf(error);
+			return [];
+		}
+		const loaded: Uint8Array[] = [];
+		try {
+			for (let chunk = 0; chunk < reading.chunks; chunk++) {
+				const bytes = into(chunk);
+				checkBytes(`the array for chunk ${chunk}`, bytes);
+				if (!wrap(() => reading.read(chunk, bytes))) {
+					break;
+				}
+				loaded.push(bytes);
+			}
+		} finally {
+			// Every byte was checked as it was copied: nothing that happens now makes it wrong.
+			await this.#native.finish(reading, timeoutMs).catch(() => {});
+		}
+		return loaded;
+	}
+
+	/** Lets the chunks go unread. Calling it again, or after a load, does nothing. */
+	async close(): Promise<void> {
+		if (!this.#ended && this.#hit !== undefined) {
+			this.#ended = true;
+			await this.#native.release(this.#hit, this.#timeoutMs).catch(() => {}); // they end by themselves
+		}
+	}
+
+	/** The same as {@link PrefixHit.close}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.close();
+	}
+}

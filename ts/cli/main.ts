@@ -1,0 +1,71 @@
+#!/usr/bin/env node
+import { createRequire } from "node:module";
+import { KvferryError } from "../errors.js";
+
+/** A command: what it does with the arguments after its name. */
+type Command = (args: string[]) => Promise<void>;
+
+const USAGE = `Usage: kvferry COMMAND [OPTIONS]
+
+Commands
+  serve    run a cache server until SIGINT or SIGTERM
+             --host HOST        a loopback address (127.0.0.1)
+             --port PORT        0 takes a free one (5555)
+             --chunk-size N     tokens in a chunk (256)
+             --memory SIZE      size of the shared-memory pool (4GiB)
+             --shm-name NAME    name of the pool in /dev/shm
+  ping     tell how long a server takes to answer
+  status   tell what a server holds
+             --url URL          the server (tcp://127.0.0.1:5555)
+             --timeout-ms N     wait for it at most that long (3000)
+
+Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
+  --help     print this
+  --version  print the version
+`;
+
+/** Each command is loaded when it is asked for: `--version` needs no addon. */
+const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
+	["serve", async () => (await import("./serve.js")).serve],
+	["ping", async () => (await import("./query.js")).ping],
+	["status", async () => (await import("./query.js")).status],
+]);
+
+async function main([name, ...args]: string[]): Promise<void> {
+	if (name === undefined || name === "--help" || name === "-h" || args.includes("--help")) {
+		process.stdout.write(USAGE);
+		return;
+	}
+	if (name === "--version" || name === "-v") {
+		process.stdout.write(`${version()}\n`);
+		return;
+	}
+	const load = COMMANDS.get(name);
+	if (load === undefined) {
+		throw new KvferryError(
+			"INVALID_ARGUMENT",
+			`${name} is no command: give one of ${[...COMMANDS.keys()].join(", ")}, or --help.`,
+		);
+	}
+	const command = await load();
+	await command(args);
+}
+
+function version(): string {
+	const manifest: { version: string } = createRequire(import.meta.url)("kvferry/package.json");
+	return manifest.version;
+}
+
+function report(error: unknown, json: boolean): void {
+	const code = error instanceof KvferryError ? error.code : "INTERNAL";
+	const message = error instanceof Error ? error.message : String(error);
+	process.stderr.write(json ? `${JSON.stringify({ code, message })}\n` : `${code}: ${message}\n`);
+}
+
+const args = process.argv.slice(2);
+try {
+	await main(args);
+} catch (error) {
+	report(error, args.includes("--json"));
+	process.exitCode = 1;
+}

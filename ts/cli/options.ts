@@ -1,0 +1,138 @@
+import { isIPv4, isIPv6 } from "node:net";
+import { type ParseArgsConfig, parseArgs } from "node:util";
+import { KvferryError } from "../errors.js";
+
+/** What `kvferry serve` was asked for. */
+export interface ServeOptions {
+	readonly host: string;
+	readonly port: number;
+	/** Tokens in a chunk. */
+	readonly chunkSize: number;
+	/** Size of the pool in bytes. */
+	readonly memory: number;
+	/** Name of the pool in /dev/shm; the server's own choice where absent. */
+	readonly shmName?: string;
+	readonly json: boolean;
+}
+
+/** What `kvferry ping` and `kvferry status` were asked for. */
+export interface ClientOptions {
+	readonly url: string;
+	readonly timeoutMs: number;
+	readonly json: boolean;
+}
+
+/** Flags that a later version of `kvferry serve` takes. */
+const LATER = ["http-port", "disk", "disk-size", "remote", "policy", "config"] as const;
+
+const UNITS: Readonly<Record<string, number>> = {
+	"": 1,
+	B: 1,
+	KiB: 2 ** 10,
+	MiB: 2 ** 20,
+	GiB: 2 ** 30,
+	TiB: 2 ** 40,
+};
+
+/**
+ * Reads the flags of `kvferry serve`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`, or `UNSUPPORTED_OPTION` for what a later version
+ * takes: its flags, and hosts other than loopback.
+ */
+export function serveOptions(args: string[]): ServeOptions {
+	const values = parse(args, {
+		host: { type: "string", default: "127.0.0.1" },
+		port: { type: "string", default: "5555" },
+		"chunk-size": { type: "string", default: "256" },
+		memory: { type: "string", default: "4GiB" },
+		"shm-name": { type: "string" },
+		json: { type: "boolean", default: false },
+		"http-port": { type: "string" },
+		disk: { type: "string" },
+		"disk-size": { type: "string" },
+		remote: { type: "string" },
+		policy: { type: "string" },
+		config: { type: "string" },
+	});
+	for (const flag of LATER) {
+		if (values[flag] !== undefined) {
+			throw new KvferryError(
+				"UNSUPPORTED_OPTION",
+				`--${flag} ${values[flag]}: this version has no such flag; leave it out.`,
+			);
+		}
+	}
+	const shmName = values["shm-name"];
+	return {
+		host: loopback(values.host),
+		port: integer("port", values.port, 0, 65_535),
+		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
+		memory: bytes("memory", values.memory),
+		...(shmName === undefined ? {} : { shmName }),
+		json: values.json,
+	};
+}
+
+/**
+ * Reads the flags of `kvferry ping` and `kvferry status`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`.
+ */
+export function clientOptions(args: string[]): ClientOptions {
+	const values = parse(args, {
+		url: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"timeout-ms": { type: "string", default: "3000" },
+		json: { type: "boolean", default: false },
+	});
+	return {
+		url: values.url,
+		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		json: values.json,
+	};
+}
+
+function parse<T extends NonNullable<ParseArgsConfig["options"]>>(args: string[], options: T) {
+	try {
+		return parseArgs({ args, options, allowPositionals: false }).values;
+	} catch (error) {
+		throw new KvferryError("INVALID_ARGUMENT", (error as Error).message, { cause: error });
+	}
+}
+
+function loopback(host: string): string {
+	if (host === "localhost" || (isIPv4(host) && host.startsWith("127."))) {
+		return host;
+	}
+	if (isIPv6(host) && /^(0*:)+0*1$/.test(host)) {
+		return host;
+	}
+	throw new KvferryError(
+		"UNSUPPORTED_OPTION",
+		`--host ${host} is not a loopback address: this version serves its own machine only; ` +
+			"use 127.0.0.1.",
+	);
+}
+
+function integer(flag: string, text: string, min: number, max: number): number {
+	const value = /^\d+$/.test(text) ? Number(text) : Number.NaN;
+	if (value >= min && value <= max) {
+		return value;
+	}
+	throw new KvferryError(
+		"INVALID_ARGUMENT",
+		`--${flag} ${text}: give an integer from ${min} to ${max}.`,
+	);
+}
+
+function bytes(flag: string, text: string): number {
+	const [, digits = "", unit = "none"] = /^(\d+(?:\.\d+)?)\s*(\w*)$/.exec(text) ?? [];
+	const value = Math.floor(Number(digits) * (UNITS[unit] ?? Number.NaN));
+	if (Number.isSafeInteger(value) && value > 0) {
+		return value;
+	}
+	throw new KvferryError(
+		"INVALID_ARGUMENT",
+		`--${flag} ${text}: give a size such as 512MiB or 4GiB (B, KiB, MiB, GiB, TiB).`,
+	);
+}

@@ -1,0 +1,35 @@
+import { Client } from "../client.js";
+import { type ClientOptions, clientOptions } from "./options.js";
+
+/** `kvferry ping`: tells how long the server takes to answer. */
+export async function ping(args: string[]): Promise<void> {
+	const options = clientOptions(args);
+	const ms = await query(options, (client) => client.ping(options));
+	const { url } = options;
+	process.stdout.write(
+		options.json ? `${JSON.stringify({ url, ms })}\n` : `${url} answered in ${ms.toFixed(2)} ms\n`,
+	);
+}
+
+/** `kvferry status`: tells what the server says of itself. */
+export async function status(args: string[]): Promise<void> {
+	const options = clientOptions(args);
+	const fields = await query(options, (client) => client.status(options));
+	if (options.json) {
+		process.stdout.write(`${JSON.stringify(fields)}\n`);
+		return;
+	}
+	const width = Math.max(...Object.keys(fields).map((name) => name.length));
+	for (const [name, value] of Object.entries(fields)) {
+		process.stdout.write(`${name.padEnd(width)}  ${value}\n`);
+	}
+}
+
+async function query<T>(options: ClientOptions, ask: (client: Client) => Promise<T>): Promise<T> {
+	const client = await Client.connect(options);
+	try {
+		return await ask(client);
+	} finally {
+		await client.close(options);
+	}
+}

@@ -1,0 +1,413 @@
+/**
+ * A KV cache for node-llama-cpp that outlives requests and processes.
+ *
+ * @packageDocumentation
+ */
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { checkSalt, invalid } from "../arguments.js";
+import { PrefixCache, type RequestOptions } from "../cache.js";
+import type { Client } from "../client.js";
+import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
+import { native } from "../native.js";
+import type { LlamaState, LlamaStateFile } from "../native-binding.js";
+import type { Server } from "../server.js";
+import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
+import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
+import { Provenance } from "./llama-provenance.js";
+import type { EngineChatSession, EngineContext, EngineSequence } from "./node-llama-cpp.js";
+
+export {
+	type EngineChatSession,
+	type EngineContext,
+	type EngineSequence,
+	type ErrorCode,
+	ErrorCodes,
+	type IdentityOptions,
+	KvferryError,
+	type RequestOptions,
+	type WaitOptions,
+};
+
+/** How a {@link LlamaPrefixCache} is set up. */
+export interface LlamaPrefixCacheOptions extends IdentityOptions, RequestOptions {
+	/** The `LlamaContext` whose sequences are going to be restored and saved. */
+	readonly context: EngineContext;
+	/** Where the cache is: a server in another process, or one in this process. */
+	readonly via: Client | Server;
+	/**
+	 * An empty sequence of the context, from which the shape of its state is learned; it is empty again
+	 * afterwards. Needed only when all sequences of the context are taken.
+	 */
+	readonly sequence?: EngineSequence | undefined;
+}
+
+/** What {@link LlamaPrefixCache.restore} did. */
+export interface RestoreResult {
+	/** Leading tokens that were loaded from the cache; 0 when it had no more than the sequence itself. */
+	readonly hitTokens: number;
+	/** Leading tokens that the sequence holds now; the others are to be evaluated. */
+	readonly readyTokens: number;
+	/** Bytes that came from the cache. */
+	readonly bytes: number;
+	/** Time that the call took, in milliseconds. */
+	readonly durationMs: number;
+	/** Why nothing was loaded, when that was trouble and no plain miss. */
+	readonly failure?: KvferryError;
+}
+
+/** What {@link LlamaPrefixCache.save} did. */
+export interface SaveResult {
+	/** Leading tokens that the cache holds now, in whole chunks. */
+	readonly storedTokens: number;
+	/** Bytes that went to the cache; 0 when it had them already. */
+	readonly bytes: number;
+	/** Time that the call took, in milliseconds. */
+	readonly durationMs: number;
+	/** Why less was stored than could be, when that was trouble. */
+	readonly failure?: KvferryError;
+}
+
+/** What {@link LlamaPrefixCache.prompt} returns. */
+export interface PromptResult {
+	/** What the session answered. */
+	readonly response: string;
+	/** What was loaded before. */
+	readonly restored: RestoreResult;
+	/** What was stored after. */
+	readonly saved: SaveResult;
+}
+
+/**
+ * Keeps the attention state of prompts for the contexts of one model, so that a prompt that begins like
+ * an earlier one is loaded instead of evaluated: in this process or another, now or after a
+ * restart.
+ *
+ * Trouble with the cache is never the caller's: a call that cannot load or store says so in
+ * its result, and the prompt is evaluated. Only misuse throws.
+ *
+ * ```js
+ * await using cache = await LlamaPrefixCache.open({ context, via: client });
+ * const session = new LlamaChatSession({ contextSequence: context.getSequence() });
+ * const { response } = await cache.prompt(session, question);
+ * ```
+ */
+export class LlamaPrefixCache implements AsyncDisposable {
+	/** Tokens of one chunk: what is loaded and stored is a multiple of it. */
+	readonly chunkSize: number;
+	readonly #context: EngineContext;
+	readonly #prefix: PrefixCache;
+	readonly #state: LlamaState;
+	readonly #defaults: RequestOptions;
+	readonly #provenance = new Provenance();
+	readonly #calls = new Set<Promise<unknown>>();
+	#closing: Promise<void> | undefined;
+
+	private constructor(options: LlamaPrefixCacheOptions, prefix: PrefixCache, state: LlamaState) {
+		this.chunkSize = prefix.chunkSize;
+		this.#context = options.context;
+		this.#prefix = prefix;
+		this.#state = state;
+		this.#defaults = { cacheSalt: options.cacheSalt, timeoutMs: options.timeoutMs };
+	}
+
+	/**
+	 * Opens the cache for the state of one context. Who shares it is decided here: the model, its KV types,
+	 * flash attention, LoRA adapters, RoPE settings and the release of llama.cpp must agree. Evaluates
+	 * one token, to learn the shape of the state from the engine itself.
+	 *
+	 * @throws {@link KvferryError} `UNSUPPORTED_MODEL` for sliding-window, hybrid, recurrent and M-RoPE
+	 * models, `IDENTITY_UNKNOWN` when an option has to say what the engine does not, `UNREACHABLE` or
+	 * `TIMEOUT` when a server does not answer.
+	 */
+	static async open(options: LlamaPrefixCacheOptions): Promise<LlamaPrefixCache> {
+		const { context, via, cacheSalt, timeoutMs, signal } = options;
+		checkSalt(cacheSalt);
+		timeoutOf(options);
+		checkModel(context.model);
+		const engine = await identityOf(context, options);
+		const sample = await sampleState(context, options.sequence);
+		const { descriptor, streams } = wrap(() => native().llamaShape(sample));
+		const prefix = await PrefixCache.open({
+			via,
+			identity: `llama.cpp ${engine} ${Buffer.from(descriptor).toString("base64")}`,
+			bytesPerChunk: wrap(() => native().llamaPayloadBytes(descriptor, via.chunkSize)),
+			timeoutMs,
+			signal,
+		});
+		const state = wrap(() => new (native().LlamaState)(prefix.native, descriptor, streams));
+		return new LlamaPrefixCache(options, prefix, state);
+	}
+
+	/**
+	 * Makes the sequence hold as many leading tokens of a prompt as it and the cache have, and no others.
+	 * At least the prompt's last token remains to be evaluated: go on with
+	 * `tokens.slice(sequence.nextTokenIndex)`.
+	 *
+	 * @param sequence Of the cache's context, and not being evaluated.
+	 * @param tokens The whole prompt, from the sequence's first token.
+	 * @throws {@link KvferryError} `INVALID_ARGUMENT`, `INVALID_TOKEN`, `INVALID_SALT`, `ABORTED`, `CLOSED`.
+	 */
+	async restore(
+		sequence: EngineSequence,
+		tokens: readonly number[] | Uint32Array,
+		options: RequestOptions = {},
+	): Promise<RestoreResult> {
+		const started = performance.now();
+		const call = this.#begin(sequence, options);
+		const ids = toTokenIds(tokens);
+		return await this.#track(async () => {
+			const loaded = await this.#restore(sequence, ids, call);
+			const readyTokens = sequence.nextTokenIndex;
+			return { ...loaded, readyTokens, durationMs: performance.now() - started };
+		});
+	}
+
+	async #restore(sequence: EngineSequence, ids: Uint32Array, call: Call): Promise<Loaded> {
+		const prompt = Array.from(ids);
+		await sequence.adaptStateToTokens(prompt.slice(0, -1), false);
+		this.#provenance.look(sequence, call.salt, prompt);
+		const local = sequence.nextTokenIndex;
+		const usable = Math.min(ids.length - 1, sequence.contextSize);
+		if (this.#wholeChunks(usable) <= local) {
+			return NOTHING;
+		}
+		let file: LlamaStateFile | undefined;
+		try {
+			file = await waitFor(
+				() => this.#state.restore(ids.subarray(0, usable), local, call.salt, call.timeoutMs),
+				call.signal,
+				(late) => late.release(),
+			);
+			if (file.tokens === 0) {
+				this.#provenance.markCached(sequence, call.salt, Math.min(file.found, local));
+				return NOTHING;
+			}
+			await load(sequence, file);
+			this.#provenance.markLoaded(sequence, call.salt, prompt);
+			return { hitTokens: file.tokens, bytes: file.bytes };
+		} catch (error) {
+			this.#provenance.look(sequence, call.salt, prompt);
+			return { ...NOTHING, failure: troubleOf(error) };
+		} finally {
+			file?.release();
+		}
+	}
+
+	/**
+	 * Stores what the sequence holds, in whole chunks, unless the cache has it already. Tokens that a
+	 * context shift has moved are left out: their state is not that of a prefix.
+	 *
+	 * @param sequence Of the cache's context, and not being evaluated.
+	 * @throws {@link KvferryError} `INVALID_ARGUMENT`, `INVALID_SALT`, `ABORTED`, `CLOSED`.
+	 */
+	async save(sequence: EngineSequence, options: RequestOptions = {}): Promise<SaveResult> {
+		const started = performance.now();
+		const call = this.#begin(sequence, options);
+		return await this.#track(async () => {
+			const stored = await this.#save(sequence, call);
+			return { ...stored, durationMs: performance.now() - started };
+		});
+	}
+
+	async #save(sequence: EngineSequence, call: Call): Promise<Stored> {
+		const { sound, cached } = this.#provenance.look(sequence, call.salt);
+		const count = this.#wholeChunks(sound);
+		if (count <= cached) {
+			return { storedTokens: cached, bytes: 0 };
+		}
+		let file: LlamaStateFile | undefined;
+		try {
+			const ids = Uint32Array.from(sequence.contextTokens.slice(0, count));
+			const written = wrap(() => this.#state.createFile());
+			file = written;
+			await sequence.saveStateToFile(written.path);
+			const { bytes, refused } = await waitFor(
+				() => this.#state.store(written, ids, call.salt, call.timeoutMs),
+				call.signal,
+				() => {},
+			);
+			const storedTokens = Math.max(0, count - (refused ?? 0) * this.chunkSize);
+			this.#provenance.markCached(sequence, call.salt, storedTokens);
+			return { storedTokens, bytes };
+		} catch (error) {
+			return { storedTokens: cached, bytes: 0, failure: troubleOf(error) };
+		} finally {
+			file?.release();
+		}
+	}
+
+	/**
+	 * Prompts a chat session, with the cache before and after: the answer is what `session.prompt` alone
+	 * would have answered. It comes after it was stored; `onTextChunk` and `onToken` do not wait.
+	 *
+	 * @param session On a sequence of the cache's context.
+	 * @param text The user's message.
+	 * @param options Those of `session.prompt`, and `cacheSalt` and `timeoutMs` of the cache.
+	 * @throws What `session.prompt` throws, and {@link KvferryError} as {@link LlamaPrefixCache.restore}
+	 * does.
+	 */
+	async prompt<Session extends EngineChatSession>(
+		session: Session,
+		text: string,
+		options?: Parameters<Session["prompt"]>[1] & Omit<RequestOptions, "signal">,
+	): Promise<PromptResult> {
+		const { cacheSalt, timeoutMs, ...promptOptions }: PromptOptions = options ?? {};
+		const request = { cacheSalt, timeoutMs };
+		const { sequence } = session;
+		const tokens = promptTokens(session, text, promptOptions);
+		const restored = await this.restore(sequence, tokens, request);
+		const response = await session.prompt(text, promptOptions);
+		const saved = await this.save(sequence, request);
+		return { response, restored, saved };
+	}
+
+	/**
+	 * Waits for calls under way and ends the registration; what is stored stays, and so does the `Client` or
+	 * `Server`. Calling it again does nothing.
+	 */
+	close(): Promise<void> {
+		this.#closing ??= Promise.allSettled(this.#calls).then(() => this.#prefix.close());
+		return this.#closing;
+	}
+
+	/** The same as {@link LlamaPrefixCache.close}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.close();
+	}
+
+	#begin(sequence: EngineSequence, options: RequestOptions): Call {
+		if (this.#closing !== undefined) {
+			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
+		}
+		if (sequence.disposed) {
+			throw invalid("the sequence was disposed: get another one");
+		}
+		if (sequence.context !== this.#context) {
+			throw invalid("the sequence is of another context: open a cache for each context");
+		}
+		const { cacheSalt = this.#defaults.cacheSalt, signal } = options;
+		const { timeoutMs = this.#defaults.timeoutMs } = options;
+		return { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
+	}
+
+	async #track<T>(work: () => Promise<T>): Promise<T> {
+		const call = work();
+		this.#calls.add(call);
+		try {
+			return await call;
+		} finally {
+			this.#calls.delete(call);
+		}
+	}
+
+	#wholeChunks(tokens: number): number {
+		return tokens - (tokens % this.chunkSize);
+	}
+}
+
+type Loaded = Pick<RestoreResult, "hitTokens" | "bytes" | "failure">;
+type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "failure">;
+type PromptOptions = RequestOptions & Parameters<typeof promptTokens>[2];
+
+const NOTHING: Loaded = { hitTokens: 0, bytes: 0 };
+
+/** {@link RequestOptions}, with the defaults filled in. */
+interface Call {
+	readonly salt: string;
+	readonly timeoutMs: number;
+	readonly signal: AbortSignal | undefined;
+}
+
+/** The sequence is empty after a load that failed. */
+async function load(sequence: EngineSequence, file: LlamaStateFile): Promise<void> {
+	await sequence.clearHistory(); // a load that fails on a populated sequence breaks it for good
+	try {
+		await sequence.loadStateFromFile(file.path, { acceptRisk: true });
+	} catch (error) {
+		await sequence.clearHistory();
+		throw error;
+	}
+}
+
+/** The tokens that `session.prompt` is going to evaluate. A wrong guess costs hits, nothing else. */
+function promptTokens(
+	session: EngineChatSession,
+	text: string,
+	options: {
+		functions?: unknown;
+		documentFunctionParams?: unknown;
+		responsePrefix?: string;
+	},
+): number[] {
+	const { responsePrefix = "" } = options;
+	const chatHistory = [
+		...session.getChatHistory(),
+		{ type: "user", text },
+		{ type: "model", response: responsePrefix === "" ? [] : [responsePrefix] },
+	];
+	const { contextText } = session.chatWrapper.generateContextState({
+		chatHistory,
+		availableFunctions: options.functions,
+		documentFunctionParams: options.documentFunctionParams,
+	});
+	return contextText.tokenize(session.sequence.context.model.tokenizer);
+}
+
+/** The state file of one token: it shows the shape of all. */
+async function sampleState(
+	context: EngineContext,
+	given: EngineSequence | undefined,
+): Promise<Uint8Array> {
+	if (given === undefined && context.sequencesLeft === 0) {
+		throw invalid(
+			"all sequences of the context are taken: open the cache before getSequence(), " +
+				"or pass an empty one as `sequence`",
+		);
+	}
+	if (given !== undefined && given.nextTokenIndex !== 0) {
+		throw invalid(`the sequence holds ${given.nextTokenIndex} tokens: pass an empty one`);
+	}
+	const sequence = given ?? context.getSequence();
+	const directory = await mkdtemp(join(tmpdir(), "kvferry-"));
+	try {
+		const path = join(directory, "state");
+		await sequence.evaluateWithoutGeneratingNewTokens([context.model.tokens.bos ?? 0]);
+		await sequence.saveStateToFile(path);
+		return await readFile(path);
+	} finally {
+		await rm(directory, { recursive: true, force: true });
+		await (given === undefined ? sequence.dispose() : sequence.clearHistory());
+	}
+}
+
+/** A copy: the engine works on it while the caller may change the original. */
+function toTokenIds(tokens: readonly number[] | Uint32Array): Uint32Array {
+	const ids = Uint32Array.from(tokens);
+	const position = ids.findIndex((id, i) => id !== tokens[i] || id >= 2 ** 31);
+	if (position >= 0) {
+		throw new KvferryError(
+			"INVALID_TOKEN",
+			`Token ${position} is ${tokens[position]}: llama.cpp's tokens are integers from 0 to 2147483647.`,
+		);
+	}
+	return ids;
+}
+
+/** What the caller did wrong is thrown; all else is trouble that a result tells. */
+const MISUSE: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
+	"INVALID_ARGUMENT",
+	"INVALID_TOKEN",
+	"INVALID_SALT",
+	"ABORTED",
+	"CLOSED",
+]);
+
+function troubleOf(error: unknown): KvferryError {
+	const trouble = fromNative(error);
+	if (MISUSE.has(trouble.code)) {
+		throw trouble;
+	}
+	return trouble;
+}

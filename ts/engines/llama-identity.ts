@@ -1,0 +1,204 @@
+import { createHash } from "node:crypto";
+import { mkdir, open, readFile, rename, stat, writeFile } from "node:fs/promises";
+import { homedir } from "node:os";
+import { basename, isAbsolute, join } from "node:path";
+import { KvferryError } from "../errors.js";
+import type { EngineContext, EngineModel } from "./node-llama-cpp.js";
+
+/** What belongs to the cache's identity and cannot always be read from the engine. */
+export interface IdentityOptions {
+	/** SHA-256 of the model, 64 hexadecimal digits. Default: that of the model's file. */
+	modelSha256?: string | undefined;
+	/** The model's file. Default: what the engine says. */
+	modelPath?: string | undefined;
+	/**
+	 * Names the LoRA adapters of the context with their scales: their hashes, say. Required when it has
+	 * some.
+	 */
+	lora?: string | undefined;
+}
+
+/**
+ * Refuses models whose state cannot be cut by tokens.
+ *
+ * @throws {@link KvferryError} `UNSUPPORTED_MODEL`, with the reason.
+ */
+export function checkModel({ fileInsights, filename }: EngineModel): void {
+	const reasons: [boolean, string][] = [
+		[fileInsights.isRecurrent, "is recurrent: its state is one for all tokens"],
+		[fileInsights.isHybrid, "is a hybrid: part of its state is recurrent, one for all tokens"],
+		[
+			(fileInsights.swaSize ?? 0) > 0,
+			"uses sliding-window attention: its state lacks the tokens that left the window",
+		],
+		[fileInsights.hasEncoder, "has an encoder: its state does not depend on leading tokens only"],
+	];
+	for (const [applies, reason] of reasons) {
+		if (applies) {
+			throw new KvferryError(
+				"UNSUPPORTED_MODEL",
+				`${filename ?? "The model"} ${reason}, so it cannot be cached.`,
+			);
+		}
+	}
+}
+
+/**
+ * All that attention state depends on besides the tokens and the state's shape (which says the KV
+ * types and how values lie).
+ *
+ * @returns Canonical JSON.
+ * @throws {@link KvferryError} `IDENTITY_UNKNOWN` names what is missing and the option to pass it in.
+ */
+export async function identityOf(
+	context: EngineContext,
+	options: IdentityOptions,
+): Promise<string> {
+	const { model } = context;
+	const { llama } = model;
+	const { repo, release } = llama.llamaCppRelease;
+	return canonicalJson({
+		engine: { repo, release, build: llama.buildType, gpu: llama.gpu },
+		flashAttention: context.flashAttention,
+		lora: loraOf(context, options.lora),
+		// As the engine uses it, overrides included: RoPE's settings are in here.
+		metadata: Reflect.get(model.fileInfo.metadata, model.architecture),
+		model: await modelDigest(model, options),
+	});
+}
+
+function loraOf(context: EngineContext, named: string | undefined): string {
+	if (named !== undefined) {
+		return named;
+	}
+	const adapters: unknown = Reflect.get(context, "_loraAdapters");
+	if (adapters instanceof Set && adapters.size === 0) {
+		return "";
+	}
+	throw new KvferryError(
+		"IDENTITY_UNKNOWN",
+		adapters instanceof Set
+			? "The context has LoRA adapters: name them, with their scales, in the option `lora`."
+			: "This release of node-llama-cpp does not tell whether the context has LoRA adapters: " +
+					'pass the option `lora`, "" for none.',
+	);
+}
+
+async function modelDigest(model: EngineModel, options: IdentityOptions): Promise<string> {
+	if (options.modelSha256 !== undefined) {
+		if (!/^[0-9a-f]{64}$/i.test(options.modelSha256)) {
+			throw new KvferryError(
+				"INVALID_ARGUMENT",
+				`modelSha256 ${JSON.stringify(options.modelSha256)}: give 64 hexadecimal digits.`,
+			);
+		}
+		return options.modelSha256.toLowerCase();
+	}
+	const path: unknown = options.modelPath ?? Reflect.get(model, "_modelPath");
+	if (typeof path !== "string" || (options.modelPath === undefined && !isAbsolute(path))) {
+		throw new KvferryError(
+			"IDENTITY_UNKNOWN",
+			"This release of node-llama-cpp does not tell the model's file: " +
+				"pass the option `modelPath` or `modelSha256`.",
+		);
+	}
+	if (model.filename !== undefined && basename(path) !== model.filename) {
+		throw new KvferryError(
+			"INVALID_ARGUMENT",
+			`modelPath ${path}: the engine has loaded ${model.filename}.`,
+		);
+	}
+	if (model.fileInfo.splicedParts > 1) {
+		throw new KvferryError(
+			"IDENTITY_UNKNOWN",
+			`${model.filename} is one of ${model.fileInfo.splicedParts} files: ` +
+				"pass one hash over all of them in the option `modelSha256`.",
+		);
+	}
+	return fileSha256(path);
+}
+
+/** A file as it was when it was hashed. */
+interface Remembered {
+	readonly size: string;
+	readonly mtimeNs: string;
+	readonly sha256: string;
+}
+
+/**
+ * SHA-256 of a file, 64 hexadecimal digits. Computed once and remembered, by device, inode, size and
+ * time of change, in `$XDG_CACHE_HOME/kvferry` (`~/.cache/kvferry`).
+ *
+ * @throws {@link KvferryError} `SYSTEM` when the file cannot be read.
+ */
+export async function fileSha256(path: string): Promise<string> {
+	try {
+		const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true });
+		const key = { size: String(size), mtimeNs: String(mtimeNs) };
+		const memory = join(cacheDirectory(), `sha256-${dev}-${ino}.json`);
+		const known = await recall(memory);
+		if (known?.size === key.size && known.mtimeNs === key.mtimeNs) {
+			return known.sha256;
+		}
+		const sha256 = await hashFile(path);
+		const after = await stat(path, { bigint: true });
+		if (after.ino === ino && after.size === size && after.mtimeNs === mtimeNs) {
+			await remember(memory, { ...key, sha256 });
+		}
+		return sha256;
+	} catch (error) {
+		throw new KvferryError("SYSTEM", `Hashing the model ${path}: ${(error as Error).message}`, {
+			cause: error,
+		});
+	}
+}
+
+async function hashFile(path: string): Promise<string> {
+	const hash = createHash("sha256");
+	await using file = await open(path);
+	for await (const piece of file.createReadStream({ highWaterMark: 1 << 20, autoClose: false })) {
+		hash.update(piece);
+	}
+	return hash.digest("hex");
+}
+
+function cacheDirectory(): string {
+	const { XDG_CACHE_HOME: configured } = process.env;
+	// The specification has relative paths ignored.
+	const base = configured !== undefined && isAbsolute(configured) ? configured : undefined;
+	return join(base ?? join(homedir(), ".cache"), "kvferry");
+}
+
+async function recall(path: string): Promise<Remembered | undefined> {
+	try {
+		const value = JSON.parse(await readFile(path, "utf8"));
+		return /^[0-9a-f]{64}$/.test(value.sha256) ? value : undefined;
+	} catch {
+		return undefined; // not there, or not ours: the file is hashed again
+	}
+}
+
+/** Does its best: a home that cannot be written to costs time, no correctness. */
+async function remember(path: string, value: Remembered): Promise<void> {
+	const partial = `${path}.${process.pid}`;
+	try {
+		await mkdir(cacheDirectory(), { recursive: true, mode: 0o700 });
+		await writeFile(partial, JSON.stringify(value), { mode: 0o600 });
+		await rename(partial, path);
+	} catch {
+		return;
+	}
+}
+
+/** JSON with sorted keys, so that equal values give equal text. */
+function canonicalJson(value: unknown): string {
+	return JSON.stringify(value, (_key, item: unknown) => {
+		if (typeof item === "bigint") {
+			return `${item}n`;
+		}
+		if (typeof item === "object" && item !== null && !Array.isArray(item)) {
+			return Object.fromEntries(Object.entries(item).sort(([a], [b]) => (a < b ? -1 : 1)));
+		}
+		return item;
+	});
+}

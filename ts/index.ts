@@ -1,0 +1,34 @@
+/**
+ * KV-cache offloading for LLM engines in Node.js.
+ *
+ * @packageDocumentation
+ */
+export {
+	PrefixCache,
+	type PrefixCacheOptions,
+	PrefixHit,
+	type RequestOptions,
+	type StoreResult,
+} from "./cache.js";
+export { Client, type ClientOptions } from "./client.js";
+export { type ErrorCode, ErrorCodes, KvferryError } from "./errors.js";
+export {
+	type BlockAlgorithm,
+	BlockHasher,
+	type BlockHasherOptions,
+	blockHashes,
+	type ChunkAlgorithm,
+	ChunkHasher,
+	type ChunkHasherOptions,
+	chunkHashes,
+	eventHash,
+	Hashes,
+	type Lora,
+	type ObjectKeyFields,
+	objectKey,
+	packGroupId,
+	type Tokens,
+	unpackGroupId,
+} from "./hash.js";
+export { Server, type ServerOptions, type Status } from "./server.js";
+export type { WaitOptions } from "./waiting.js";

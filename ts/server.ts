@@ -1,0 +1,145 @@
+import { checkInteger, checkText } from "./arguments.js";
+import { wrap } from "./errors.js";
+import { native } from "./native.js";
+import type { PrefixCache as NativePrefixCache, Server as NativeServer } from "./native-binding.js";
+import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+
+/** How a {@link Server} is set up. */
+export interface ServerOptions extends WaitOptions {
+	/**
+	 * Whether other processes may connect. Without it the cache is this process's own: no socket, and
+	 * no shared memory. Default true.
+	 */
+	readonly listen?: boolean;
+	/** A loopback address or "localhost". Default "127.0.0.1". */
+	readonly host?: string;
+	/** 0 to 65535; 0 takes a free one, see {@link Server.address}. Default 5555. */
+	readonly port?: number;
+	/** Bytes of the pool, 4096 to 2^44. Default 4 GiB. */
+	readonly memory?: number;
+	/**
+	 * Name of the pool in shared memory, 1 to 200 bytes without "/"; `kvferry_` is put before it where
+	 * it is missing. Default: by the port.
+	 */
+	readonly shmName?: string;
+	/** Tokens of one chunk, 1 to 65536. Default 256. */
+	readonly chunkSize?: number;
+	/**
+	 * Milliseconds after which a request that was looked up and then not used any more loses its hold on
+	 * the chunks, 1 to 2^31 - 1. Default 300,000.
+	 */
+	readonly sessionTimeoutMs?: number;
+	/**
+	 * Milliseconds from reserving room to making it visible, 1 to 2^31 - 1. After them others may store
+	 * the same chunks; the room itself stays the slow writer's until it says that it is done, or its
+	 * connection ends. Default 600,000.
+	 */
+	readonly reservationTimeoutMs?: number;
+	/** Whether the server keeps the process running until it is closed. Default: as `listen`. */
+	readonly keepAlive?: boolean;
+}
+
+/** Figures of a server by name: counts, bytes, seconds and words. */
+export type Status = Record<string, number | string>;
+
+const MEMORY = 4 * 2 ** 30;
+/** A timer that does nothing but keep the process running. */
+const KEEP_ALIVE_MS = 2 ** 30;
+
+/**
+ * A cache server in this process: for other processes, or for this one alone.
+ *
+ * @example
+ * ```ts
+ * await using server = await Server.start({ memory: 2 ** 30 });
+ * console.log(server.address); // "127.0.0.1:5555"
+ * ```
+ */
+export class Server implements AsyncDisposable {
+	/** Tokens of one chunk. */
+	readonly chunkSize: number;
+	readonly #native: NativeServer;
+	readonly #timer: NodeJS.Timeout | undefined;
+
+	private constructor(server: NativeServer, chunkSize: number, keepAlive: boolean) {
+		this.#native = server;
+		this.chunkSize = chunkSize;
+		this.#timer = keepAlive ? setInterval(() => {}, KEEP_ALIVE_MS) : undefined;
+	}
+
+	/**
+	 * Starts a server.
+	 *
+	 * @throws {@link KvferryError} `ADDRESS_IN_USE`, `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
+	 * memory has free), `UNSUPPORTED_OPTION` for a host that is not loopback.
+	 */
+	static async start(options: ServerOptions = {}): Promise<Server> {
+		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
+		const { shmName, chunkSize = 256, keepAlive = listen, signal } = options;
+		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
+		checkText("host", host);
+		checkInteger("port", port, 0, 65_535);
+		checkInteger("memory", memory, 4096, 2 ** 44);
+		checkInteger("chunkSize", chunkSize, 1, 65_536);
+		checkInteger("sessionTimeoutMs", sessionTimeoutMs, 1, 2 ** 31 - 1);
+		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
+		if (shmName !== undefined) {
+			checkText("shmName", shmName);
+		}
+		const server = await waitFor(
+			() =>
+				native().Server.start({
+					memory,
+					port,
+					chunkSize,
+					sessionTimeoutMs,
+					reservationTimeoutMs,
+					...(listen ? { host } : {}),
+					...(listen && shmName !== undefined ? { shmName } : {}),
+				}),
+			signal,
+			(late) => late.close(),
+		);
+		return new Server(server, chunkSize, keepAlive);
+	}
+
+	/** `host:port` where it listens; undefined when it does not. */
+	get address(): string | undefined {
+		return this.#native.address ?? undefined;
+	}
+
+	/** Name of the pool in shared memory; undefined when it is this process's own memory. */
+	get shmName(): string | undefined {
+		return this.#native.shmName || undefined;
+	}
+
+	/** Figures of the store, by name. */
+	status(): Status {
+		return Object.fromEntries(wrap(() => this.#native.status()));
+	}
+
+	/** Ends all connections and drops the cache. Calling it again does nothing. */
+	async close(): Promise<void> {
+		clearInterval(this.#timer);
+		await waitFor(() => this.#native.close(), undefined, () => {});
+	}
+
+	/** The same as {@link Server.close}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.close();
+	}
+
+	/** @internal */
+	openPrefixCache(
+		identity: Uint8Array,
+		payloadBytes: number,
+		options: WaitOptions,
+	): Promise<NativePrefixCache> {
+		const timeoutMs = timeoutOf(options);
+		return waitFor(
+			() => this.#native.openPrefixCache(identity, payloadBytes, timeoutMs),
+			options.signal,
+			(late) => late.close(timeoutMs),
+		);
+	}
+}

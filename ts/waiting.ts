@@ -1,0 +1,75 @@
+import { checkInteger } from "./arguments.js";
+import { fromNative, KvferryError } from "./errors.js";
+
+/** Options of every call that waits. */
+export interface WaitOptions {
+	/**
+	 * Ends the wait with `ABORTED`. What the call had taken (leases, reserved room) is given back, as
+	 * soon as a copy that is under way has ended.
+	 */
+	readonly signal?: AbortSignal | undefined;
+	/** Milliseconds, 1 to 2^31 - 1, after which the call ends with `TIMEOUT`. Default 5,000. */
+	readonly timeoutMs?: number | undefined;
+}
+
+const TIMEOUT_MS = 5_000;
+
+/** The timeout to use, checked. */
+export function timeoutOf(options: WaitOptions): number {
+	const { timeoutMs = TIMEOUT_MS } = options;
+	checkInteger("timeoutMs", timeoutMs, 1, 2 ** 31 - 1);
+	return timeoutMs;
+}
+
+/**
+ * Awaits native work. When the signal aborts first, the promise rejects at once, and `undo` gives back
+ * what the work gets when it ends.
+ */
+export async function waitFor<T>(
+	work: () => Promise<T>,
+	signal: AbortSignal | undefined,
+	undo: (value: T) => unknown,
+): Promise<T> {
+	if (signal?.aborted === true) {
+		throw aborted(signal);
+	}
+	let running: Promise<T>;
+	try {
+		running = work();
+	} catch (error) {
+		throw fromNative(error);
+	}
+	if (signal === undefined) {
+		return await running.catch((error: unknown) => {
+			throw fromNative(error);
+		});
+	}
+	return await new Promise<T>((resolve, reject) => {
+		let open = true;
+		const abort = () => {
+			open = false;
+			reject(aborted(signal));
+		};
+		signal.addEventListener("abort", abort, { once: true });
+		running.then(
+			async (value) => {
+				signal.removeEventListener("abort", abort);
+				if (open) {
+					resolve(value);
+				} else {
+					await Promise.resolve(undo(value)).catch(() => {}); // its deadline ends it at last
+				}
+			},
+			(error: unknown) => {
+				signal.removeEventListener("abort", abort);
+				reject(fromNative(error));
+			},
+		);
+	});
+}
+
+function aborted(signal: AbortSignal): KvferryError {
+	return new KvferryError("ABORTED", "The call was aborted by its signal.", {
+		cause: signal.reason,
+	});
+}
