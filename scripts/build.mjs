@@ -1,0 +1,52 @@
+// Builds the addon (kvferry.<platform>.node beside package.json) and the JavaScript in dist/.
+// `--target TRIPLE` builds the addon for another platform.
+
+import { homedir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import { hostTarget } from "./platforms.mjs";
+import { root, run, setup, step, toolEnvironment } from "./setup.mjs";
+
+/** Builds the addon for `target` and its declarations; cargo decides what is stale. */
+export function buildAddon(target = hostTarget()) {
+	step(`addon for ${target}`);
+	const env = { ...toolEnvironment(), RUSTFLAGS: flags() };
+	run(
+		"napi",
+		[
+			...["build", "--platform", "--release", "--target", target],
+			...["--package", "kvferry-node", "--manifest-path", "crates/kvferry-node/Cargo.toml"],
+			...["--package-json-path", "package.json", "--output-dir", ".", "--no-js"],
+			...["--dts", "ts/native-binding.d.ts", "--no-const-enum"],
+		],
+		{
+			env: target.includes("-linux-")
+				? { ...env, CARGO: join(root, "scripts", "cargo-portable") }
+				: env,
+		},
+	);
+}
+
+/** Bundles ts/ into dist/. */
+export function buildJavaScript() {
+	step("JavaScript");
+	run("tsup", ["--silent"]);
+}
+
+/** No path of the building machine gets into the binary. */
+function flags() {
+	const cargoHome = process.env.CARGO_HOME ?? join(homedir(), ".cargo");
+	const remaps = [`${cargoHome}=/cargo`, `${root.replace(/[\\/]$/, "")}=/kvferry`];
+	const own = process.env.RUSTFLAGS === undefined ? [] : [process.env.RUSTFLAGS];
+	return [...own, ...remaps.map((remap) => `--remap-path-prefix=${remap}`)].join(" ");
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+	const { values } = parseArgs({ options: { target: { type: "string" } } });
+	setup();
+	buildAddon(values.target);
+	if (values.target === undefined) {
+		buildJavaScript();
+	}
+}

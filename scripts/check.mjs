@@ -1,0 +1,24 @@
+// Formatting, lints, types, licences and the API reference: everything that needs no test run.
+
+import { buildAddon } from "./build.mjs";
+import { checkLicences } from "./licences.mjs";
+import { run, setup, step } from "./setup.mjs";
+
+setup();
+step("cargo fmt");
+run("cargo", ["fmt", "--all", "--check"]);
+step("cargo clippy");
+run("cargo", [
+	...["clippy", "--workspace", "--all-targets", "--locked", "--quiet"],
+	...["--", "-D", "warnings"],
+]);
+step("licences");
+checkLicences();
+buildAddon(); // writes the declarations that the types below rest on
+step("biome");
+run("biome", ["check", "--error-on-warnings"]);
+step("tsc");
+run("tsc", ["--project", "."]);
+step("typedoc");
+run("typedoc", []);
+console.error("\nall checks passed");
