@@ -1,0 +1,146 @@
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { text } from "node:stream/consumers";
+import { fileURLToPath } from "node:url";
+import { Worker } from "node:worker_threads";
+import { describe, expect, it } from "vitest";
+import { Client, PrefixCache } from "../ts/index.js";
+import { ServerProcess } from "./server-process.js";
+
+const ROOT = fileURLToPath(new URL("..", import.meta.url));
+const BYTES = 8 * 2 ** 20;
+
+/** An engine in whatever thread or process runs it; `url` is the server's. */
+const ENGINE = `
+	import { Client, PrefixCache, Server } from "${new URL("../dist/index.js", import.meta.url)}";
+	const bytesPerChunk = ${BYTES};
+	const open = async (url) => {
+		const client = await Client.connect({ url });
+		const cache = await PrefixCache.open({ via: client, identity: "lifecycle", bytesPerChunk });
+		while ((await client.status()).reserved_bytes < 2 ** 27); // the pool grows in the background
+		return cache;
+	};
+	const prompt = (first) => Uint32Array.from({ length: 4 * 256 }, (_, at) => first * 10_000 + at);
+	const bytes = new Uint8Array(bytesPerChunk);
+`;
+
+/** Runs a script in a process of its own; resolves to how that ended and what it printed. */
+async function run(script: string): Promise<{ code: number | null; out: string; err: string }> {
+	const child = spawn(process.execPath, ["--input-type=module", "-e", ENGINE + script], {
+		cwd: ROOT,
+		stdio: ["ignore", "pipe", "pipe"],
+	});
+	const exit = once(child, "exit") as Promise<[number | null]>;
+	const [out, err, [code]] = await Promise.all([text(child.stdout), text(child.stderr), exit]);
+	return { code, out, err };
+}
+
+function worker(script: string, url: string): Worker {
+	const source = `${ENGINE}
+		import { parentPort, workerData as url } from "node:worker_threads";
+		${script}`;
+	return new Worker(new URL(`data:text/javascript,${encodeURIComponent(source)}`), {
+		workerData: url,
+	});
+}
+
+describe("a process with open handles", () => {
+	it("ends by itself when only clients and caches are open", async () => {
+		await using server = await ServerProcess.start("--memory", "128MiB");
+		const ended = await run(`
+			const cache = await open("${server.url}");
+			await cache.store(prompt(1), () => bytes);
+			console.log((await cache.lookup(prompt(1))).chunks);
+		`);
+		expect(ended).toEqual({ code: 0, out: "4\n", err: "" });
+	});
+
+	it("ends by itself when it embeds a server that does not listen", async () => {
+		const ended = await run(`
+			const server = await Server.start({ listen: false, memory: 2 ** 26 });
+			const cache = await PrefixCache.open({ via: server, identity: "x", bytesPerChunk });
+			console.log((await cache.store(prompt(1), () => bytes)).storedChunks);
+		`);
+		expect(ended).toEqual({ code: 0, out: "4\n", err: "" });
+	});
+
+	it("exits at once when told to, in the middle of everything, and leaves the server whole", async () => {
+		await using server = await ServerProcess.start("--memory", "128MiB");
+		const ended = await run(`
+			const cache = await open("${server.url}");
+			await cache.store(prompt(1), () => bytes);
+			for (let first = 1; first < 3; first++) {
+				void cache.lookup(prompt(first)).then((hit) => hit.load());
+				void cache.store(prompt(first), () => bytes);
+			}
+			await cache.store(prompt(9), (chunk) => chunk === 2 ? process.exit(7) : bytes);
+		`);
+		expect(ended).toEqual({ code: 7, out: "", err: "" });
+		await using client = await Client.connect({ url: server.url });
+		await expect
+			.poll(async () => await client.status())
+			.toMatchObject({ slots_writing: 0, slots_reading: 0, leases: 0 });
+	});
+});
+
+describe("worker threads", () => {
+	it("use the addon side by side with the main thread, and may end in mid-operation", async () => {
+		await using server = await ServerProcess.start("--memory", "128MiB");
+		const busy = `
+			const cache = await open(url);
+			for (let round = 0; ; round++) {
+				const first = 1 + (round % 3);
+				await cache.store(prompt(first), () => bytes.fill(first));
+				const loaded = await (await cache.lookup(prompt(first))).load();
+				parentPort.postMessage(loaded.every((one) => one.every((byte) => byte === first)));
+			}
+		`;
+		const workers = [worker(busy, server.url), worker(busy, server.url)];
+		for (const one of workers) {
+			const [right] = (await once(one, "message")) as [boolean];
+			expect(right).toBe(true);
+		}
+		for (const one of workers) {
+			await one.terminate();
+		}
+		await using client = await Client.connect({ url: server.url });
+		await using cache = await PrefixCache.open({
+			via: client,
+			identity: "main",
+			bytesPerChunk: BYTES,
+		});
+		const tokens = new Uint32Array(256);
+		const stored = await cache.store(tokens, () => new Uint8Array(BYTES).fill(1));
+		expect(stored.failure).toBeUndefined();
+		const again = worker(`${busy}`, server.url);
+		expect((await once(again, "message"))[0]).toBe(true);
+		await again.terminate();
+	});
+
+	it("may be sent the buffer that a chunk was read into, and one that is to be stored", async () => {
+		await using server = await ServerProcess.start();
+		await using client = await Client.connect({ url: server.url });
+		await using cache = await PrefixCache.open({
+			via: client,
+			identity: "transfer",
+			bytesPerChunk: 1000,
+		});
+		const tokens = new Uint32Array(256);
+		await cache.store(tokens, () => new Uint8Array(1000).fill(5));
+		const [bytes] = await (await cache.lookup(tokens)).load();
+		const sent = structuredClone(bytes, { transfer: [bytes?.buffer as ArrayBuffer] });
+		expect(sent?.every((byte) => byte === 5)).toBe(true);
+		const gone = new Uint8Array(1000);
+		structuredClone(gone, { transfer: [gone.buffer] });
+		const other = Uint32Array.from(tokens, () => 7);
+		await expect(cache.store(other, () => gone)).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringContaining("detached"),
+		});
+		const shared = new Uint8Array(new SharedArrayBuffer(1000)).fill(6);
+		expect((await cache.store(other, () => shared)).storedChunks).toBe(1);
+		const into = new Uint8Array(new SharedArrayBuffer(1000));
+		await (await cache.lookup(other)).load(() => into);
+		expect(into).toEqual(shared);
+	});
+});
