@@ -107,7 +107,7 @@ describe("PrefixCache in this process", () => {
 			code: "INVALID_ARGUMENT",
 			message: expect.stringContaining("9999"),
 		});
-		expect(store.status()["used_bytes"]).toBe(0);
+		expect(store.status().used_bytes).toBe(0);
 		expect((await cache.store(prompt, bytesOf)).storedChunks).toBe(2);
 	});
 
@@ -116,15 +116,15 @@ describe("PrefixCache in this process", () => {
 		const cache = await cacheOf(store);
 		await cache.store(tokens(2 * CHUNK), bytesOf);
 		const hit = await cache.lookup(tokens(2 * CHUNK));
-		expect(store.status()["leases"]).toBe(2);
+		expect(store.status().leases).toBe(2);
 		await hit.close();
 		await hit.close();
-		expect(store.status()["leases"]).toBe(0);
+		expect(store.status().leases).toBe(0);
 		const aborted = new AbortController();
 		const lookup = cache.lookup(tokens(2 * CHUNK), { signal: aborted.signal });
 		aborted.abort(new Error("changed my mind"));
 		await expect(lookup).rejects.toMatchObject({ code: "ABORTED" });
-		await expect.poll(() => store.status()["sessions"]).toBe(0);
+		await expect.poll(() => store.status().sessions).toBe(0);
 		await (await cache.lookup(tokens(2 * CHUNK))).load();
 		expect(store.status()).toMatchObject({ leases: 0, slots_reading: 0, sessions: 0 });
 		await expect(hit.load()).rejects.toMatchObject({ code: "CLOSED" });
@@ -133,7 +133,7 @@ describe("PrefixCache in this process", () => {
 	it("refuses what it cannot use, by name", async () => {
 		const cache = await cacheOf(await server());
 		const detached = tokens(CHUNK);
-		structuredClone(detached.buffer, { transfer: [detached.buffer] });
+		structuredClone(detached, { transfer: [detached.buffer as ArrayBuffer] });
 		await expect(cache.lookup(detached)).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
 		await expect(cache.lookup([1, 2] as never)).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
 		for (const cacheSalt of ["a/b", "a@b", "x".repeat(129), "\ud800", 7 as never]) {

@@ -111,6 +111,22 @@ describe("a growing sequence", () => {
 		);
 	});
 
+	it("writes where the caller says", () => {
+		const into = new Uint8Array(500);
+		const hashes = new BlockHasher().append(tokens, into);
+		expect(hashes.bytes.buffer).toBe(into.buffer);
+		expect(hashes.toHex()).toEqual(blockHashes(tokens).toHex());
+
+		const hasher = new BlockHasher();
+		const message = /192 bytes.*191/;
+		expect(() => hasher.append(tokens, new Uint8Array(191))).toThrow(
+			code("INVALID_ARGUMENT", message),
+		);
+		const same = new Uint8Array(tokens.buffer);
+		expect(() => hasher.append(tokens, same)).toThrow(code("INVALID_ARGUMENT", /share its buffer/));
+		expect(hasher.append(tokens)).toEqual(blockHashes(tokens));
+	});
+
 	it("is as it was after a refused token", () => {
 		const hasher = new ChunkHasher({ chunkSize: 4 });
 		hasher.append([1, 2, 3]);

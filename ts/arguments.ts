@@ -9,8 +9,13 @@ export function invalid(message: string): KvferryError {
 /** Checks for an integer from `min` to `max`. */
 export function checkInteger(name: string, value: unknown, min: number, max: number): void {
 	if (!Number.isInteger(value) || (value as number) < min || (value as number) > max) {
-		throw invalid(`${name} is ${String(value)}: pass an integer from ${min} to ${max}`);
+		throw invalid(`${name} is ${named(value)}: it must be an integer from ${min} to ${max}`);
 	}
+}
+
+/** A value as a message can hold it. */
+export function named(value: unknown): string {
+	return typeof value === "number" ? String(value) : `of type ${typeof value}`;
 }
 
 /** Checks for a string without lone surrogates, which have no UTF-8. */

@@ -59,7 +59,11 @@ export class Client implements AsyncDisposable {
 	async ping(options: WaitOptions = {}): Promise<number> {
 		this.#checkOpen();
 		const timeoutMs = timeoutOf(options);
-		return await waitFor(() => this.#native.ping(timeoutMs), options.signal, () => {});
+		return await waitFor(
+			() => this.#native.ping(timeoutMs),
+			options.signal,
+			() => {},
+		);
 	}
 
 	/**
@@ -109,7 +113,10 @@ export class Client implements AsyncDisposable {
 
 	#checkOpen(): void {
 		if (this.#closed) {
-			throw new KvferryError("CLOSED", `The client of ${this.url} was closed; connect another one.`);
+			throw new KvferryError(
+				"CLOSED",
+				`The client of ${this.url} was closed; connect another one.`,
+			);
 		}
 	}
 }

@@ -1,4 +1,5 @@
 import { types } from "node:util";
+import { checkAttached, checkBytes, checkInteger, checkText, invalid, named } from "./arguments.js";
 import { KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
 
@@ -150,12 +151,16 @@ class Hasher {
 	 * Adds tokens, in parts of any length, and returns the hashes that they complete. Tokens that
 	 * complete none wait for the next call.
 	 *
-	 * @throws {@link KvferryError} `INVALID_TOKEN` that names the position in `tokens`; nothing is added.
+	 * @param tokens What follows the tokens of earlier calls.
+	 * @param into Where to write the hashes, from its first byte on; what is returned are views of it.
+	 * Default a new array. Must not share its buffer with `tokens`.
+	 * @throws {@link KvferryError} `INVALID_TOKEN` that names the position in `tokens`, and
+	 * `INVALID_ARGUMENT` when `into` is too short; nothing is added.
 	 */
-	append(tokens: Tokens): Hashes {
+	append(tokens: Tokens, into?: Uint8Array): Hashes {
 		const ids = convert(tokens);
 		const count = Math.floor((this.#pending + ids.length) / this.#size);
-		const bytes = new Uint8Array(count * this.#hashBytes);
+		const bytes = roomFor(count * this.#hashBytes, into, ids);
 		wrap(() =>
 			Array.isArray(ids)
 				? this.#native.appendIntegers(ids, bytes)
@@ -328,55 +333,27 @@ function convert(tokens: Tokens): Uint32Array | bigint[] {
 	return fits ? ids : tokens.map(BigInt);
 }
 
-/** A detached array, or one that its resized buffer no longer covers, reads as empty: refuse it. */
-function checkAttached(name: string, array: Uint8Array | Uint32Array): void {
-	if (array.length > 0) {
-		return;
+/** The array that hashes are written to; native code must never see it overlap with `tokens`. */
+function roomFor(
+	bytes: number,
+	into: Uint8Array | undefined,
+	tokens: Uint32Array | bigint[],
+): Uint8Array {
+	if (into === undefined) {
+		return new Uint8Array(bytes);
 	}
-	try {
-		array.keys();
-	} catch (error) {
-		throw new KvferryError(
-			"INVALID_ARGUMENT",
-			`the buffer of ${name} was detached (transferred) or resized: pass an array that still has its memory`,
-			{ cause: error },
-		);
+	checkBytes("into", into);
+	if (into.length < bytes) {
+		throw invalid(`the hashes need ${bytes} bytes, but into has ${into.length}`);
 	}
-}
-
-function checkBytes(name: string, bytes: unknown): asserts bytes is Uint8Array {
-	if (!types.isUint8Array(bytes)) {
-		throw invalid(`${name} must be a Uint8Array`);
+	if (!Array.isArray(tokens) && into.buffer === tokens.buffer) {
+		throw invalid("into must not share its buffer with tokens: pass an array of its own");
 	}
-	checkAttached(name, bytes);
+	return into.length === bytes ? into : into.subarray(0, bytes);
 }
 
 function checkParent(parent: unknown): void {
 	if (parent !== undefined) {
 		checkBytes("parent", parent);
 	}
-}
-
-/** A value as a message can hold it. */
-function named(value: unknown): string {
-	return typeof value === "number" ? String(value) : `of type ${typeof value}`;
-}
-
-function checkInteger(name: string, value: unknown, min: number, max: number): void {
-	if (!(Number.isInteger(value) && (value as number) >= min && (value as number) <= max)) {
-		throw invalid(`${name} is ${named(value)}: it must be an integer from ${min} to ${max}`);
-	}
-}
-
-function checkText(name: string, text: unknown): void {
-	if (typeof text !== "string") {
-		throw invalid(`${name} must be a string`);
-	}
-	if (/\p{Surrogate}/u.test(text)) {
-		throw invalid(`${name} has half of a surrogate pair, which UTF-8 cannot say: correct the text`);
-	}
-}
-
-function invalid(message: string): KvferryError {
-	return new KvferryError("INVALID_ARGUMENT", message);
 }

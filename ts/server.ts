@@ -121,7 +121,11 @@ export class Server implements AsyncDisposable {
 	/** Ends all connections and drops the cache. Calling it again does nothing. */
 	async close(): Promise<void> {
 		clearInterval(this.#timer);
-		await waitFor(() => this.#native.close(), undefined, () => {});
+		await waitFor(
+			() => this.#native.close(),
+			undefined,
+			() => {},
+		);
 	}
 
 	/** The same as {@link Server.close}. */

@@ -147,7 +147,7 @@ describe("a server that is silent", () => {
 		server.signal("SIGCONT");
 		await expect.poll(() => client.ping().catch(() => -1), { timeout: 10_000 }).toBeGreaterThan(0);
 		expect(await load(1, 2)).toBe(2);
-		await expect.poll(async () => (await client.status())["sessions"]).toBe(0);
+		await expect.poll(async () => (await client.status()).sessions).toBe(0);
 	});
 });
 
@@ -223,7 +223,7 @@ describe("several engines", () => {
 		let stored = 0;
 		for (let first = 1; first <= 20; first++) {
 			const results = await Promise.all(workers.map((one) => ask(one, { first, chunks: 3 })));
-			stored += results.reduce((sum, result) => sum + Number(result["storedChunks"]), 0);
+			stored += results.reduce((sum, result) => sum + Number(result.storedChunks), 0);
 		}
 		expect(stored).toBe(60);
 		const { load } = await engine(server);
@@ -239,7 +239,7 @@ describe("several engines", () => {
 		const { client, store, load } = await engine(server);
 		expect(await client.status()).toMatchObject({ slots_writing: 10 });
 		killed.kill("SIGKILL");
-		await expect.poll(async () => (await client.status())["slots_writing"]).toBe(0);
+		await expect.poll(async () => (await client.status()).slots_writing).toBe(0);
 		expect(await load(1, 10)).toBe(0);
 		expect((await store(2, 10)).storedChunks).toBe(10);
 		expect(await load(2, 10)).toBe(10);

@@ -27,7 +27,7 @@ it("a worker that was stopped in mid-copy past its deadline, and goes on later, 
 		stopped.send({ first: 1, chunks: 4, holdAt: 1 });
 		await held;
 		await stopProcess(stopped);
-		await expect.poll(() => server.status()["slots_apart"]).toBe(4);
+		await expect.poll(() => server.status().slots_apart).toBe(4);
 
 		await using client = await Client.connect({ url });
 		await using cache = await PrefixCache.open({
@@ -59,7 +59,7 @@ it("a worker that was stopped in mid-copy past its deadline, and goes on later, 
 		stopped.stdin?.write("\n");
 		stopped.kill("SIGCONT"); // it writes the rest into the slots that it was told of, and commits
 		expect((await answered)[0]).toMatchObject({ storedChunks: 0 });
-		expect(server.status()["slots_apart"]).toBe(0);
+		expect(server.status().slots_apart).toBe(0);
 		await check(7, 3);
 		await check(8, 3);
 		expect(await store(1, 4)).toBe(4);

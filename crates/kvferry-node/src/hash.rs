@@ -33,7 +33,7 @@ impl ChunkHasher {
     /// Adds tokens and writes the hashes that they complete to `hashes`.
     #[napi(catch_unwind)]
     pub fn append(&mut self, tokens: &[u32], mut hashes: Uint8ArraySlice<'_>) -> Result<()> {
-        // SAFETY: nothing else refers to `hashes`: ts/hash.ts allocated it for this call.
+        // SAFETY: the call is synchronous and ts/hash.ts lets no other argument share this buffer.
         let hashes = unsafe { hashes.as_mut() };
         self.stream.append(tokens, hashes).map(drop).map_err(to_napi)
     }
@@ -45,7 +45,7 @@ impl ChunkHasher {
         tokens: Vec<BigInt>,
         mut hashes: Uint8ArraySlice<'_>,
     ) -> Result<()> {
-        // SAFETY: nothing else refers to `hashes`: ts/hash.ts allocated it for this call.
+        // SAFETY: the call is synchronous and ts/hash.ts lets no other argument share this buffer.
         let hashes = unsafe { hashes.as_mut() };
         self.stream.append(Tokens::Integers(&integers(tokens)), hashes).map(drop).map_err(to_napi)
     }
@@ -91,7 +91,7 @@ impl BlockHasher {
     /// Adds tokens and writes the hashes that they complete to `hashes`.
     #[napi(catch_unwind)]
     pub fn append(&mut self, tokens: &[u32], mut hashes: Uint8ArraySlice<'_>) -> Result<()> {
-        // SAFETY: nothing else refers to `hashes`: ts/hash.ts allocated it for this call.
+        // SAFETY: the call is synchronous and ts/hash.ts lets no other argument share this buffer.
         let hashes = unsafe { hashes.as_mut() };
         self.hasher.append(tokens, hashes).map(drop).map_err(to_napi)
     }
@@ -103,7 +103,7 @@ impl BlockHasher {
         tokens: Vec<BigInt>,
         mut hashes: Uint8ArraySlice<'_>,
     ) -> Result<()> {
-        // SAFETY: nothing else refers to `hashes`: ts/hash.ts allocated it for this call.
+        // SAFETY: the call is synchronous and ts/hash.ts lets no other argument share this buffer.
         let hashes = unsafe { hashes.as_mut() };
         self.hasher.append(Tokens::Integers(&integers(tokens)), hashes).map(drop).map_err(to_napi)
     }
