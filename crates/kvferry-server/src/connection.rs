@@ -98,7 +98,15 @@ async fn talk(
         }
         let arrived = input.len();
         let mut ready = false;
-        while let Some(event) = zmtp.receive(&mut input, &mut output).map_err(Malformed::io)? {
+        loop {
+            let event = match zmtp.receive(&mut input, &mut output) {
+                Ok(Some(event)) => event,
+                Ok(None) => break,
+                Err(error) => {
+                    send(stream, &mut output).await?; // what was answered before, and the reason
+                    return Err(Malformed::io(error));
+                }
+            };
             match event {
                 Event::Message(frames) => {
                     ready = true;
@@ -204,9 +212,11 @@ mod tests {
 
         /// How the connection ends, and after how long.
         async fn serve(&self, stream: DuplexStream) -> (Departure, Duration) {
+            const NEVER: Duration = Duration::from_secs(1 << 32);
             let begun = Instant::now();
             let mut peer = Peer::new(self.store.connect());
-            let departure = serve(stream, &self.service, &mut peer, &self.unfinished).await;
+            let serving = serve(stream, &self.service, &mut peer, &self.unfinished);
+            let departure = timeout(NEVER, serving).await.expect("the connection ends");
             (departure, begun.elapsed())
         }
 
@@ -360,6 +370,22 @@ mod tests {
             assert_eq!(departure, expected, "{} bytes", sent.len());
             assert_eq!(host.dropped("unfinished_messages") - before, i64::from(!fits));
             assert_eq!(host.unfinished.0.load(Ordering::Relaxed), others, "its part is given back");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_before_a_malformed_frame_is_answered() {
+        let subscriber =
+            [&handshake()[..64], b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03SUB"].concat();
+        let served = [&handshake()[..], &noop(), &[0xff]].concat();
+        for (sent, answer) in [(served, &b"\xa2OK"[..]), (subscriber, b"ERROR")] {
+            let host = Host::new();
+            let (mut near, far) = duplex(4096);
+            near.write_all(&sent).await.unwrap();
+            assert_eq!(host.serve(far).await.0, Departure::GivenUp);
+            let mut received = Vec::new();
+            near.read_to_end(&mut received).await.unwrap();
+            assert!(received.windows(answer.len()).any(|bytes| bytes == answer), "{answer:?}");
         }
     }
 

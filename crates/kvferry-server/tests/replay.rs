@@ -1,7 +1,7 @@
 //! Conversations of real engines with LMCache's server, from `test/wire/`, held again with ours: each
 //! request is sent as it was, and each reply is compared byte for byte.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
 
@@ -9,7 +9,6 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use common::{Client, start, store_options};
-use kvferry_core::cache::Slot;
 use kvferry_store::StoreOptions;
 use kvferry_wire::message::StoreSlots;
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};

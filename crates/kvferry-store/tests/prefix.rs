@@ -1,5 +1,5 @@
 //! The prefix cache of kvferry-core on the embedded store: what comes back is what went in, or nothing.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::future::Future;
 use std::pin::pin;
