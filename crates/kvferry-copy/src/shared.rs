@@ -84,6 +84,24 @@ impl SharedRegion {
         Self::map(file, bytes)
     }
 
+    /// Removes segments of this user whose names begin with `prefix` and whose servers are dead: they
+    /// would take memory until the machine restarts. Those that cannot be removed stay.
+    pub fn remove_stale(prefix: &str) {
+        let Ok(entries) = std::fs::read_dir(DIRECTORY) else { return };
+        for entry in entries.flatten() {
+            if !entry.file_name().to_string_lossy().starts_with(prefix) {
+                continue;
+            }
+            let path = entry.path();
+            if let Ok(file) = open(&path, false)
+                && lock(&file)
+                && names(&path, &file)
+            {
+                let _ = remove_file(&path); // another starter may have been faster
+            }
+        }
+    }
+
     fn map(file: File, bytes: u64) -> Result<Self> {
         let cannot =
             |error: &io::Error| Error::system(format!("cannot map a pool of {bytes} bytes"), error);
@@ -310,6 +328,18 @@ mod tests {
         fresh.reserve(0).unwrap();
         fresh.read(0, &mut four).unwrap();
         assert_eq!(four, [0; 4]);
+    }
+
+    #[test]
+    fn what_dead_servers_left_goes_and_live_ones_stay() {
+        let prefix = name("sweep");
+        let live = SharedRegion::create(&format!("{prefix}_live"), 4096).unwrap();
+        let stale = path_of(&format!("{prefix}_stale")).unwrap();
+        std::fs::write(&stale, b"left by a killed server").unwrap();
+        SharedRegion::remove_stale(&prefix);
+        assert!(!stale.exists());
+        assert!(SharedRegion::open(&format!("{prefix}_live"), 4096).is_ok());
+        drop(live);
     }
 
     #[test]

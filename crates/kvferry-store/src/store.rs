@@ -319,19 +319,23 @@ impl Store {
             return Ok(());
         };
         let space = space(&registered.layout, &key.cache_salt);
-        for chunk in chunks.rev() {
-            for rank in 0..key.world_size {
-                let id = ObjectId { chunk: prompt.hashes[chunk], space, rank };
-                for _ in 0..readers {
-                    match state.index.get(&id) {
-                        Some(handle) if state.take_lease(&key.request_id, handle) => {
-                            state.index.unpin(handle);
-                        }
-                        _ => break,
-                    }
-                }
+        let mut released = Vec::new();
+        for chunk in chunks {
+            let ids = (0..key.world_size).map(|rank| ObjectId {
+                chunk: prompt.hashes[chunk],
+                space,
+                rank,
+            });
+            let held: Vec<Handle> = ids.map_while(|id| state.index.get(&id)).collect();
+            if held.is_empty() {
+                break; // what is leased is a prefix, and is there
+            }
+            for handle in held {
+                let taken = (0..readers).take_while(|_| state.take_lease(&key.request_id, handle));
+                released.extend(taken.map(|_| handle));
             }
         }
+        state.unpin(&released);
         Ok(())
     }
 
@@ -676,6 +680,7 @@ fn readers(key: &Key, tp_size: u32) -> Result<u32> {
 #[cfg(target_os = "linux")]
 fn shared(name: String, bytes: u64) -> Result<Region> {
     let name = if name.starts_with(PREFIX) { name } else { format!("{PREFIX}{name}") };
+    kvferry_copy::SharedRegion::remove_stale(PREFIX);
     let region = Arc::new(kvferry_copy::SharedRegion::create(&name, bytes)?);
     Ok(Region::Shared { region, name })
 }
