@@ -13,8 +13,8 @@ pub(crate) struct Address {
 }
 
 impl Address {
-    /// `tcp://host:port` or `host:port`. Only loopback hosts are offered: the protocol neither encrypts
-    /// nor asks who is there.
+    /// `tcp://host:port` or `host:port`. Only loopback hosts are offered: the protocol neither
+    /// encrypts nor asks who is there.
     pub(crate) fn parse(text: &str) -> Result<Self> {
         let bare = text.strip_prefix("tcp://").unwrap_or(text);
         if let Some((scheme, _)) = bare.split_once("://") {

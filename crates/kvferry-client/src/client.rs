@@ -30,10 +30,11 @@ pub struct ConnectOptions {
     pub address: String,
     /// How long any request may take, beside the deadline that its caller gives; 5 s unless told.
     pub request_timeout: Duration,
-    /// From connecting to being ready, for the first connection and for later ones; 3 s unless told.
+    /// From connecting to being ready, for the first connection and for later ones; 3 s unless
+    /// told.
     pub connect_timeout: Duration,
-    /// Between two signs of life, sent from the first registration on; 5 s unless told. A server that
-    /// is silent for a whole interval after one is given up, and connected to anew.
+    /// Between two signs of life, sent from the first registration on; 5 s unless told. A server
+    /// that is silent for a whole interval after one is given up, and connected to anew.
     pub heartbeat_interval: Duration,
 }
 
@@ -82,10 +83,10 @@ pub(crate) struct Shared {
 
 /// A connection to a server: kvferry's, or LMCache's in engine-driven mode with shared memory.
 ///
-/// A task on the tokio runtime that [`Client::connect`] ran on keeps the connection: it sends signs of
-/// life, connects anew when the connection ends, registers what was registered, and maps the pool again
-/// when the server was started anew. While there is no connection every request fails at once with
-/// [`ErrorCode::Unreachable`]; a server that does not answer is [`ErrorCode::Timeout`].
+/// A task on the tokio runtime that [`Client::connect`] ran on keeps the connection: it sends signs
+/// of life, connects anew when the connection ends, registers what was registered, and maps the
+/// pool again when the server was started anew. While there is no connection every request fails at
+/// once with [`ErrorCode::Unreachable`]; a server that does not answer is [`ErrorCode::Timeout`].
 ///
 /// Dropping a client ends its connection; [`Client::close`] says goodbye first.
 pub struct Client {
@@ -166,9 +167,9 @@ impl Client {
         }
     }
 
-    /// Tells the server that this client goes, waits shortly for it to hear, and ends the connection.
-    /// Requests under way and all later ones fail with [`ErrorCode::Closed`]. Calling it again does
-    /// nothing.
+    /// Tells the server that this client goes, waits shortly for it to hear, and ends the
+    /// connection. Requests under way and all later ones fail with [`ErrorCode::Closed`]. Calling
+    /// it again does nothing.
     pub async fn close(&self) {
         let registrations = std::mem::take(&mut *lock(&self.shared.registrations));
         if let Ok(session) = self.session() {
@@ -268,6 +269,7 @@ async fn keep_connected(shared: &Shared, opened: Opened) {
         let Err(error) = serve(shared, &mut link, &session, &mut outgoing).await;
         shared.set(State::Disconnected(error.clone()));
         session.end(&error);
+        drop(link); // a server that lives on shall see the end of this connection
         if began.elapsed() > RECONNECT_MAX {
             pause = RECONNECT_MIN;
         }

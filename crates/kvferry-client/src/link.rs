@@ -102,8 +102,8 @@ impl Link {
         self.input.reserve(READ);
         let (mut reader, mut writer) = self.stream.split();
         let (read, bytes) = tokio::select! {
-            bytes = reader.read_buf(&mut self.input) => (true, bytes),
-            bytes = writer.write_buf(&mut self.output), if !self.output.is_empty() => (false, bytes),
+            read = reader.read_buf(&mut self.input) => (true, read),
+            sent = writer.write_buf(&mut self.output), if !self.output.is_empty() => (false, sent),
         };
         match bytes {
             Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),

@@ -87,7 +87,8 @@ impl Session {
         (session, outgoing)
     }
 
-    /// Sends a request and waits for its reply until `deadline`. A reply that comes later is dropped.
+    /// Sends a request and waits for its reply until `deadline`. A reply that comes later is
+    /// dropped.
     pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {
         let (answer, answered) = oneshot::channel();
         let operation = request.operation();
@@ -103,8 +104,8 @@ impl Session {
         }
     }
 
-    /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its end
-    /// undoes what such requests are for.
+    /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its
+    /// end undoes what such requests are for.
     pub(crate) fn send(&self, request: &Request) {
         let _ = self.enqueue(request, None);
     }
@@ -119,7 +120,8 @@ impl Session {
             return Err(Error::new(
                 ErrorCode::Timeout,
                 format!(
-                    "{QUEUED_BYTES_MAX} bytes of requests wait for the server at {}, which does not take them",
+                    "{QUEUED_BYTES_MAX} bytes of requests wait for the server at {}, which does not \
+                     take them",
                     self.address
                 ),
             ));
@@ -129,8 +131,11 @@ impl Session {
         if let Some(waiting) = waiting {
             all.insert(uid.clone(), waiting);
         }
-        // In the lock, so that the order of uids is the order on the wire.
-        self.queue.send(Outgoing { frames, bytes, awaited }).map_err(|_| self.ended())?;
+        drop(requests);
+        if self.queue.send(Outgoing { frames, bytes, awaited }).is_err() {
+            self.take(&uid);
+            return Err(self.ended());
+        }
         Ok(uid)
     }
 
@@ -181,7 +186,12 @@ impl Session {
 
     fn ended(&self) -> Error {
         let error = lock(&self.requests).as_ref().err().cloned();
-        error.unwrap_or_else(|| Error::new(ErrorCode::Internal, "a session ended without a reason"))
+        error.unwrap_or_else(|| {
+            Error::new(
+                ErrorCode::Closed,
+                "the runtime of this client has ended; connect another one",
+            )
+        })
     }
 
     /// Remembers that a prepare was granted.
@@ -189,8 +199,8 @@ impl Session {
         lock(&self.granted).insert(Granted::new(operation, key, instance));
     }
 
-    /// Forgets it again. `false`: this session has not granted it. A commit must not go to the server
-    /// then: what it would end is another's.
+    /// Forgets it again. `false`: this session has not granted it. A commit must not go to the
+    /// server then: what it would end is another's.
     pub(crate) fn take_grant(&self, operation: Operation, key: &Key, instance: u64) -> bool {
         lock(&self.granted).remove(&Granted::new(operation, key, instance))
     }
@@ -223,7 +233,8 @@ impl Drop for Forget<'_> {
     }
 }
 
-/// A request that is sent unless disarmed: it undoes on the server what a caller no longer waits for.
+/// A request that is sent unless disarmed: it undoes on the server what a caller no longer waits
+/// for.
 pub(crate) struct Undo {
     session: Arc<Session>,
     request: Option<Request>,

@@ -210,18 +210,25 @@ async fn keys_that_servers_meet_with_silence_are_not_sent() {
 }
 
 #[tokio::test]
-async fn silence_is_a_timeout_and_its_late_end_is_nobodys_reply() {
-    let mut pings = 0;
+async fn silence_is_a_timeout_and_a_late_reply_is_nobodys() {
+    let counter = |value| Reply::Status(vec![("counter".to_owned(), Value::Integer(value))]);
+    let mut questions = 0;
     let router = Router::start("", move |_, request| {
-        pings += u32::from(matches!(request, Request::Ping { .. }));
-        (pings == 1).then_some(Answer::Silence)
+        questions += i64::from(matches!(request, Request::Status));
+        match (request, questions) {
+            (Request::Status, 1) => Some(Answer::Late(counter(1))),
+            (Request::Status, n) => Some(Answer::Reply(counter(n))),
+            _ => None,
+        }
     })
     .await;
-    let options = ConnectOptions { request_timeout: Duration::from_millis(30), ..router.options() };
+    let options =
+        ConnectOptions { request_timeout: Duration::from_millis(200), ..router.options() };
     let client = Client::connect(options).await.unwrap();
-    let error = client.ping().await.unwrap_err();
+    let error = client.status().await.unwrap_err();
     assert_eq!(error.code, ErrorCode::Timeout);
-    assert!(error.message.contains("ping") && error.message.contains(&router.address), "{error}");
+    assert!(error.message.contains("status") && error.message.contains(&router.address), "{error}");
+    assert_eq!(client.status().await.unwrap(), [("counter".to_owned(), Value::Integer(2))]);
 }
 
 #[tokio::test]
@@ -238,7 +245,7 @@ async fn replies_that_nobody_asked_for_are_ignored() {
 #[tokio::test]
 async fn the_reply_of_another_operation_is_refused() {
     let router = Router::start("", |_, request| {
-        let wrong = Answer::As(Request::Noop, Reply::Text("OK".to_owned()));
+        let wrong = Answer::As(Request::Clear { force: true }, Reply::Boolean(true));
         matches!(request, Request::Ping { .. }).then_some(wrong)
     })
     .await;
@@ -267,14 +274,20 @@ async fn replies_may_come_in_any_order() {
 }
 
 #[tokio::test]
-async fn an_unanswered_prepare_is_undone() {
+async fn what_a_call_leaves_that_got_no_answer_is_undone() {
     let (name, _region) = pool("undone");
     let mut router = Router::start(&name, |_, request| {
-        matches!(request, Request::PrepareStore { .. } | Request::PrepareRetrieve { .. })
-            .then_some(Answer::Silence)
+        let unanswered = matches!(
+            request,
+            Request::Lookup { .. } | Request::PrepareStore { .. } | Request::PrepareRetrieve { .. }
+        );
+        unanswered.then_some(Answer::Silence)
     })
     .await;
     let client = Client::connect(router.options()).await.unwrap();
+    assert_eq!(code(client.lookup(&key(), shortly()).await), Some(ErrorCode::Timeout));
+    let (_, undone) = router.received(|r| matches!(r, Request::EndSession { .. })).await;
+    assert_eq!(undone, Request::EndSession { request_id: "request".to_owned() });
     let instance = client.register(layout(), soon()).await.unwrap();
     let store = client.prepare_store(&key(), instance, shortly()).await;
     assert_eq!(code(store), Some(ErrorCode::Timeout));
@@ -378,6 +391,32 @@ async fn a_server_started_anew_is_registered_with_and_its_pool_mapped() {
 }
 
 #[tokio::test]
+async fn a_pool_made_anew_under_the_same_name_is_mapped_again() {
+    let (name, region) = pool("again");
+    let mut region = Some(region);
+    let router = Router::start(&name, move |connection, request| match (connection, request) {
+        (0, Request::Ping { .. }) => {
+            drop(region.take()); // the old server's end removes its segment
+            let (_, new) = pool("again");
+            new.write(0, b"new").unwrap();
+            region = Some(new);
+            Some(Answer::Close)
+        }
+        (1, Request::Hello) => Some(Answer::Reply(hello(2))),
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    client.ping().await.unwrap_err();
+    client.connected(soon()).await.unwrap();
+    let grant = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+    let mut seen = [0; 3];
+    grant.memory.read(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"new");
+}
+
+#[tokio::test]
 async fn a_server_that_lives_on_keeps_its_mapping() {
     let (name, _region) = pool("same");
     let router = Router::start(&name, move |connection, request| {
@@ -460,14 +499,12 @@ async fn a_stalled_server_is_not_given_more_than_can_be_kept() {
     })
     .await;
     let client = Arc::new(Client::connect(router.options()).await.unwrap());
-    // Tokens of five bytes each: 7 MiB a request.
-    let tokens: Arc<[u32]> = vec![u32::MAX; 7 << 20 >> 2].into();
-    let large =
-        Key { token_ids: tokens.iter().take((7 << 20) / 5).copied().collect(), end: 0, ..key() };
+    // Tokens of five bytes each: 7 MiB a request, of which the sockets take a few.
+    let large = Key { token_ids: vec![u32::MAX; (7 << 20) / 5].into(), end: 0, ..key() };
     let mut requests = JoinSet::new();
     let stalled = Arc::clone(&client);
     requests.spawn(async move { stalled.ping().await.map(drop) });
-    for _ in 0..12 {
+    for _ in 0..24 {
         let (client, key) = (Arc::clone(&client), large.clone());
         requests.spawn(async move { client.lookup(&key, soon()).await.map(drop) });
     }

@@ -141,8 +141,8 @@ pub(crate) enum Kind {
     Other,
 }
 
-/// Reads values from the front of a slice. Nothing is allocated for a length before as many bytes are
-/// known to be there.
+/// Reads values from the front of a slice. Nothing is allocated for a length before as many bytes
+/// are known to be there.
 pub(crate) struct Reader<'a> {
     rest: &'a [u8],
 }
@@ -235,7 +235,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// An integer parameter of its own frame: LMCache applies `int()` to those, so a boolean will do.
+    /// An integer parameter of its own frame: LMCache applies `int()` to those, so a boolean will
+    /// do.
     pub(crate) fn coerced_integer(&mut self) -> Result<u64> {
         match self.peek() {
             Some(Marker::True | Marker::False) => self.boolean().map(u64::from),
@@ -243,7 +244,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A boolean parameter of its own frame: LMCache applies `bool()` to those, so an integer will do.
+    /// A boolean parameter of its own frame: LMCache applies `bool()` to those, so an integer will
+    /// do.
     pub(crate) fn coerced_bool(&mut self) -> Result<bool> {
         match self.peek() {
             Some(Marker::True | Marker::False) => self.boolean(),

@@ -1,8 +1,8 @@
 //! The operations, by LMCache's integer ids and by name.
 
-/// What a message asks for. LMCache's ids are those of LMCache 0.5.3 and later; operations whose name
-/// begins with `kvferry.` have no id, and are sent only to a server whose `get_experimental` reply
-/// holds [`EXTENSION`].
+/// What a message asks for. LMCache's ids are those of LMCache 0.5.3 and later; operations whose
+/// name begins with `kvferry.` have no id, and are sent only to a server whose `get_experimental`
+/// reply holds [`EXTENSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// Hashes a prompt, counts the leading chunks that are there, and leases them.

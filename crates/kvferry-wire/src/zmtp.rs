@@ -1,9 +1,10 @@
-//! ZMTP 3.x (RFC 23 and 37) for DEALER and ROUTER, with the mechanisms NULL and PLAIN (RFC 24), without
-//! I/O: [`Connection::receive`] takes bytes as they arrive and gives events, what must be sent is
-//! appended to a buffer.
+//! ZMTP 3.x (RFC 23 and 37) for DEALER and ROUTER, with the mechanisms NULL and PLAIN (RFC 24),
+//! without I/O: [`Connection::receive`] takes bytes as they arrive and gives events, what must be
+//! sent is appended to a buffer.
 //!
-//! Every length is checked when it is announced. Nothing is reserved for bytes that have not arrived,
-//! and frames are slices of the input: whoever keeps a frame keeps the buffer that it came in.
+//! Every length is checked when it is announced. Nothing is reserved for bytes that have not
+//! arrived, and frames are slices of the input: whoever keeps a frame keeps the buffer that it came
+//! in.
 //!
 //! ```
 //! use bytes::BytesMut;
@@ -136,8 +137,8 @@ impl Config {
 /// What has happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// PLAIN: the peer wants to be let in. Nothing more is received before [`Connection::accept`] or
-    /// [`Connection::reject`].
+    /// PLAIN: the peer wants to be let in. Nothing more is received before [`Connection::accept`]
+    /// or [`Connection::reject`].
     Credentials(Credentials),
     /// The handshake is done, messages may be sent. Comes once.
     Ready,
@@ -195,8 +196,8 @@ pub enum ZmtpError {
     /// The peer sent an ERROR.
     #[error("the peer refuses: {0:?}")]
     Refused(String),
-    /// We sent before [`Event::Ready`], gave a verdict that nobody asked for, or have credentials longer
-    /// than 255 bytes.
+    /// We sent before [`Event::Ready`], gave a verdict that nobody asked for, or have credentials
+    /// longer than 255 bytes.
     #[error("out of turn: {0}")]
     OutOfTurn(&'static str),
 }
@@ -283,12 +284,12 @@ impl Connection {
     }
 
     /// Takes what it can from the front of `input`, which holds the bytes that arrived and were not
-    /// taken yet, and appends to `output` what the peer must be answered. `None`: more bytes are needed
-    /// (or a verdict, see [`Event::Credentials`]). Call it until it says so.
+    /// taken yet, and appends to `output` what the peer must be answered. `None`: more bytes are
+    /// needed (or a verdict, see [`Event::Credentials`]). Call it until it says so.
     ///
     /// # Errors
-    /// Anything against the protocol or the limits; the connection is to be closed then, after `output`
-    /// is sent, which may hold the reason.
+    /// Anything against the protocol or the limits; the connection is to be closed then, after
+    /// `output` is sent, which may hold the reason.
     pub fn receive(
         &mut self,
         input: &mut BytesMut,
@@ -327,7 +328,8 @@ impl Connection {
     /// Appends a message of at least one frame. All or nothing.
     ///
     /// # Errors
-    /// Before [`Event::Ready`], and when the message exceeds our own limits, which are the peer's too.
+    /// Before [`Event::Ready`], and when the message exceeds our own limits, which are the peer's
+    /// too.
     pub fn send(&self, frames: &[impl AsRef<[u8]>], output: &mut BytesMut) -> Result<()> {
         if self.state != State::Traffic {
             return Err(ZmtpError::OutOfTurn("a message before the handshake is done"));
@@ -359,8 +361,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Turns the peer away whose [`Event::Credentials`] came, with a reason of at most 255 bytes. The
-    /// connection is to be closed after `output` is sent.
+    /// Turns the peer away whose [`Event::Credentials`] came, with a reason of at most 255 bytes.
+    /// The connection is to be closed after `output` is sent.
     ///
     /// # Errors
     /// When no verdict is awaited.

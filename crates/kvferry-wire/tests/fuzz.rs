@@ -1,6 +1,6 @@
-//! Random bytes and broken recordings: nothing panics, nothing is reserved beyond a small multiple of
-//! the input, and what decodes encodes to what decodes again. `KVFERRY_FUZZ_CASES` sets the number of
-//! cases of each test.
+//! Random bytes and broken recordings: nothing panics, nothing is reserved beyond a small multiple
+//! of the input, and what decodes encodes to what decodes again. `KVFERRY_FUZZ_CASES` sets the
+//! number of cases of each test.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
@@ -19,8 +19,8 @@ use proptest::sample::Index;
 use recorded::Recorded;
 
 const CASES: u32 = 20_000;
-/// Bytes that a call may reserve for each byte of its input: a list of one-byte integers becomes eight
-/// times as long, and a list that a map repeats is refused only after it was read.
+/// Bytes that a call may reserve for each byte of its input: a list of one-byte integers becomes
+/// eight times as long, and a list that a map repeats is refused only after it was read.
 const RESERVED_PER_BYTE: u64 = 16;
 /// Bytes that may be reserved in any case: lists of at most 1024 names.
 const RESERVED: u64 = 128 << 10;

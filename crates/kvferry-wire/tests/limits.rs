@@ -1,5 +1,5 @@
-//! Limits come before allocation: what a peer announces is checked before anything is reserved for it,
-//! and what does not follow the grammar to the last byte is refused.
+//! Limits come before allocation: what a peer announces is checked before anything is reserved for
+//! it, and what does not follow the grammar to the last byte is refused.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
@@ -276,8 +276,9 @@ fn token_ids_are_32_bit_in_any_encoding() {
             other => panic!("{other:?}"),
         }
     };
-    let tokens = b"\x97\x07\xcc\x07\xcd\x01\0\xce\xff\xff\xff\xff\xcf\0\0\0\0\0\0\0\x07\xd0\x07\xd3\0\0\0\0\0\0\x01\0";
-    assert_eq!(decode(tokens).unwrap(), [7, 7, 256, u32::MAX, 7, 7, 256]);
+    let unsigned = b"\x97\x07\xcc\x07\xcd\x01\0\xce\xff\xff\xff\xff\xcf\0\0\0\0\0\0\0\x07";
+    let tokens = [&unsigned[..], b"\xd0\x07\xd3\0\0\0\0\0\0\x01\0"].concat();
+    assert_eq!(decode(&tokens).unwrap(), [7, 7, 256, u32::MAX, 7, 7, 256]);
     for (tokens, problem) in [
         (&b"\x91\xff"[..], Problem::Range(-1)),
         (b"\x91\xcf\0\0\0\x01\0\0\0\0", Problem::Range(1 << 32)),

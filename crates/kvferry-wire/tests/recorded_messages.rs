@@ -43,9 +43,9 @@ fn recorded_messages_encode_to_the_same_bytes() {
     }
     assert_eq!(equal, 432);
     let expected = [
-        (50, "lookup"), // a key with a field that nobody knows, and without those that have defaults
+        (50, "lookup"),            // a key with a field that nobody knows
         (54, "free_lookup_locks"), // the same key
-        (58, "ping"),   // by name, where we send the id
+        (58, "ping"),              // by name, where we send the id
     ]
     .map(|(step, operation)| ("extra.json", step, operation.to_owned()));
     assert_eq!(different, expected);

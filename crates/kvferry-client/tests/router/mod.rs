@@ -1,15 +1,15 @@
 //! A scripted server: a ROUTER that answers as it should, unless a test's script says otherwise.
 
 use std::future::pending;
+use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use kvferry_client::ConnectOptions;
 use kvferry_core::cache::Slot;
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Reply, Request};
-use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -29,6 +29,8 @@ pub(crate) enum Answer {
     Stray(Reply),
     /// Answered as if it were this request.
     As(Request, Reply),
+    /// Answered by this when the next request is, and before it.
+    Late(Reply),
     /// Not answered.
     Silence,
     /// The connection ends.
@@ -45,8 +47,8 @@ pub(crate) struct Router {
 }
 
 impl Router {
-    /// Starts one. The script is asked for each request of each connection, counted from 0; where it
-    /// says `None` the request is answered as by a kvferry server with a pool of this name.
+    /// Starts one. The script is asked for each request of each connection, counted from 0; where
+    /// it says `None` the request is answered as by a kvferry server with a pool of this name.
     pub(crate) async fn start(
         pool: &str,
         mut script: impl FnMut(usize, &Request) -> Option<Answer> + Send + 'static,
@@ -99,13 +101,19 @@ impl Router {
 async fn serve(mut stream: TcpStream, mut answer: impl FnMut(&Request) -> Answer) {
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
     let mut zmtp = Connection::new(Config::null(SocketType::Router), &mut output);
+    let mut late: Vec<Bytes> = Vec::new();
     loop {
         while let Some(event) = zmtp.receive(&mut input, &mut output).unwrap() {
             let Event::Message(frames) = event else { continue };
             let (header, payload) = Header::decode(&frames).unwrap();
             let request = Request::decode(header.operation, payload).unwrap();
             match answer(&request) {
-                Answer::Reply(reply) => zmtp.send(&header.reply(&reply), &mut output).unwrap(),
+                Answer::Reply(reply) => {
+                    if !late.is_empty() {
+                        zmtp.send(&std::mem::take(&mut late), &mut output).unwrap();
+                    }
+                    zmtp.send(&header.reply(&reply), &mut output).unwrap();
+                }
                 Answer::Stray(reply) => {
                     let stray = Request::Noop.encode(u64::MAX, Dialect::Current);
                     zmtp.send(&stray, &mut output).unwrap();
@@ -118,6 +126,7 @@ async fn serve(mut stream: TcpStream, mut answer: impl FnMut(&Request) -> Answer
                     other.uid = header.uid;
                     zmtp.send(&other.reply(&reply), &mut output).unwrap();
                 }
+                Answer::Late(reply) => late.extend(header.reply(&reply)),
                 Answer::Silence => {}
                 Answer::Close => return,
                 Answer::Stall => pending().await,
