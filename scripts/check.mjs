@@ -1,6 +1,7 @@
 // Formatting, lints, types, licences and the API reference: everything that needs no test run.
 
-import { buildAddon } from "./build.mjs";
+import { buildAddon, buildJavaScript } from "./build.mjs";
+import { installEngine } from "./engine.mjs";
 import { checkLicences } from "./licences.mjs";
 import { run, setup, step } from "./setup.mjs";
 
@@ -14,11 +15,14 @@ run("cargo", [
 ]);
 step("licences");
 checkLicences();
-buildAddon(); // writes the declarations that the types below rest on
+buildAddon(); // both write declarations that the types below rest on
+buildJavaScript();
 step("biome");
 run("biome", ["check", "--error-on-warnings"]);
 step("tsc");
 run("tsc", ["--project", "."]);
+installEngine();
+run("tsc", ["--project", "examples/llama-chat"]); // kvferry's types against the engine's own
 step("typedoc");
 run("typedoc", []);
 console.error("\nall checks passed");

@@ -23,7 +23,7 @@ import { fail, setup, step } from "./setup.mjs";
  * @property {string} [failure]
  */
 
-const QUESTION = "Which of the two vessels may sail when there is thick ice, and why?";
+const QUESTION = "Which vessel may sail when there is thick ice, and why?";
 const OTHER = "When does the first boat leave Norrvik in summer?";
 
 /** Each is a process of its own; `cold` comes first, so that the others find what it has left. */

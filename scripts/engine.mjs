@@ -31,7 +31,9 @@ export function installEngine() {
 	const wanted = join(example, "package-lock.json");
 	if (!existsSync(installed) || statSync(installed).mtimeMs < statSync(wanted).mtimeMs) {
 		step("node-llama-cpp into examples/llama-chat");
-		quietly("npm", ["ci"], example);
+		// The versions of the lock. `npm ci` would ask for every platform's binaries in it, and the
+		// registry does not have them all.
+		quietly("npm", ["install", "--no-save"], example);
 	}
 	const link = join(example, "node_modules", "kvferry");
 	if (!existsSync(link)) {

@@ -104,7 +104,7 @@ export function run(
 ) {
 	const spawned = {
 		cwd: root,
-		stdio: /** @type {const} */ (["inherit", 2, "inherit"]), // stdout is for results
+		stdio: /** @type {import("node:child_process").StdioOptions} */ (["inherit", 2, "inherit"]), // stdout is for results
 		env: toolEnvironment(),
 		shell: process.platform === "win32", // npm's programs are batch files there
 	};

@@ -16,12 +16,22 @@ import type { Server } from "../server.js";
 import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
 import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
 import { Provenance } from "./llama-provenance.js";
-import type { EngineChatSession, EngineContext, EngineSequence } from "./node-llama-cpp.js";
+import type {
+	EngineChatSession,
+	EngineContext,
+	EngineLlama,
+	EngineModel,
+	EngineSequence,
+	EngineTokenizer,
+} from "./node-llama-cpp.js";
 
 export {
 	type EngineChatSession,
 	type EngineContext,
+	type EngineLlama,
+	type EngineModel,
 	type EngineSequence,
+	type EngineTokenizer,
 	type ErrorCode,
 	ErrorCodes,
 	type IdentityOptions,

@@ -1,0 +1,296 @@
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { Client } from "../../ts/client.js";
+import {
+	LlamaPrefixCache,
+	type LlamaPrefixCacheOptions,
+	type RestoreResult,
+} from "../../ts/engines/llama-cpp.js";
+import { Server } from "../../ts/server.js";
+import { ServerProcess } from "../server-process.js";
+import { complete, type Engine, openEngine, type TestContext } from "./llama-engine.js";
+
+const CHUNK = 32;
+
+let engine: Engine;
+const handles: (() => Promise<unknown>)[] = [];
+
+beforeAll(async () => {
+	engine = await openEngine();
+}, 600_000); // the first time downloads 180 MB
+
+afterEach(async () => {
+	for (const close of handles.splice(0).reverse()) {
+		await close();
+	}
+});
+
+afterAll(() => engine.dispose());
+
+async function newServer(): Promise<Server> {
+	const server = await Server.start({ listen: false, memory: 2 ** 27, chunkSize: CHUNK });
+	handles.push(() => server.close());
+	return server;
+}
+
+async function newContext(options?: object): Promise<TestContext> {
+	const context = await engine.createContext(options);
+	handles.push(() => context.dispose());
+	return context;
+}
+
+async function openCache(
+	context: TestContext,
+	via: Client | Server,
+	options: Partial<LlamaPrefixCacheOptions> = {},
+): Promise<LlamaPrefixCache> {
+	const cache = await LlamaPrefixCache.open({ context, via, ...options });
+	handles.push(() => cache.close());
+	return cache;
+}
+
+/** A context, and a cache for it. */
+async function newCache(via: Client | Server, contextOptions?: object) {
+	const context = await newContext(contextOptions);
+	return { context, cache: await openCache(context, via) };
+}
+
+/** Stores the state of `prompt`, from a context that ends then. */
+async function store(via: Server, prompt: number[], contextOptions?: object) {
+	const { context, cache } = await newCache(via, contextOptions);
+	const sequence = context.getSequence();
+	expect(await cache.restore(sequence, prompt)).toMatchObject({ hitTokens: 0, readyTokens: 0 });
+	await complete(sequence, prompt, 1);
+	const saved = await cache.save(sequence);
+	await sequence.dispose();
+	return saved;
+}
+
+/** What the engine answers with the same batches and no cache. */
+async function control(prompt: number[], hit: number, contextOptions?: object): Promise<number[]> {
+	const sequence = (await newContext(contextOptions)).getSequence();
+	await sequence.evaluateWithoutGeneratingNewTokens(prompt.slice(0, hit));
+	return complete(sequence, prompt);
+}
+
+const hit = (hitTokens: number): Partial<RestoreResult> => ({ hitTokens, readyTokens: hitTokens });
+
+describe("a stored prompt", () => {
+	it.each([
+		["flash attention", { flashAttention: true }],
+		["no flash attention, values transposed", { flashAttention: false }],
+		[
+			"a KV cache of q8_0",
+			{
+				flashAttention: true,
+				experimentalKvCacheKeyType: "Q8_0",
+				experimentalKvCacheValueType: "Q8_0",
+			},
+		],
+		["several sequences", { sequences: 3 }],
+	])("is loaded by another context, with the same answer: %s", async (_name, options) => {
+		const via = await newServer();
+		const prompt = engine.tokens.slice(0, 140);
+		expect(await store(via, prompt, options)).toMatchObject({ storedTokens: 128 });
+
+		const { context, cache } = await newCache(via, options);
+		const sequence = context.getSequence();
+		const restored = await cache.restore(sequence, prompt);
+		expect(restored).toMatchObject(hit(128));
+		expect(restored.failure).toBeUndefined();
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 128, options));
+	});
+
+	it("serves every prompt that begins like it", async () => {
+		const via = await newServer();
+		await store(via, engine.tokens.slice(0, 140));
+		const { context, cache } = await newCache(via);
+		const sequence = context.getSequence();
+		const prompt = [...engine.tokens.slice(0, 70), ...engine.tokens.slice(200, 260)];
+		expect(await cache.restore(sequence, prompt)).toMatchObject(hit(64));
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 64));
+	});
+
+	it("leaves one token to be evaluated at least", async () => {
+		const via = await newServer();
+		await store(via, engine.tokens.slice(0, 128));
+		const { context, cache } = await newCache(via);
+		const sequence = context.getSequence();
+		expect(await cache.restore(sequence, engine.tokens.slice(0, 128))).toMatchObject(hit(96));
+		expect(await cache.restore(sequence, engine.tokens.slice(0, 129))).toMatchObject(hit(128));
+	});
+
+	it("is loaded into any sequence, beside others at work", async () => {
+		const via = await newServer();
+		const prompt = engine.tokens.slice(0, 100);
+		await store(via, prompt, { sequences: 2 });
+		const { context, cache } = await newCache(via, { sequences: 2 });
+		const [first, second] = [context.getSequence(), context.getSequence()];
+		const [busy] = await Promise.all([
+			complete(first, engine.tokens.slice(200, 260)),
+			cache.restore(second, prompt),
+		]);
+		expect(await complete(second, prompt)).toEqual(await control(prompt, 96, { sequences: 2 }));
+		expect(busy).toEqual(await control(engine.tokens.slice(200, 260), 0, { sequences: 2 }));
+	});
+
+	it("is no hit for another tenant, KV type, flash-attention mode, model or LoRA", async () => {
+		const via = await newServer();
+		const prompt = engine.tokens.slice(0, 70);
+		await store(via, prompt);
+		const { context, cache } = await newCache(via);
+		const tenant = { cacheSalt: "tenant" };
+		expect(await cache.restore(context.getSequence(), prompt, tenant)).toMatchObject(hit(0));
+		for (const options of [
+			{ flashAttention: false },
+			{ experimentalKvCacheKeyType: "Q8_0", flashAttention: true },
+		]) {
+			const other = await newCache(via, options);
+			expect(await other.cache.restore(other.context.getSequence(), prompt)).toMatchObject(hit(0));
+		}
+		for (const options of [{ modelSha256: "0".repeat(64) }, { lora: "adapter" }]) {
+			const apart = await newContext();
+			const other = await openCache(apart, via, options);
+			expect(await other.restore(apart.getSequence(), prompt)).toMatchObject(hit(0));
+		}
+	});
+});
+
+describe("what a sequence holds itself", () => {
+	it("stays when the cache has no more, without what does not match", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const sequence = context.getSequence();
+		await complete(sequence, engine.tokens.slice(0, 60), 1);
+		const prompt = [...engine.tokens.slice(0, 50), ...engine.tokens.slice(100, 150)];
+		expect(await cache.restore(sequence, prompt)).toMatchObject({ hitTokens: 0, readyTokens: 50 });
+		expect(sequence.contextTokens).toEqual(prompt.slice(0, 50));
+	});
+
+	it("is replaced when the cache has more", async () => {
+		const via = await newServer();
+		const prompt = engine.tokens.slice(0, 140);
+		await store(via, prompt);
+		const { context, cache } = await newCache(via);
+		const sequence = context.getSequence();
+		await complete(sequence, engine.tokens.slice(0, 60), 1);
+		expect(await cache.restore(sequence, prompt)).toMatchObject(hit(128));
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 128));
+	});
+
+	it("is stored once", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const sequence = context.getSequence();
+		await complete(sequence, engine.tokens.slice(0, 70), 1);
+		const first = await cache.save(sequence);
+		expect(first.storedTokens).toBe(64);
+		expect(first.bytes).toBeGreaterThan(64 * 23_040);
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 64, bytes: 0 });
+		await complete(sequence, engine.tokens.slice(0, 100), 1);
+		const grown = await cache.save(sequence);
+		expect(grown.storedTokens).toBe(96);
+		expect(grown.bytes).toBe(first.bytes / 2);
+	});
+
+	it("is not stored where a context shift has moved it", async () => {
+		const via = await newServer();
+		const { context, cache } = await newCache(via);
+		const sequence = context.getSequence();
+		const prompt = engine.tokens.slice(0, 140);
+		await cache.restore(sequence, prompt);
+		await complete(sequence, prompt, 1);
+		await sequence.eraseContextTokenRanges([{ start: 70, end: 80 }]);
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 64 });
+	});
+});
+
+describe("a chat", () => {
+	const QUESTION = "What does a bicycle cost?";
+
+	it("gets the answer that it gets without the cache, sooner the next time", async () => {
+		const via = await newServer();
+		const system = "The ferry costs forty crowns, a bicycle ten, and dogs are free of charge.";
+		const options = { temperature: 0, maxTokens: 16 };
+		const plain = engine.createSession((await newContext()).getSequence(), system);
+		const expected = await plain.prompt(QUESTION, options);
+
+		for (const restored of [{ hitTokens: 0 }, hit(32)]) {
+			const { context, cache } = await newCache(via);
+			const session = engine.createSession(context.getSequence(), system);
+			const answer = await cache.prompt(session, QUESTION, options);
+			expect(answer).toMatchObject({ response: expected, restored });
+			expect(answer.saved.storedTokens).toBeGreaterThanOrEqual(32);
+			session.dispose();
+		}
+		plain.dispose();
+	});
+
+	it("throws what the session throws", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const session = engine.createSession(context.getSequence(), "Be brief.");
+		const reason = new Error("changed my mind");
+		const aborted = cache.prompt(session, QUESTION, { signal: AbortSignal.abort(reason) });
+		await expect(aborted).rejects.toBe(reason);
+		session.dispose();
+	});
+});
+
+describe("trouble with the cache", () => {
+	it("is told beside the result, and the answer is the same", async () => {
+		await using server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: server.url });
+		handles.push(() => client.close());
+		const { context, cache } = await newCache(client);
+		server.process.kill("SIGKILL");
+
+		const sequence = context.getSequence();
+		const prompt = engine.tokens.slice(0, 70);
+		const call = { timeoutMs: 500 };
+		const restored = await cache.restore(sequence, prompt, call);
+		expect(restored).toMatchObject(hit(0));
+		expect(restored.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 0));
+		const saved = await cache.save(sequence, call);
+		expect(saved).toMatchObject({ storedTokens: 0, bytes: 0 });
+		expect(saved.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+	});
+});
+
+describe("misuse", () => {
+	it("is thrown, with what to do", async () => {
+		const via = await newServer();
+		const { context, cache } = await newCache(via);
+		const sequence = context.getSequence();
+		const code = (expected: string) => expect.objectContaining({ code: expected });
+		const elsewhere = (await newContext()).getSequence();
+		await expect(cache.restore(elsewhere, [1])).rejects.toEqual(code("INVALID_ARGUMENT"));
+		await expect(cache.restore(sequence, [1, 0.5])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.restore(sequence, [1, -1])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.restore(sequence, [2 ** 31])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.save(sequence, { timeoutMs: 0 })).rejects.toEqual(code("INVALID_ARGUMENT"));
+		const prompt = engine.tokens.slice(0, 40);
+		await expect(cache.restore(sequence, prompt, { cacheSalt: "a@b" })).rejects.toEqual(
+			code("INVALID_SALT"),
+		);
+		await expect(cache.restore(sequence, prompt, { signal: AbortSignal.abort() })).rejects.toEqual(
+			code("ABORTED"),
+		);
+		await sequence.dispose();
+		await expect(cache.save(sequence)).rejects.toEqual(code("INVALID_ARGUMENT"));
+		await cache.close();
+		await cache.close();
+		await expect(cache.save(context.getSequence())).rejects.toEqual(code("CLOSED"));
+	});
+
+	it("of a context whose sequences are all taken is told, unless an empty one is passed", async () => {
+		const via = await newServer();
+		const context = await newContext();
+		const sequence = context.getSequence();
+		const refused = expect.objectContaining({ code: "INVALID_ARGUMENT" });
+		await expect(openCache(context, via)).rejects.toEqual(refused);
+		await complete(sequence, engine.tokens.slice(0, 4), 1);
+		await expect(openCache(context, via, { sequence })).rejects.toEqual(refused);
+		await sequence.clearHistory();
+		const cache = await openCache(context, via, { sequence });
+		expect(sequence.nextTokenIndex).toBe(0);
+		expect(await cache.restore(sequence, engine.tokens.slice(0, 40))).toMatchObject(hit(0));
+	});
+});
