@@ -32,19 +32,22 @@ export class ServerProcess implements AsyncDisposable {
 		this.#exited = child.exitCode === null ? once(child, "exit") : Promise.resolve();
 	}
 
-	/** Starts it and waits until it listens. */
-	static async start(...args: string[]): Promise<ServerProcess> {
+	/** Starts `kvferry serve` and waits until it listens. */
+	static start(...args: string[]): Promise<ServerProcess> {
 		const port = args.includes("--port") ? [] : ["--port", "0"];
 		const memory = args.includes("--memory") ? [] : ["--memory", "64MiB"];
-		const child = spawn(process.execPath, [CLI, "serve", "--json", ...port, ...memory, ...args], {
-			stdio: ["ignore", "pipe", "pipe"],
-		});
+		return ServerProcess.run(CLI, "serve", "--json", ...port, ...memory, ...args);
+	}
+
+	/** Starts a script that prints its server's url and pool, and waits until it did. */
+	static async run(script: string, ...args: string[]): Promise<ServerProcess> {
+		const child = spawn(process.execPath, [script, ...args], { stdio: ["ignore", "pipe", "pipe"] });
 		let errors = "";
 		child.stderr.setEncoding("utf8").on("data", (text: string) => {
 			errors += text;
 		});
 		const exited = once(child, "exit").then(([code]: (number | null)[]) => {
-			throw new Error(`kvferry serve ended with ${code}: ${errors}`);
+			throw new Error(`the server ended with ${code}: ${errors}`);
 		});
 		const lines = createInterface({ input: child.stdout });
 		const [line] = (await Promise.race([once(lines, "line"), exited])) as [string];

@@ -2,22 +2,25 @@ import { fork } from "node:child_process";
 import { once } from "node:events";
 import { fileURLToPath } from "node:url";
 import { expect, it } from "vitest";
-import { Client, PrefixCache, Server } from "../../ts/index.js";
-import { stopProcess } from "../server-process.js";
+import { Client, PrefixCache } from "../../ts/index.js";
+import { ServerProcess, stopProcess } from "../server-process.js";
 import { payload, tokens } from "./prompts.mjs";
 
 const BYTES = 100_000;
 const CHUNK = 64;
+const SERVER = fileURLToPath(new URL("quick-server.mjs", import.meta.url));
 const WORKER = fileURLToPath(new URL("worker.mjs", import.meta.url));
 
 it("a worker that was stopped in mid-copy past its deadline, and goes on later, spoils nothing", async () => {
-	await using server = await Server.start({
-		port: 0,
+	const options = {
 		memory: 2 ** 20, // 10 chunks
 		chunkSize: CHUNK,
 		reservationTimeoutMs: 100,
-	});
-	const url = `tcp://${server.address}`;
+	};
+	await using server = await ServerProcess.run(SERVER, JSON.stringify(options));
+	const { url } = server;
+	await using client = await Client.connect({ url });
+	const apart = async () => (await client.status()).slots_apart;
 	const stopped = fork(WORKER, [url, String(BYTES)], {
 		stdio: ["pipe", "inherit", "inherit", "ipc"],
 	});
@@ -27,9 +30,8 @@ it("a worker that was stopped in mid-copy past its deadline, and goes on later, 
 		stopped.send({ first: 1, chunks: 4, holdAt: 1 });
 		await held;
 		await stopProcess(stopped);
-		await expect.poll(() => server.status().slots_apart).toBe(4);
+		await expect.poll(apart).toBe(4);
 
-		await using client = await Client.connect({ url });
 		await using cache = await PrefixCache.open({
 			via: client,
 			identity: "faults",
@@ -59,7 +61,7 @@ it("a worker that was stopped in mid-copy past its deadline, and goes on later, 
 		stopped.stdin?.write("\n");
 		stopped.kill("SIGCONT"); // it writes the rest into the slots that it was told of, and commits
 		expect((await answered)[0]).toMatchObject({ storedChunks: 0 });
-		expect(server.status().slots_apart).toBe(0);
+		expect(await apart()).toBe(0);
 		await check(7, 3);
 		await check(8, 3);
 		expect(await store(1, 4)).toBe(4);

@@ -55,11 +55,19 @@ impl Cache for Client {
             // Whoever gives up waiting must not leave leases.
             let end = Request::EndSession { request_id: key.request_id.clone() };
             let undo = Undo::new(Arc::clone(&session), Some(end));
-            session.request(&Request::Lookup { key: all_ranks(key), tp_size: 1 }, deadline).await?;
+            let lookup = Request::Lookup { key: all_ranks(key), tp_size: 1 };
             let query = Request::QueryPrefetchStatus { request_id: key.request_id.clone() };
+            let mut reply = if session.hello.is_some() {
+                // Our server takes requests in their order, so the question needs not wait.
+                let sent = session.request(&lookup, deadline);
+                tokio::try_join!(sent, session.request(&query, deadline))?.1
+            } else {
+                session.request(&lookup, deadline).await?;
+                session.request(&query, deadline).await?
+            };
             let mut pause = POLL_MIN;
             loop {
-                match session.request(&query, deadline).await? {
+                match reply {
                     Reply::Integer(hit) if hit <= chunks => {
                         undo.disarm();
                         return Ok(hit);
@@ -69,6 +77,7 @@ impl Cache for Client {
                 }
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(POLL_MAX);
+                reply = session.request(&query, deadline).await?;
             }
         })
     }
