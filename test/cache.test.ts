@@ -105,7 +105,7 @@ describe("PrefixCache in this process", () => {
 		await expect(cache.store(prompt, failing)).rejects.toThrow(RangeError);
 		await expect(cache.store(prompt, () => new Uint8Array(BYTES - 1))).rejects.toMatchObject({
 			code: "INVALID_ARGUMENT",
-			message: expect.stringContaining("9999"),
+			message: expect.stringMatching(/chunk 0 has 9999 bytes.*10000/),
 		});
 		expect(store.status().used_bytes).toBe(0);
 		expect((await cache.store(prompt, bytesOf)).storedChunks).toBe(2);
@@ -130,6 +130,39 @@ describe("PrefixCache in this process", () => {
 		await expect(hit.load()).rejects.toMatchObject({ code: "CLOSED" });
 	});
 
+	it("gives room and leases back when its signal aborts in the middle, or before", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		const aborting = new AbortController();
+		const { signal } = aborting;
+		const abortAt1 = (chunk: number) => {
+			if (chunk === 1) {
+				aborting.abort();
+			}
+			return bytesOf(chunk);
+		};
+		const aborted = { code: "ABORTED" };
+		await expect(cache.store(tokens(3 * CHUNK), abortAt1, { signal })).rejects.toMatchObject(
+			aborted,
+		);
+		expect(store.status()).toMatchObject({ slots_writing: 0, objects: 0, used_bytes: 0 });
+		await cache.store(tokens(3 * CHUNK), bytesOf);
+		const hit = await cache.lookup(tokens(3 * CHUNK));
+		await expect(hit.load(undefined, { signal })).rejects.toMatchObject(aborted);
+		expect(store.status()).toMatchObject({ leases: 0, sessions: 0 });
+		await expect(hit.load()).rejects.toMatchObject({ code: "CLOSED" });
+	});
+
+	it("says why a hit could not be loaded", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		await cache.store(tokens(CHUNK), bytesOf);
+		const hit = await cache.lookup(tokens(CHUNK));
+		await cache.close();
+		expect(await hit.load()).toEqual([]);
+		expect(hit.failure?.code).toBe("PROTOCOL");
+	});
+
 	it("refuses what it cannot use, by name", async () => {
 		const cache = await cacheOf(await server());
 		const detached = tokens(CHUNK);
@@ -149,8 +182,11 @@ describe("PrefixCache in this process", () => {
 	it("is closed after close, and its server too", async () => {
 		const store = await server();
 		const cache = await cacheOf(store);
+		await expect(cache.close({ timeoutMs: 0 })).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
+		expect(store.status().instances).toBe(1);
 		await cache.close();
 		await cache.close();
+		expect(store.status().instances).toBe(0);
 		await expect(cache.lookup(tokens(CHUNK))).rejects.toMatchObject({ code: "CLOSED" });
 		await store.close();
 		await store.close();

@@ -1,10 +1,13 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { text } from "node:stream/consumers";
+import { setImmediate } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
 import { Worker } from "node:worker_threads";
 import { describe, expect, it } from "vitest";
-import { Client, PrefixCache } from "../ts/index.js";
+import { Client, PrefixCache, Server } from "../ts/index.js";
 import { ServerProcess } from "./server-process.js";
 
 const ROOT = fileURLToPath(new URL("..", import.meta.url));
@@ -81,6 +84,22 @@ describe("a process with open handles", () => {
 			.poll(async () => await client.status())
 			.toMatchObject({ slots_writing: 0, slots_reading: 0, leases: 0 });
 	});
+});
+
+it("a server that listens does so until it is closed, also when nothing refers to it", async () => {
+	const start = async () => {
+		const options = { port: 0, memory: 2 ** 20, keepAlive: false };
+		return (await Server.start(options)).address;
+	};
+	const address = await start();
+	setFlagsFromString("--expose-gc");
+	const collect = runInNewContext("gc") as () => void;
+	for (let round = 0; round < 5; round++) {
+		collect();
+		await setImmediate();
+	}
+	await using client = await Client.connect({ url: `tcp://${address}` });
+	expect(await client.ping()).toBeGreaterThan(0);
 });
 
 describe("worker threads", () => {

@@ -45,6 +45,16 @@ describe("a platform without a binary", () => {
 		expect(() => loadBinding(musl, require)).toThrow(/linux.*riscv64.*musl/);
 	});
 
+	it("is named also where the package cannot find itself, as in a bundle", () => {
+		const missing = (id: string) => {
+			throw Object.assign(new Error(id), { code: "MODULE_NOT_FOUND" });
+		};
+		const bundled = Object.assign(missing, { resolve: missing }) as unknown as NodeJS.Require;
+		expect(() => loadBinding({ os: "linux", arch: "x64", libc: "gnu" }, bundled)).toThrow(
+			expect.objectContaining({ code: "UNSUPPORTED_PLATFORM" }),
+		);
+	});
+
 	it("tells why a binary that is there does not load", () => {
 		const broken = Object.assign(
 			(id: string) => {

@@ -1,4 +1,4 @@
-import { checkBytes, checkInteger, checkSalt, checkTokens } from "./arguments.js";
+import { checkBytes, checkInteger, checkSalt, checkTokens, invalid } from "./arguments.js";
 import type { Client } from "./client.js";
 import { KvferryError, wrap } from "./errors.js";
 import type {
@@ -8,7 +8,7 @@ import type {
 	PrefixWriting,
 } from "./native-binding.js";
 import type { Server } from "./server.js";
-import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+import { throwIfAborted, timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
 /** How a {@link PrefixCache} is set up. */
 export interface PrefixCacheOptions extends WaitOptions {
@@ -19,7 +19,7 @@ export interface PrefixCacheOptions extends WaitOptions {
 	 * release, … Another identity is another cache. The same thing must always be written the same way.
 	 */
 	readonly identity: string | Uint8Array;
-	/** Bytes that the engine keeps for one chunk of tokens, 1 to 2^44. */
+	/** Bytes that the engine keeps for one chunk, 1 to 2^40 - 2^24, and less than 4 GiB for each token. */
 	readonly bytesPerChunk: number;
 }
 
@@ -41,6 +41,9 @@ export interface StoreResult {
 	/** Why nothing was stored, if the cache failed. */
 	readonly failure?: KvferryError;
 }
+
+/** An object has at most 1 TiB, with its header, and rounded up to a multiple of the chunk's tokens. */
+const BYTES_PER_CHUNK_MAX = 2 ** 40 - 2 ** 24;
 
 /** Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". */
 const FAILURES: ReadonlySet<string> = new Set(["TIMEOUT", "UNREACHABLE", "PROTOCOL", "SYSTEM"]);
@@ -75,7 +78,7 @@ export class PrefixCache implements AsyncDisposable {
 	/** Bytes of one chunk. */
 	readonly bytesPerChunk: number;
 	readonly #native: NativePrefixCache;
-	#closed = false;
+	#closing: Promise<void> | undefined;
 
 	private constructor(cache: NativePrefixCache, bytesPerChunk: number) {
 		this.#native = cache;
@@ -90,15 +93,15 @@ export class PrefixCache implements AsyncDisposable {
 	 */
 	static async open(options: PrefixCacheOptions): Promise<PrefixCache> {
 		const { via, identity, bytesPerChunk } = options;
-		checkInteger("bytesPerChunk", bytesPerChunk, 1, 2 ** 44);
+		checkInteger("bytesPerChunk", bytesPerChunk, 1, BYTES_PER_CHUNK_MAX);
 		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
 		checkBytes("identity", bytes);
 		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), bytesPerChunk);
 	}
 
 	/**
-	 * Which leading chunks of `tokens` are stored. They stay until the hit is loaded or closed.
-	 * Only whole chunks count: a prompt shorter than one has no hit.
+	 * Which leading chunks of `tokens` are stored. They stay until the hit is loaded or closed, or until
+	 * the server's session timeout. Only whole chunks count: a prompt shorter than one has no hit.
 	 */
 	async lookup(tokens: Uint32Array, options: RequestOptions = {}): Promise<PrefixHit> {
 		this.#checkOpen();
@@ -151,32 +154,31 @@ export class PrefixCache implements AsyncDisposable {
 	): Promise<StoreResult> {
 		const { chunks } = writing;
 		try {
+			throwIfAborted(options.signal);
 			for (const [place, chunk] of chunks.entries()) {
 				const bytes = bytesOf(chunk);
-				checkBytes(`the bytes of chunk ${chunk}`, bytes);
+				checkChunk(`the bytes of chunk ${chunk}`, bytes, this.bytesPerChunk);
 				wrap(() => writing.write(place, bytes));
+				throwIfAborted(options.signal);
 			}
 		} catch (error) {
 			await this.#native.abandon(writing, timeoutMs).catch(() => {}); // the first error tells more
 			throw error;
 		}
 		const refusedChunks = writing.refused ?? undefined;
-		const committed = await waitFor(
-			() => this.#native.commit(writing, timeoutMs),
-			options.signal,
-			() => {},
-		);
+		const committed = await waitFor(() => this.#native.commit(writing, timeoutMs), options.signal);
 		return { storedChunks: committed ? chunks.length : 0, refusedChunks };
 	}
 
-	/** Ends the registration; what is stored stays. Calling it again does nothing. */
+	/**
+	 * Ends the registration, once no store is under way; what is stored stays. Calling it again does
+	 * nothing.
+	 */
 	async close(options: WaitOptions = {}): Promise<void> {
-		if (this.#closed) {
-			return;
-		}
-		this.#closed = true;
 		const timeoutMs = timeoutOf(options);
-		await this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
+		this.#closing ??= this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
+		const closing = this.#closing;
+		await waitFor(() => closing, options.signal);
 	}
 
 	/** The same as {@link PrefixCache.close}. */
@@ -191,7 +193,7 @@ export class PrefixCache implements AsyncDisposable {
 	}
 
 	#checkOpen(): void {
-		if (this.#closed) {
+		if (this.#closing !== undefined) {
 			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
 		}
 	}
@@ -201,8 +203,7 @@ export class PrefixCache implements AsyncDisposable {
 export class PrefixHit implements AsyncDisposable {
 	/** Leading chunks that are stored. */
 	readonly chunks: number;
-	/** Why there is no hit, if the cache failed. */
-	readonly failure: KvferryError | undefined;
+	#failure: KvferryError | undefined;
 	readonly #native: NativePrefixCache;
 	readonly #hit: NativePrefixHit | undefined;
 	readonly #bytesPerChunk: number;
@@ -217,16 +218,21 @@ export class PrefixHit implements AsyncDisposable {
 		timeoutMs: number,
 	) {
 		this.#native = cache;
-		this.failure = found instanceof KvferryError ? found : undefined;
+		this.#failure = found instanceof KvferryError ? found : undefined;
 		this.#hit = found instanceof KvferryError ? undefined : found;
 		this.chunks = this.#hit?.chunks ?? 0;
 		this.#bytesPerChunk = bytesPerChunk;
 		this.#timeoutMs = timeoutMs;
 	}
 
+	/** Why there is no hit, or why nothing of it could be loaded, if the cache failed. */
+	get failure(): KvferryError | undefined {
+		return this.#failure;
+	}
+
 	/**
 	 * Copies the chunks. Fewer than {@link PrefixHit.chunks} come back when one is not what was stored:
-	 * those before it are good.
+	 * those before it are good, and what `into` gave for it holds bytes that mean nothing.
 	 *
 	 * @param into Where to: an array for a chunk of just the chunk's bytes. Default: new arrays.
 	 */
@@ -238,8 +244,12 @@ export class PrefixHit implements AsyncDisposable {
 			throw new KvferryError("CLOSED", "The hit was loaded or closed; look up again.");
 		}
 		const timeoutMs = timeoutOf(options);
-		this.#ended = true;
 		const hit = this.#hit;
+		if (options.signal?.aborted === true) {
+			await this.close();
+		}
+		throwIfAborted(options.signal);
+		this.#ended = true;
 		if (hit === undefined) {
 			return [];
 		}
@@ -251,14 +261,14 @@ export class PrefixHit implements AsyncDisposable {
 				(late) => this.#native.finish(late, timeoutMs),
 			);
 		} catch (error) {
-			failureOf(error);
+			this.#failure = failureOf(error);
 			return [];
 		}
 		const loaded: Uint8Array[] = [];
 		try {
 			for (let chunk = 0; chunk < reading.chunks; chunk++) {
 				const bytes = into(chunk);
-				checkBytes(`the array for chunk ${chunk}`, bytes);
+				checkChunk(`the array for chunk ${chunk}`, bytes, this.#bytesPerChunk);
 				if (!wrap(() => reading.read(chunk, bytes))) {
 					break;
 				}
@@ -282,5 +292,12 @@ export class PrefixHit implements AsyncDisposable {
 	/** The same as {@link PrefixHit.close}. */
 	async [Symbol.asyncDispose](): Promise<void> {
 		await this.close();
+	}
+}
+
+function checkChunk(name: string, bytes: unknown, length: number): asserts bytes is Uint8Array {
+	checkBytes(name, bytes);
+	if (bytes.length !== length) {
+		throw invalid(`${name} has ${bytes.length} bytes: it must have bytesPerChunk, ${length}`);
 	}
 }

@@ -29,7 +29,7 @@ export class Client implements AsyncDisposable {
 	/** Tokens of one chunk at the server. */
 	readonly chunkSize: number;
 	readonly #native: NativeClient;
-	#closed = false;
+	#closing: Promise<void> | undefined;
 
 	private constructor(client: NativeClient, url: string) {
 		this.#native = client;
@@ -59,11 +59,7 @@ export class Client implements AsyncDisposable {
 	async ping(options: WaitOptions = {}): Promise<number> {
 		this.#checkOpen();
 		const timeoutMs = timeoutOf(options);
-		return await waitFor(
-			() => this.#native.ping(timeoutMs),
-			options.signal,
-			() => {},
-		);
+		return await waitFor(() => this.#native.ping(timeoutMs), options.signal);
 	}
 
 	/**
@@ -74,21 +70,16 @@ export class Client implements AsyncDisposable {
 	async status(options: WaitOptions = {}): Promise<Status> {
 		this.#checkOpen();
 		const timeoutMs = timeoutOf(options);
-		const figures = await waitFor(
-			() => this.#native.status(timeoutMs),
-			options.signal,
-			() => {},
-		);
+		const figures = await waitFor(() => this.#native.status(timeoutMs), options.signal);
 		return Object.fromEntries(figures);
 	}
 
 	/** Ends the connection. Calling it again does nothing. */
 	async close(options: WaitOptions = {}): Promise<void> {
-		if (!this.#closed) {
-			this.#closed = true;
-			const timeoutMs = timeoutOf(options);
-			await this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
-		}
+		const timeoutMs = timeoutOf(options);
+		this.#closing ??= this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
+		const closing = this.#closing;
+		await waitFor(() => closing, options.signal);
 	}
 
 	/** The same as {@link Client.close}. */
@@ -112,7 +103,7 @@ export class Client implements AsyncDisposable {
 	}
 
 	#checkOpen(): void {
-		if (this.#closed) {
+		if (this.#closing !== undefined) {
 			throw new KvferryError(
 				"CLOSED",
 				`The client of ${this.url} was closed; connect another one.`,

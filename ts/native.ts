@@ -43,9 +43,9 @@ export function native(): NativeBinding {
 export function loadBinding(platform: Platform, require: NodeJS.Require): NativeBinding {
 	const name = platformName(platform);
 	const failures: unknown[] = [];
-	for (const candidate of [localBuild(name, require), `@kvferry/${name}`]) {
+	for (const candidate of [() => localBuild(name, require), () => `@kvferry/${name}`]) {
 		try {
-			return require(candidate) as NativeBinding;
+			return require(candidate()) as NativeBinding;
 		} catch (error) {
 			failures.push(error);
 		}

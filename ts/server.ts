@@ -5,7 +5,7 @@ import type { PrefixCache as NativePrefixCache, Server as NativeServer } from ".
 import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
 /** How a {@link Server} is set up. */
-export interface ServerOptions extends WaitOptions {
+export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	/**
 	 * Whether other processes may connect. Without it the cache is this process's own: no socket, and
 	 * no shared memory. Default true.
@@ -43,8 +43,8 @@ export interface ServerOptions extends WaitOptions {
 export type Status = Record<string, number | string>;
 
 const MEMORY = 4 * 2 ** 30;
-/** A timer that does nothing but keep the process running. */
-const KEEP_ALIVE_MS = 2 ** 30;
+/** Of a timer that does nothing but hold a server, and the process with it. */
+const HELD_MS = 2 ** 30;
 
 /**
  * A cache server in this process: for other processes, or for this one alone.
@@ -59,12 +59,19 @@ export class Server implements AsyncDisposable {
 	/** Tokens of one chunk. */
 	readonly chunkSize: number;
 	readonly #native: NativeServer;
-	readonly #timer: NodeJS.Timeout | undefined;
+	#timer: NodeJS.Timeout | undefined;
 
-	private constructor(server: NativeServer, chunkSize: number, keepAlive: boolean) {
+	private constructor(server: NativeServer, chunkSize: number) {
 		this.#native = server;
 		this.chunkSize = chunkSize;
-		this.#timer = keepAlive ? setInterval(() => {}, KEEP_ALIVE_MS) : undefined;
+	}
+
+	/** A server that listens does so until it is closed, also when nothing refers to it. */
+	#hold(keepAlive: boolean): void {
+		this.#timer = setInterval(() => this, HELD_MS);
+		if (!keepAlive) {
+			this.#timer.unref();
+		}
 	}
 
 	/**
@@ -86,7 +93,7 @@ export class Server implements AsyncDisposable {
 		if (shmName !== undefined) {
 			checkText("shmName", shmName);
 		}
-		const server = await waitFor(
+		const started = await waitFor(
 			() =>
 				native().Server.start({
 					memory,
@@ -100,7 +107,11 @@ export class Server implements AsyncDisposable {
 			signal,
 			(late) => late.close(),
 		);
-		return new Server(server, chunkSize, keepAlive);
+		const server = new Server(started, chunkSize);
+		if (listen || keepAlive) {
+			server.#hold(keepAlive);
+		}
+		return server;
 	}
 
 	/** `host:port` where it listens; undefined when it does not. */
@@ -121,11 +132,7 @@ export class Server implements AsyncDisposable {
 	/** Ends all connections and drops the cache. Calling it again does nothing. */
 	async close(): Promise<void> {
 		clearInterval(this.#timer);
-		await waitFor(
-			() => this.#native.close(),
-			undefined,
-			() => {},
-		);
+		await waitFor(() => this.#native.close(), undefined);
 	}
 
 	/** The same as {@link Server.close}. */

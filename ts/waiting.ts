@@ -1,4 +1,4 @@
-import { checkInteger } from "./arguments.js";
+import { checkInteger, invalid } from "./arguments.js";
 import { fromNative, KvferryError } from "./errors.js";
 
 /** Options of every call that waits. */
@@ -8,7 +8,10 @@ export interface WaitOptions {
 	 * soon as a copy that is under way has ended.
 	 */
 	readonly signal?: AbortSignal | undefined;
-	/** Milliseconds, 1 to 2^31 - 1, after which the call ends with `TIMEOUT`. Default 5,000. */
+	/**
+	 * Milliseconds, 1 to 2^31 - 1, after which a wait for the cache ends with `TIMEOUT`. A call may wait
+	 * more than once: a store for its room and for its commit. Default 5,000.
+	 */
 	readonly timeoutMs?: number | undefined;
 }
 
@@ -28,11 +31,9 @@ export function timeoutOf(options: WaitOptions): number {
 export async function waitFor<T>(
 	work: () => Promise<T>,
 	signal: AbortSignal | undefined,
-	undo: (value: T) => unknown,
+	undo: (value: T) => unknown = () => {},
 ): Promise<T> {
-	if (signal?.aborted === true) {
-		throw aborted(signal);
-	}
+	throwIfAborted(signal);
 	let running: Promise<T>;
 	try {
 		running = work();
@@ -56,8 +57,12 @@ export async function waitFor<T>(
 				signal.removeEventListener("abort", abort);
 				if (open) {
 					resolve(value);
-				} else {
-					await Promise.resolve(undo(value)).catch(() => {}); // its deadline ends it at last
+					return;
+				}
+				try {
+					await undo(value);
+				} catch {
+					// Its deadline at the server ends it at last.
 				}
 			},
 			(error: unknown) => {
@@ -66,6 +71,19 @@ export async function waitFor<T>(
 			},
 		);
 	});
+}
+
+/** Throws `ABORTED` if the signal has aborted, and `INVALID_ARGUMENT` if it is none. */
+export function throwIfAborted(signal: AbortSignal | undefined): void {
+	if (signal === undefined) {
+		return;
+	}
+	if (typeof signal?.addEventListener !== "function") {
+		throw invalid("signal must be an AbortSignal: pass the controller's `signal`");
+	}
+	if (signal.aborted) {
+		throw aborted(signal);
+	}
 }
 
 function aborted(signal: AbortSignal): KvferryError {

@@ -23,7 +23,7 @@ describe("kvferry", () => {
 	});
 
 	it("explains every command", () => {
-		for (const args of [[], ["--help"], ["serve", "--help"]]) {
+		for (const args of [[], ["--help"], ["-h"], ["serve", "--help"], ["serve", "-h"]]) {
 			const { status, stdout } = kvferry(...args);
 			expect(status).toBe(0);
 			expect(stdout).toMatch(/serve[\s\S]*--memory[\s\S]*ping[\s\S]*status/);

@@ -32,7 +32,7 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 ]);
 
 async function main([name, ...args]: string[]): Promise<void> {
-	if (name === undefined || name === "--help" || name === "-h" || args.includes("--help")) {
+	if (name === undefined || [name, ...args].some((arg) => arg === "--help" || arg === "-h")) {
 		process.stdout.write(USAGE);
 		return;
 	}

@@ -332,7 +332,9 @@ interface Call {
 
 /** The sequence is empty after a load that failed. */
 async function load(sequence: EngineSequence, file: LlamaStateFile): Promise<void> {
-	await sequence.clearHistory(); // a load that fails on a populated sequence breaks it for good
+	if (sequence.nextTokenIndex > 0) {
+		await sequence.clearHistory(); // a load that fails on a populated sequence breaks it for good
+	}
 	try {
 		await sequence.loadStateFromFile(file.path, { acceptRisk: true });
 	} catch (error) {

@@ -8,12 +8,14 @@ mod memfd;
 mod private;
 #[cfg(target_os = "linux")]
 mod shared;
+mod threads;
 
 #[cfg(target_os = "linux")]
 pub use memfd::MemFd;
 pub use private::PrivateRegion;
 #[cfg(target_os = "linux")]
 pub use shared::SharedRegion;
+pub use threads::run_copies;
 
 /// Bytes of one step in which a pool is reserved and mapped: 64 MiB. Servers reserve whole steps, so
 /// clients may populate whole steps.

@@ -8,10 +8,15 @@ use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::range_of;
 
+const PAGE: usize = 4096;
+
 /// A zeroed region, aligned to 4096 bytes. The system gives pages on first touch.
 #[derive(Debug)]
 pub struct PrivateRegion {
     start: NonNull<u8>,
+    bytes: usize,
+    /// What was allocated: a page more than the region, which begins at a page within it.
+    allocated: NonNull<u8>,
     layout: Layout,
 }
 
@@ -30,17 +35,21 @@ impl PrivateRegion {
                 format!("this process cannot have {bytes} bytes of memory; give the pool fewer"),
             )
         };
-        let size = usize::try_from(bytes).ok().filter(|size| *size > 0).ok_or_else(too_large)?;
-        let layout = Layout::from_size_align(size, 4096).map_err(|_| too_large())?;
+        let bytes = usize::try_from(bytes).ok().filter(|bytes| *bytes > 0).ok_or_else(too_large)?;
+        // Asked for a larger alignment, the system's allocator would zero, and so touch, every page.
+        let size = bytes.checked_add(PAGE).ok_or_else(too_large)?;
+        let layout = Layout::from_size_align(size, 1).map_err(|_| too_large())?;
         // SAFETY: the layout's size is not zero.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_large)?;
-        Ok(Self { start, layout })
+        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_large)?;
+        // SAFETY: the next page begins less than PAGE bytes on, and PAGE bytes more were allocated.
+        let start = unsafe { allocated.add(allocated.align_offset(PAGE)) };
+        Ok(Self { start, bytes, allocated, layout })
     }
 }
 
 impl Memory for PrivateRegion {
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        let range = range_of(offset, into.len(), self.layout.size())?;
+        let range = range_of(offset, into.len(), self.bytes)?;
         // SAFETY: the source is inside the allocation; the slice is other memory of the same length.
         unsafe {
             ptr::copy_nonoverlapping(
@@ -53,7 +62,7 @@ impl Memory for PrivateRegion {
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
-        let range = range_of(offset, from.len(), self.layout.size())?;
+        let range = range_of(offset, from.len(), self.bytes)?;
         // SAFETY: the destination is inside the allocation; the slice is other memory.
         unsafe {
             ptr::copy_nonoverlapping(
@@ -69,7 +78,7 @@ impl Memory for PrivateRegion {
 impl Drop for PrivateRegion {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+        unsafe { dealloc(self.allocated.as_ptr(), self.layout) };
     }
 }
 
@@ -87,5 +96,19 @@ mod tests {
         assert!(region.read(8191, &mut two).is_err());
         assert!(region.write(u64::MAX, &two).is_err());
         assert!(PrivateRegion::new(0).is_err());
+        assert_eq!(region.start.align_offset(PAGE), 0);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pages_that_were_not_touched_take_no_memory() {
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap() * PAGE
+        };
+        let before = resident();
+        let region = PrivateRegion::new(1 << 28).unwrap();
+        region.write(1 << 27, b"kv").unwrap();
+        assert!(resident() < before + (1 << 26), "a quarter of the region at most");
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
@@ -14,6 +15,9 @@ use crate::POOL_STEP;
 use crate::mapping::Mapping;
 
 const DIRECTORY: &str = "/dev/shm";
+/// A segment that is locked at so many looks in a row is a live server's.
+const LOCK_TRIES: u32 = 16;
+const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
 /// A named segment of shared memory, mapped for reading and writing, mode 0600.
 ///
@@ -183,7 +187,10 @@ impl Memory for SharedRegion {
 
 impl Drop for SharedRegion {
     fn drop(&mut self) {
-        if let Some(path) = &self.owned {
+        // Someone may have removed the file, and another server made its own under the name.
+        if let Some(path) = &self.owned
+            && names(path, &self.file)
+        {
             let _ = remove_file(path); // clients keep their mappings
         }
     }
@@ -193,8 +200,7 @@ impl Drop for SharedRegion {
 fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
     let system =
         |error: &io::Error| Error::system(format!("cannot create {}", path.display()), error);
-    // Two servers may start at once: each loses the race a few times at most.
-    for _ in 0..16 {
+    for _ in 0..LOCK_TRIES {
         match open(path, true) {
             Ok(file) => {
                 // Between creation and lock another starter may take ours for stale: then its lock
@@ -209,14 +215,8 @@ fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
                         remove_file(path).map_err(|error| system(&error))?;
                     }
                 }
-                Ok(_) => {
-                    return Err(Error::new(
-                        ErrorCode::PoolInUse,
-                        format!(
-                            "a live server owns the shared memory {name:?}; stop it, or choose another name"
-                        ),
-                    ));
-                }
+                // A live server's, or another starter is just looking whether it is stale.
+                Ok(_) => std::thread::sleep(LOCK_PAUSE),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(system(&error)),
             },
@@ -225,7 +225,7 @@ fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
     }
     Err(Error::new(
         ErrorCode::PoolInUse,
-        format!("another server keeps creating the shared memory {name:?}"),
+        format!("a live server owns the shared memory {name:?}; stop it, or choose another name"),
     ))
 }
 
@@ -298,6 +298,10 @@ mod tests {
         let server = SharedRegion::create(&name, POOL_STEP + 4096).unwrap();
         server.reserve(0).unwrap();
         server.reserve(1).unwrap();
+        for bytes in [0, POOL_STEP + 4097] {
+            let error = SharedRegion::open(&name, bytes).unwrap_err();
+            assert_eq!(error.code, ErrorCode::Protocol, "the file has another size");
+        }
         let client = SharedRegion::open(&name, POOL_STEP + 4096).unwrap();
         client.write(POOL_STEP - 2, b"over").unwrap(); // crosses a step
         let mut four = [0; 4];
@@ -340,6 +344,38 @@ mod tests {
         assert!(!stale.exists());
         assert!(SharedRegion::open(&format!("{prefix}_live"), 4096).is_ok());
         drop(live);
+    }
+
+    #[test]
+    fn servers_that_start_at_once_do_not_take_each_other_for_live_or_stale() {
+        let prefix = name("race");
+        std::thread::scope(|scope| {
+            for server in 0..4 {
+                let prefix = &prefix;
+                scope.spawn(move || {
+                    let name = format!("{prefix}_{server}");
+                    for _ in 0..3000 {
+                        std::fs::write(path_of(&name).unwrap(), b"left by a killed server")
+                            .unwrap();
+                        SharedRegion::remove_stale(prefix);
+                        let region = SharedRegion::create(&name, 4096).unwrap();
+                        drop(SharedRegion::open(&name, 4096).expect("nobody removed it"));
+                        drop(region);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_server_whose_segment_was_removed_leaves_its_successors_alone() {
+        let name = name("removed");
+        let first = SharedRegion::create(&name, 4096).unwrap();
+        remove_file(path_of(&name).unwrap()).unwrap();
+        let second = SharedRegion::create(&name, 4096).unwrap();
+        drop(first);
+        assert!(SharedRegion::open(&name, 4096).is_ok());
+        drop(second);
     }
 
     #[test]

@@ -8,17 +8,17 @@
 //! 4   u32 version = 1
 //! 8   u64 bytes of the payload
 //! 16  u64 CRC-64/NVME of the payload
-//! 24  u8[32] BLAKE3 of (identity, salt, chunk hash): this very chunk, for this very engine
+//! 24  u8[32] BLAKE3 of (SHA-256 of the identity, chunk hash, salt): this very chunk, for this engine
 //! 56  u64 0
-//! 64  the payload, then zeros
+//! 64  the payload; what follows it means nothing
 //! ```
 //!
 //! Little-endian. To a server an object is one layer of uint8 in a single plane, registered under the
 //! model name `kvferry/` + the hexadecimal SHA-256 of the identity.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crc_fast::{CrcAlgorithm, Digest};
@@ -27,13 +27,13 @@ use sha2::Digest as _;
 use crate::cache::{Cache, Memory, Slot};
 use crate::hash::{ChunkAlgorithm, ChunkHasher};
 use crate::key::{Dtype, Key, Layout, check_salt};
-use crate::{Error, Result};
+use crate::{Error, ErrorCode, Result};
 
 const HEADER: usize = 64;
 const MAGIC: [u8; 4] = *b"KVFY";
 const VERSION: u32 = 1;
 /// Bytes that are copied before they are summed: they are still in the processor's cache then.
-const PIECE: usize = 32 << 10;
+const PIECE: usize = 64 << 10;
 
 /// Chunks of prompts by their tokens, for one engine configuration.
 pub struct PrefixCache {
@@ -47,7 +47,18 @@ pub struct PrefixCache {
     /// Tells this cache's requests from those of others at the same server.
     nonce: u64,
     requests: AtomicU64,
+    stores: Arc<Mutex<Stores>>,
 }
+
+/// Stores under way. Unregistering gives their slots to others, so it waits for the last of them.
+#[derive(Default)]
+struct Stores {
+    under_way: usize,
+    closed: bool,
+}
+
+/// One of them, until it is dropped.
+struct UnderWay(Arc<Mutex<Stores>>);
 
 /// What a lookup found, leased until it is loaded or released.
 pub struct Hit {
@@ -73,6 +84,7 @@ pub struct Writing {
     memory: Arc<dyn Memory>,
     identities: Vec<[u8; 32]>,
     payload_bytes: u64,
+    under_way: UnderWay,
 }
 
 impl PrefixCache {
@@ -113,7 +125,6 @@ impl PrefixCache {
             num_physical_slots: None,
         };
         let instance = cache.register(layout, deadline).await?;
-        let requests = AtomicU64::new(0);
         Ok(Self {
             cache,
             hasher,
@@ -123,7 +134,8 @@ impl PrefixCache {
             payload_bytes,
             instance,
             nonce,
-            requests,
+            requests: AtomicU64::new(0),
+            stores: Arc::default(),
         })
     }
 
@@ -159,7 +171,7 @@ impl PrefixCache {
         if grant.slots.len() != hit.chunks as usize {
             let message =
                 format!("the server granted {} slots for {} chunks", grant.slots.len(), hit.chunks);
-            return Err(Error::new(crate::ErrorCode::Protocol, message));
+            return Err(Error::new(ErrorCode::Protocol, message));
         }
         Ok(Some(Reading {
             slots: grant.slots,
@@ -188,16 +200,18 @@ impl PrefixCache {
         held
     }
 
-    /// Reserves room for those whole chunks of `tokens` that are not stored yet.
+    /// Reserves room for those whole chunks of `tokens` that are not stored yet. Ends with
+    /// [`PrefixCache::commit`] or [`PrefixCache::abandon`].
     pub async fn store(&self, tokens: &[u32], salt: &str, deadline: Instant) -> Result<Writing> {
         let (key, hashes) = self.key(tokens, salt)?;
+        let under_way = self.begin_store()?;
         let grant = self.cache.prepare_store(&key, self.instance, deadline).await?;
         let fits = grant.slots.len() == grant.chunk_indices.len()
             && grant.chunk_indices.iter().all(|chunk| (*chunk as usize) < hashes.len());
         if !fits {
             let _ = self.cache.abandon_store(&key, self.instance, deadline).await;
             return Err(Error::new(
-                crate::ErrorCode::Protocol,
+                ErrorCode::Protocol,
                 format!(
                     "the server granted slots for chunks that were not asked: {:?}",
                     grant.chunk_indices
@@ -213,28 +227,63 @@ impl PrefixCache {
             memory: grant.memory,
             identities,
             payload_bytes: self.payload_bytes,
+            under_way,
         })
     }
 
     /// Makes what was written visible. `false`: it is not stored.
     pub async fn commit(&self, writing: Writing, deadline: Instant) -> Result<bool> {
-        if writing.slots.is_empty() {
-            return Ok(true);
-        }
-        self.cache.commit_store(&writing.key, self.instance, deadline).await
+        let committed = match writing.slots.is_empty() {
+            true => Ok(true),
+            false => self.cache.commit_store(&writing.key, self.instance, deadline).await,
+        };
+        self.end_store(writing, deadline).await;
+        committed
     }
 
     /// Gives the reserved room back.
     pub async fn abandon(&self, writing: Writing, deadline: Instant) -> Result<()> {
-        if writing.slots.is_empty() {
-            return Ok(());
-        }
-        self.cache.abandon_store(&writing.key, self.instance, deadline).await
+        let abandoned = match writing.slots.is_empty() {
+            true => Ok(()),
+            false => self.cache.abandon_store(&writing.key, self.instance, deadline).await,
+        };
+        self.end_store(writing, deadline).await;
+        abandoned
     }
 
-    /// Unregisters. The stored chunks stay.
+    /// Unregisters: at once, or when the last store that is under way is committed or abandoned. The
+    /// stored chunks stay.
     pub async fn close(&self, deadline: Instant) -> Result<()> {
+        {
+            let mut stores = lock(&self.stores);
+            if std::mem::replace(&mut stores.closed, true) || stores.under_way > 0 {
+                return Ok(());
+            }
+        }
         self.cache.unregister(self.instance, deadline).await
+    }
+
+    fn begin_store(&self) -> Result<UnderWay> {
+        let mut stores = lock(&self.stores);
+        if stores.closed {
+            return Err(Error::new(
+                ErrorCode::Closed,
+                "the prefix cache was closed; open another one",
+            ));
+        }
+        stores.under_way += 1;
+        Ok(UnderWay(Arc::clone(&self.stores)))
+    }
+
+    async fn end_store(&self, writing: Writing, deadline: Instant) {
+        drop(writing.under_way);
+        let last = {
+            let stores = lock(&self.stores);
+            stores.closed && stores.under_way == 0
+        };
+        if last {
+            let _ = self.cache.unregister(self.instance, deadline).await; // the connection's end does it
+        }
     }
 
     fn key(&self, tokens: &[u32], salt: &str) -> Result<(Key, Vec<[u8; 32]>)> {
@@ -268,6 +317,16 @@ impl PrefixCache {
     }
 }
 
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        lock(&self.0).under_way -= 1;
+    }
+}
+
+fn lock(stores: &Mutex<Stores>) -> MutexGuard<'_, Stores> {
+    stores.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Hit {
     /// Leading chunks that are stored.
     pub fn chunks(&self) -> u32 {
@@ -297,9 +356,7 @@ impl Reading {
                 self.chunks()
             )));
         };
-        if slot.length < HEADER as u64 + self.payload_bytes {
-            return Ok(false);
-        }
+        let Some(start) = payload_start(slot, self.payload_bytes) else { return Ok(false) };
         let mut header = [0; HEADER];
         self.memory.read(slot.offset, &mut header)?;
         let checksum = match parse_header(&header, self.payload_bytes, identity) {
@@ -314,7 +371,7 @@ impl Reading {
                 if end > self.payload_bytes {
                     return Err(too_long(end, self.payload_bytes));
                 }
-                self.memory.read(slot.offset + HEADER as u64 + at, piece)?;
+                self.memory.read(start + at, piece)?;
                 digest.update(piece);
                 at = end;
             }
@@ -355,12 +412,13 @@ impl Writing {
                 self.slots.len()
             )));
         };
-        if slot.length < HEADER as u64 + self.payload_bytes {
-            return Err(Error::new(
-                crate::ErrorCode::Protocol,
-                format!("the server's slot of {} bytes is too small", slot.length),
-            ));
-        }
+        let start = payload_start(slot, self.payload_bytes).ok_or_else(|| {
+            let Slot { offset, length, .. } = slot;
+            Error::new(
+                ErrorCode::Protocol,
+                format!("the server's slot of {length} bytes at {offset} cannot hold the chunk"),
+            )
+        })?;
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
         let mut at = 0;
         from(&mut |bytes| {
@@ -369,7 +427,7 @@ impl Writing {
                 if end > self.payload_bytes {
                     return Err(too_long(end, self.payload_bytes));
                 }
-                self.memory.write(slot.offset + HEADER as u64 + at, piece)?;
+                self.memory.write(start + at, piece)?;
                 digest.update(piece);
                 at = end;
             }
@@ -385,6 +443,13 @@ impl Writing {
             header(self.payload_bytes, digest.finalize(), &self.identities[*chunk as usize]);
         self.memory.write(slot.offset, &header)
     }
+}
+
+/// Where the payload begins in the pool, if the slot has room for it.
+fn payload_start(slot: &Slot, payload_bytes: u64) -> Option<u64> {
+    slot.offset.checked_add(slot.length)?;
+    let fits = slot.length >= HEADER as u64 + payload_bytes;
+    fits.then_some(slot.offset + HEADER as u64)
 }
 
 fn too_long(bytes: u64, payload_bytes: u64) -> Error {

@@ -212,7 +212,9 @@ impl PrefixReading {
     pub fn read(&self, chunk: u32, mut into: Uint8ArraySlice<'_>) -> Result<bool> {
         let reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let reading = reading.as_ref().ok_or_else(ended)?;
-        // SAFETY: JavaScript runs on this thread, so nothing else touches the array during the call.
+        // SAFETY: this thread, which runs the array's JavaScript, does nothing else during the call. A
+        // SharedArrayBuffer may be written by another one meanwhile: its bytes are then any mixture,
+        // as for any two writers there, and none of them is invalid.
         let into = unsafe { into.as_mut() };
         reading.read(chunk, |next| next(into)).map_err(to_napi)
     }

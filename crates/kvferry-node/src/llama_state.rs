@@ -11,7 +11,7 @@ use napi_derive::napi;
 
 use crate::cache::PrefixCache;
 use crate::error::to_napi;
-use crate::promise::{deadline, promise, run_copy};
+use crate::promise::{deadline, promise, run_copies};
 
 /// Files that are kept for the next use.
 const KEPT: usize = 2;
@@ -112,9 +112,11 @@ impl LlamaState {
                 beyond,
             };
             let mut file = this.file()?;
-            let restored =
-                llama_state::restore(&this.cache, &target, &salt, &mut file, until, &run_copy)
+            let (restored, held) =
+                llama_state::restore(&this.cache, &target, &salt, &mut file, until, &run_copies)
                     .await?;
+            let cache = Arc::clone(&this.cache);
+            tokio::spawn(async move { held.end(&cache, until).await });
             let bytes = if restored.written == 0 { 0 } else { file.contents()?.len() };
             Ok(this.handle(file, restored, bytes))
         })
@@ -137,7 +139,7 @@ impl LlamaState {
             let (cache, geometry) = (&this.cache, &this.geometry);
             let stored = match file.contents() {
                 Ok(bytes) => {
-                    llama_state::store(cache, geometry, &tokens, bytes, &salt, until, &run_copy)
+                    llama_state::store(cache, geometry, &tokens, bytes, &salt, until, &run_copies)
                         .await
                 }
                 Err(error) => Err(error),

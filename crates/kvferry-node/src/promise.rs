@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use kvferry_core::llama_state::Copy;
 use kvferry_core::{Error, ErrorCode};
 use napi::bindgen_prelude::{PromiseRaw, ToNapiValue};
 use napi::{Env, Result};
@@ -41,7 +42,7 @@ pub(crate) async fn within<T>(
     })
 }
 
-/// Runs work that takes milliseconds without holding up the other tasks.
-pub(crate) fn run_copy(work: &mut (dyn FnMut() + Send)) {
-    tokio::task::block_in_place(work);
+/// Runs copies without holding up the other tasks.
+pub(crate) fn run_copies(copies: Vec<Copy<'_>>) {
+    tokio::task::block_in_place(|| kvferry_copy::run_copies(copies));
 }

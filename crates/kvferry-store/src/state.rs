@@ -145,18 +145,18 @@ impl State {
         self.pool.free() < self.headroom && self.pool.next_step().is_some()
     }
 
-    /// A slot, for which the least recently used objects make room once the pool has all its memory.
+    /// A slot, for which the least recently used objects make room unless more memory is on its way.
     pub(crate) fn allocate(&mut self, bytes: u64) -> Option<Grant> {
         if bytes > self.pool.bytes() {
             return None;
         }
-        let may_grow = self.pool.next_step().is_some() && self.growth_failed.is_none();
+        let may_grow = self.should_grow() && self.growth_failed.is_none();
         loop {
             if let Some(grant) = self.pool.allocate(bytes) {
                 return Some(grant);
             }
             if may_grow {
-                return None; // memory is on its way
+                return None;
             }
             let evicted = self.index.evict()?;
             self.counters.evicted_objects += 1;
@@ -343,14 +343,18 @@ impl State {
         for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
             self.pool.give_back(grant);
         }
-        let registered = gone.registered;
-        let in_use =
-            self.instances.values().any(|other| Arc::ptr_eq(&other.registered, &registered));
-        if !in_use {
-            let place = (registered.layout.model_name.clone(), registered.layout.world_size);
-            if self.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &registered)) {
-                self.layouts.remove(&place);
-            }
+        let layout = &gone.registered.layout;
+        let place = (layout.model_name.clone(), layout.world_size);
+        if self.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &gone.registered)) {
+            let same_place = |instance: &&Instance| {
+                let Layout { model_name, world_size, .. } = &instance.registered.layout;
+                (model_name, *world_size) == (&place.0, place.1)
+            };
+            let latest = self.instances.values().filter(same_place).max_by_key(|other| other.age);
+            match latest.map(|other| Arc::clone(&other.registered)) {
+                Some(registered) => self.layouts.insert(place, registered),
+                None => self.layouts.remove(&place),
+            };
         }
     }
 
@@ -446,4 +450,30 @@ pub(crate) fn space(layout: &Layout, salt: &str) -> [u8; 32] {
     hasher.update(&slots.to_le_bytes());
     hasher.update(&plane.to_le_bytes());
     *hasher.finalize().as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::ObjectId;
+
+    #[test]
+    fn free_space_in_holes_that_are_too_small_does_not_keep_others_from_being_evicted() {
+        const SMALL: u64 = 1 << 20;
+        let mut state = State::new(Pool::new(4 * POOL_STEP).unwrap(), Limits::default());
+        state.pool.grow();
+        let grants: Vec<Grant> = std::iter::from_fn(|| state.pool.allocate(SMALL)).collect();
+        for (number, grant) in (0u8..).zip(grants) {
+            if number % 2 == 0 {
+                state.pool.give_back(grant);
+            } else {
+                let id = ObjectId { chunk: [number; 32], space: [0; 32], rank: 0 };
+                let object = state.index.reserve(id, grant, None);
+                state.index.commit(object);
+            }
+        }
+        assert!(!state.should_grow(), "half of the step is free");
+        assert!(state.allocate(2 * SMALL).is_some());
+        assert_eq!(state.counters.evicted_objects, 1);
+    }
 }

@@ -176,8 +176,8 @@ impl Store {
         owner
     }
 
-    /// The peer is gone: its leases are released; of the slots that it was told of, design decides by
-    /// `departure`.
+    /// The peer is gone: its leases are released. Slots that it was told of come back, unless it may
+    /// still write to them ([`Departure::GivenUp`]).
     pub fn disconnect(&self, owner: Owner, departure: Departure) {
         let mut state = self.lock();
         let Some(belongings) = state.owners.remove(&owner) else { return };
@@ -207,14 +207,11 @@ impl Store {
             )));
         }
         let place = (layout.model_name.clone(), layout.world_size);
-        let registered = match state.layouts.get(&place) {
-            Some(known) if known.layout == layout => Arc::clone(known),
-            _ => {
-                let registered = Arc::new(Registered { layout, object_bytes });
-                state.layouts.insert(place, Arc::clone(&registered));
-                registered
-            }
-        };
+        let known = state.instances.get(&instance).map(|known| &known.registered);
+        let known = known.or_else(|| state.layouts.get(&place).filter(|it| it.layout == layout));
+        let registered =
+            known.map_or_else(|| Arc::new(Registered { layout, object_bytes }), Arc::clone);
+        state.layouts.insert(place, Arc::clone(&registered));
         state.headroom = state.headroom.max(16 * object_bytes);
         let age = state.next();
         state.instances.entry(instance).or_insert_with(|| Instance {

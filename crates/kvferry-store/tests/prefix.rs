@@ -116,15 +116,44 @@ fn a_chunk_whose_bytes_changed_is_a_miss_and_those_before_it_are_not() {
 
 #[test]
 fn a_chunk_in_another_ones_place_is_a_miss() {
+    let (first, second) = (tokens(1), tokens(1).iter().map(|token| token + 99).collect::<Vec<_>>());
+    for (identity, salt, other_tokens) in
+        [("model", "", &second), ("model", "tenant", &first), ("another", "", &first)]
+    {
+        let store = store();
+        let here = cache(&store, "model", PAYLOAD);
+        let there = cache(&store, identity, PAYLOAD);
+        put(&here, &first);
+        let writing = now(there.store(other_tokens, salt, deadline())).unwrap();
+        writing.write(0, |next| next(&vec![1; usize::try_from(PAYLOAD).unwrap()])).unwrap();
+        assert!(now(there.commit(writing, deadline())).unwrap());
+        let memory = store.memory();
+        let from = find(&*memory, b"chunk 0;") - 64;
+        let to = find(&*memory, &[1; 64]) - 64;
+        let mut object = vec![0; 64 + usize::try_from(PAYLOAD).unwrap()];
+        memory.read(from, &mut object).unwrap();
+        memory.write(to, &object).unwrap();
+        let hit = now(there.lookup(other_tokens, salt, deadline())).unwrap();
+        let reading = now(there.load(&hit, deadline())).unwrap().unwrap();
+        let mut bytes = payload(99);
+        assert!(!reading.read(0, |next| next(&mut bytes)).unwrap(), "{identity:?} {salt:?}");
+        assert_eq!(get(&here, &first), 1);
+    }
+}
+
+#[test]
+fn an_engine_that_goes_without_a_word_leaves_nothing_held() {
     let store = store();
     let cache = cache(&store, "model", PAYLOAD);
-    put(&cache, &tokens(2));
-    let memory = store.memory();
-    let [first, second] = ["chunk 0;", "chunk 1;"].map(|text| find(&*memory, text.as_bytes()) - 64);
-    let mut object = vec![0; 64 + usize::try_from(PAYLOAD).unwrap()];
-    memory.read(first, &mut object).unwrap();
-    memory.write(second, &object).unwrap();
-    assert_eq!(get(&cache, &tokens(2)), 1);
+    put(&cache, &tokens(1));
+    let hit = now(cache.lookup(&tokens(1), "", deadline())).unwrap();
+    let reading = now(cache.load(&hit, deadline())).unwrap();
+    let writing = now(cache.store(&tokens(3), "", deadline())).unwrap();
+    drop((hit, reading, writing, cache));
+    let status = store.status(Instant::now());
+    for name in ["leases", "sessions", "slots_reading", "slots_writing", "slots_apart"] {
+        assert_eq!(status.iter().find(|row| row.0 == name).unwrap().1, 0, "{name}");
+    }
 }
 
 #[test]
@@ -139,6 +168,32 @@ fn a_payload_that_is_too_short_or_too_long_is_refused() {
     assert!(writing.write(1, |_| Ok(())).is_err(), "no such place");
     now(cache.abandon(writing, deadline())).unwrap();
     assert_eq!(get(&cache, &tokens(1)), 0);
+}
+
+#[test]
+fn a_cache_that_is_closed_keeps_its_slots_until_its_last_store_ends() {
+    let figure = |store: &Store, name: &str| {
+        store.status(Instant::now()).iter().find(|row| row.0 == name).unwrap().1
+    };
+    let store = store();
+    let closed = cache(&store, "closed", PAYLOAD);
+    let first = now(closed.store(&tokens(1), "", deadline())).unwrap();
+    let second = now(closed.store(&tokens(2), "", deadline())).unwrap();
+    now(closed.close(deadline())).unwrap();
+    now(closed.close(deadline())).unwrap();
+    let other = cache(&store, "other", PAYLOAD);
+    let fits = u32::try_from(put(&other, &tokens(100)).len()).unwrap();
+    assert_eq!(figure(&store, "slots_writing"), 2);
+    for (place, writing) in [(0, &first), (0, &second)] {
+        writing.write(place, |next| next(&payload(99))).unwrap();
+    }
+    assert_eq!(get(&other, &tokens(100)), fits, "nothing was written over");
+    now(closed.abandon(first, deadline())).unwrap();
+    assert_eq!(figure(&store, "instances"), 2);
+    assert!(now(closed.commit(second, deadline())).unwrap());
+    assert_eq!((figure(&store, "instances"), figure(&store, "slots_writing")), (1, 0));
+    let error = now(closed.store(&tokens(1), "", deadline())).map(drop).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Closed);
 }
 
 struct File(Vec<u8>);
@@ -178,7 +233,7 @@ fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
         let payload = geometry.chunk_payload_bytes(CHUNK).unwrap();
         let cache = cache(&store, "llama", payload);
         let saved = engine_file(&geometry, &tokens(3));
-        let run = &|work: &mut (dyn FnMut() + Send)| work();
+        let run = &kvferry_copy::run_copies;
         let stored =
             now(llama_state::store(&cache, &geometry, &tokens(3), &saved, "", deadline(), run))
                 .unwrap();
@@ -193,7 +248,12 @@ fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
                 sequence: 0,
                 beyond: 0,
             };
-            now(llama_state::restore(&cache, &target, "", file, deadline(), run)).unwrap().written
+            {
+                let restoring = llama_state::restore(&cache, &target, "", file, deadline(), run);
+                let (restored, held) = now(restoring).unwrap();
+                now(held.end(&cache, deadline()));
+                restored.written
+            }
         };
         let mut file = File(Vec::new());
         assert_eq!(restore(4, &mut file), 3);
@@ -225,7 +285,7 @@ fn a_state_of_another_shape_is_refused_and_nothing_of_it_stored() {
     let expected = geometry(false);
     let cache = cache(&store, "llama", expected.chunk_payload_bytes(CHUNK).unwrap());
     let saved = engine_file(&geometry(true), &tokens(2));
-    let run = &|work: &mut (dyn FnMut() + Send)| work();
+    let run = &kvferry_copy::run_copies;
     let error = now(llama_state::store(&cache, &expected, &tokens(2), &saved, "", deadline(), run))
         .unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidState);

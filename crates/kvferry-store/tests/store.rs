@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvferry_core::ErrorCode;
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_store::{Departure, Limits, Owner, Store, StoreOptions};
 use proptest::prelude::*;
@@ -483,6 +484,134 @@ fn registering_again_is_fine_and_with_another_shape_an_error() {
     engine.store.unregister(1);
     engine.store.register(engine.owner, 7, layout("m", 1)).unwrap();
     assert_eq!(engine.hits(&key("c", 0, 1)), 1, "objects outlive their instance");
+}
+
+#[test]
+fn an_engine_that_leaves_takes_its_own_layout_along_and_no_other() {
+    let engine = engine(4);
+    engine.put(&key("a", 0, 1));
+    engine.store.register(engine.owner, 2, Layout { num_layers: 2, ..layout("m", 1) }).unwrap();
+    assert_eq!(engine.hits(&key("b", 0, 1)), 0, "lookups mean the layout of the latest");
+    engine.store.unregister(2);
+    assert_eq!(engine.hits(&key("c", 0, 1)), 1);
+    engine.store.register(engine.owner, 2, Layout { num_layers: 2, ..layout("m", 1) }).unwrap();
+    engine.store.register(engine.owner, 1, layout("m", 1)).unwrap();
+    assert_eq!(engine.hits(&key("d", 0, 1)), 1);
+    engine.store.unregister(2);
+    engine.store.unregister(1);
+    assert_eq!(engine.hits(&key("e", 0, 1)), 0, "nothing is remembered of who is gone");
+}
+
+#[test]
+fn another_shape_or_element_type_is_another_object() {
+    let layouts = [
+        layout("m", 1),
+        Layout { dtype: Dtype::new("int8").unwrap(), ..layout("m", 1) },
+        Layout { num_physical_slots: Some(CHUNK), ..layout("m", 1) },
+        Layout { num_physical_slots: Some(0), ..layout("m", 1) },
+        Layout { single_plane: false, ..layout("m", 1) },
+        Layout { num_layers: 2, ..layout("m", 1) },
+        Layout { hidden_dim_size: 512, ..layout("m", 1) },
+    ];
+    let engine = engine(16);
+    for (instance, layout) in (2..).zip(layouts) {
+        if engine.store.register(engine.owner, instance, layout.clone()).is_err() {
+            continue; // it has no size
+        }
+        assert_eq!(engine.hits(&key("a", 0, 1)), 0, "{layout:?}");
+        let key = key("b", 0, 1);
+        let slots = engine.store.prepare_store(engine.owner, &key, instance, engine.now).unwrap();
+        assert_eq!(slots.slots.len(), 1);
+        assert!(engine.store.commit_store(&key, instance).unwrap());
+    }
+}
+
+#[test]
+fn an_instance_serves_no_model_but_its_own() {
+    let engine = engine(4);
+    engine.store.register(engine.owner, 2, layout("n", 1)).unwrap();
+    let other = Key { model_name: "n".into(), ..key("a", 0, 1) };
+    let error = engine.store.prepare_store(engine.owner, &other, 1, engine.now).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Protocol);
+    assert!(engine.store.prepare_store(engine.owner, &other, 2, engine.now).is_ok());
+}
+
+#[test]
+fn what_a_store_goes_on_from_does_not_make_room_for_it() {
+    let engine = engine(2);
+    engine.put(&key("a", 0, 1));
+    engine.put(&key("x", 50, 1));
+    let rest = Key { start: CHUNK.into(), ..key("a", 0, 2) };
+    assert_eq!(engine.put(&rest), 1);
+    assert_eq!(engine.hits(&key("a", 0, 2)), 2);
+}
+
+#[test]
+fn chunks_that_were_stored_out_of_order_go_in_order() {
+    for by_lookup in [false, true] {
+        let engine = engine(2);
+        let (whole, head) = (key("a", 0, 2), key("a", 0, 1));
+        let tail = Key { start: CHUNK.into(), ..whole.clone() };
+        engine.put(&tail);
+        engine.put(&head);
+        if by_lookup {
+            assert_eq!(engine.hits(&whole), 2);
+        } else {
+            assert_eq!(engine.put(&whole), 0);
+        }
+        assert_eq!(engine.hits(&tail), 1, "now the tail is the one used last");
+        engine.put(&key("x", 50, 1));
+        assert_eq!(engine.hits(&whole), 1, "and it goes before the head nevertheless");
+    }
+}
+
+#[test]
+fn chunks_that_others_are_writing_are_not_refused() {
+    let engine = engine(2);
+    let tail = Key { start: u64::from(CHUNK) * 2, ..key("a", 0, 4) };
+    let held = engine.store.prepare_store(engine.owner, &tail, 1, engine.now).unwrap();
+    assert_eq!(held.slots.len(), 2);
+    let whole = engine.store.prepare_store(engine.owner, &key("b", 0, 4), 1, engine.now).unwrap();
+    assert_eq!((whole.slots.len(), whole.refused), (0, 2));
+}
+
+#[test]
+fn one_answer_has_a_bounded_number_of_slots() {
+    const MOST: u64 = 65_536;
+    let engine = engine(MOST + 4);
+    let whole = key("a", 0, MOST + 1);
+    let first = engine.store.prepare_store(engine.owner, &whole, 1, engine.now).unwrap();
+    assert_eq!((first.slots.len() as u64, first.refused), (MOST, 1));
+    assert!(engine.store.commit_store(&whole, 1).unwrap());
+    assert_eq!(engine.put(&whole), 1, "the rest is another store's");
+    let hit = engine.store.lookup(engine.owner, &whole, 1, engine.now).unwrap();
+    assert_eq!(hit, MOST + 1);
+    assert!(engine.store.prepare_retrieve(engine.owner, &whole, 1, engine.now).is_err());
+}
+
+#[test]
+fn a_request_that_another_peer_goes_on_with_is_that_peers() {
+    let engine = engine(4);
+    engine.put(&key("a", 0, 1));
+    let other = engine.store.connect();
+    for owner in [engine.owner, other] {
+        engine.store.lookup(owner, &key("r", 0, 1), 1, engine.now).unwrap();
+    }
+    engine.store.disconnect(engine.owner, Departure::Ended);
+    assert_eq!(engine.status("leases"), 2);
+    engine.store.disconnect(other, Departure::Ended);
+    assert_eq!((engine.status("leases"), engine.status("sessions")), (0, 0));
+}
+
+#[test]
+fn a_request_that_is_looked_up_again_and_again_takes_its_bytes_once() {
+    let limits = Limits { session_bytes: 1_000, ..Limits::default() };
+    let engine = engine_with(4, limits);
+    engine.store.lookup(engine.owner, &key("a", 0, 1), 1, engine.now).unwrap();
+    for _ in 0..100 {
+        engine.store.lookup(engine.owner, &key("b", 9, 1), 1, engine.now).unwrap();
+    }
+    assert_eq!((engine.status("sessions"), engine.status("expired_sessions")), (2, 0));
 }
 
 #[test]

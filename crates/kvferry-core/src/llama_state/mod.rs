@@ -31,7 +31,7 @@ mod transfer;
 pub use geometry::{Geometry, LAYERS_MAX, Layer, Plane};
 pub use parse::{STREAMS_MAX, StateFile};
 pub use plan::{AssemblePlan, Piece, Segment};
-pub use transfer::{Restored, RunCopy, Stored, Target, restore, store};
+pub use transfer::{Copy, Restored, RunCopies, Stored, Target, restore, store};
 
 use crate::{Error, ErrorCode};
 

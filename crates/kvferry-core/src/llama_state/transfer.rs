@@ -2,13 +2,16 @@
 
 use std::time::Instant;
 
-use super::{AssemblePlan, Geometry, StateFile, invalid};
+use super::{AssemblePlan, Geometry, Segment, StateFile, invalid};
 use crate::cache::FileBuffer;
-use crate::prefix::{PrefixCache, Reading, Writing};
+use crate::prefix::{Hit, PrefixCache, Reading, Writing};
 use crate::{Error, ErrorCode, Result};
 
-/// Runs a copy, which takes milliseconds, where that does not hold up other work.
-pub type RunCopy<'a> = &'a (dyn Fn(&mut (dyn FnMut() + Send)) + Sync);
+/// One of several copies that do not depend on each other.
+pub type Copy<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+/// Runs copies to their end, side by side where that helps; they take milliseconds.
+pub type RunCopies<'a> = &'a (dyn for<'copy> Fn(Vec<Copy<'copy>>) + Sync);
 
 /// What was stored of a state file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +50,22 @@ pub struct Target<'a> {
     pub beyond: u32,
 }
 
+/// What a restore still holds: chunks and their leases. Ending it takes round trips that nobody has to
+/// wait for.
+#[must_use = "until it is ended, nothing makes room where these chunks lie"]
+pub struct Held {
+    hit: Hit,
+    reading: Option<Reading>,
+}
+
+impl Held {
+    /// Gives it back.
+    pub async fn end(self, prefix: &PrefixCache, deadline: Instant) {
+        // Whether the slots were still ours does not matter: what was read has been checked.
+        let _ = prefix.finish(&self.hit, self.reading, deadline).await;
+    }
+}
+
 /// Looks up the longest stored prefix of the target's tokens and writes its state file into `file`.
 pub async fn restore(
     prefix: &PrefixCache,
@@ -54,28 +73,29 @@ pub async fn restore(
     salt: &str,
     file: &mut (dyn FileBuffer + Send),
     deadline: Instant,
-    run_copy: RunCopy<'_>,
-) -> Result<Restored> {
+    run_copies: RunCopies<'_>,
+) -> Result<(Restored, Held)> {
     let hit = prefix.lookup(target.tokens, salt, deadline).await?;
     let found = hit.chunks();
+    let mut held = Held { hit, reading: None };
     if u64::from(found) * u64::from(target.chunk_size) <= u64::from(target.beyond) {
-        let _ = prefix.finish(&hit, None, deadline).await; // the leases end by themselves too
-        return Ok(Restored { found, written: 0 });
+        return Ok((Restored { found, written: 0 }, held));
     }
-    let (reading, chunks) = match prefix.load(&hit, deadline).await {
+    let written = match prefix.load(&held.hit, deadline).await {
         Ok(Some(reading)) => {
-            let mut chunks = Ok(0);
-            run_copy(&mut || {
-                chunks = assemble(&reading, target, &mut *file, &|| before(deadline));
-            });
-            (Some(reading), chunks)
+            let reading = held.reading.insert(reading);
+            assemble(reading, target, file, &|| before(deadline), run_copies)
         }
-        Ok(None) => (None, Ok(0)),
-        Err(error) => (None, Err(error)),
+        Ok(None) => Ok(0),
+        Err(error) => Err(error),
     };
-    // Whether the slots were still ours does not matter: what was read has been checked.
-    let _ = prefix.finish(&hit, reading, deadline).await;
-    chunks.map(|written| Restored { found, written })
+    match written {
+        Ok(written) => Ok((Restored { found, written }, held)),
+        Err(error) => {
+            held.end(prefix, deadline).await;
+            Err(error)
+        }
+    }
 }
 
 /// Stores those whole chunks of `tokens`, the leading ones of the state file `bytes`, that are not
@@ -87,18 +107,15 @@ pub async fn store(
     bytes: &[u8],
     salt: &str,
     deadline: Instant,
-    run_copy: RunCopy<'_>,
+    run_copies: RunCopies<'_>,
 ) -> Result<Stored> {
     let state = StateFile::parse(bytes)?;
     if !state.tokens().starts_with(tokens) {
         return Err(invalid("the engine's state is of other tokens than those to be stored"));
     }
     let writing = prefix.store(tokens, salt, deadline).await?;
-    let mut written = Ok(());
-    run_copy(&mut || {
-        let check = || before(deadline);
-        written = split(&state, bytes, geometry, prefix.chunk_size(), &writing, &check);
-    });
+    let check = || before(deadline);
+    let written = split(&state, bytes, geometry, prefix.chunk_size(), &writing, &check, run_copies);
     let chunks = u32::try_from(writing.chunks().len()).unwrap_or(u32::MAX);
     let refused = writing.refused();
     if let Err(error) = written {
@@ -125,16 +142,18 @@ fn assemble(
     reading: &Reading,
     target: &Target<'_>,
     file: &mut dyn FileBuffer,
-    check: &dyn Fn() -> Result<()>,
+    check: &(dyn Fn() -> Result<()> + Sync),
+    run_copies: RunCopies<'_>,
 ) -> Result<u32> {
     let mut chunks = reading.chunks();
-    loop {
+    while chunks > 0 {
         // A chunk that fails moves all later bytes of the file: it is written anew, without it.
-        match fill(reading, target, chunks, file, check)? {
-            whole if whole == chunks => return Ok(chunks),
+        match fill(reading, target, chunks, file, check, run_copies)? {
+            whole if whole == chunks => break,
             whole => chunks = whole,
         }
     }
+    Ok(chunks)
 }
 
 /// Writes the file of `chunks` chunks; says how many of them are whole before the first that is not.
@@ -143,11 +162,9 @@ fn fill(
     target: &Target<'_>,
     chunks: u32,
     file: &mut dyn FileBuffer,
-    check: &dyn Fn() -> Result<()>,
+    check: &(dyn Fn() -> Result<()> + Sync),
+    run_copies: RunCopies<'_>,
 ) -> Result<u32> {
-    if chunks == 0 {
-        return Ok(0);
-    }
     let tokens = chunks.checked_mul(target.chunk_size).map(|tokens| tokens as usize);
     let tokens = tokens.and_then(|tokens| target.tokens.get(..tokens)).ok_or_else(|| {
         Error::invalid(format!("{chunks} chunks are more than the {} tokens", target.tokens.len()))
@@ -155,24 +172,59 @@ fn fill(
     let plan = AssemblePlan::new(target.geometry, tokens, target.streams, target.sequence)?;
     let bytes = file.resize(plan.file_bytes())?;
     for piece in plan.pieces() {
-        range(bytes, piece.offset, piece.bytes.len() as u64)?.copy_from_slice(&piece.bytes);
+        let at = usize::try_from(piece.offset).unwrap_or(usize::MAX);
+        let room = bytes.get_mut(at..).and_then(|rest| rest.get_mut(..piece.bytes.len()));
+        room.ok_or_else(outside)?.copy_from_slice(&piece.bytes);
     }
     let expected = target.geometry.encode();
-    let mut descriptor = vec![0; expected.len()];
-    for chunk in 0..chunks {
+    let copy = |(chunk, pieces): (u32, Vec<&mut [u8]>)| {
         check()?;
-        let first = chunk * target.chunk_size;
+        let mut descriptor = vec![0; expected.len()];
         let whole = reading.read(chunk, |next| {
             next(&mut descriptor)?;
-            plan.for_each_segment(first..first + target.chunk_size, |segment| {
-                next(range(bytes, segment.file_offset, segment.length)?)
-            })
+            pieces.into_iter().try_for_each(next)
         })?;
-        if !whole || descriptor != expected {
-            return Ok(chunk);
-        }
+        Ok(whole && descriptor == expected)
+    };
+    let chunks_of_file = carve(bytes, &plan, chunks, target.chunk_size)?;
+    let whole = copy_all((0..).zip(chunks_of_file), &copy, run_copies)?;
+    let leading = whole.iter().take_while(|whole| **whole).count();
+    Ok(u32::try_from(leading).unwrap_or(u32::MAX))
+}
+
+/// Cuts a file into the pieces of each of its chunks, in the payload's order.
+fn carve<'a>(
+    bytes: &'a mut [u8],
+    plan: &AssemblePlan,
+    chunks: u32,
+    chunk_size: u32,
+) -> Result<Vec<Vec<&'a mut [u8]>>> {
+    let mut segments = Vec::new();
+    for chunk in 0..chunks {
+        let first = chunk * chunk_size;
+        plan.for_each_segment(first..first + chunk_size, |segment| {
+            segments.push((segment, chunk as usize));
+            Ok(())
+        })?;
     }
-    Ok(chunks)
+    segments.sort_unstable_by_key(|(segment, _)| segment.file_offset);
+    let mut carved: Vec<Vec<(u64, &mut [u8])>> = (0..chunks).map(|_| Vec::new()).collect();
+    let (mut rest, mut at) = (bytes, 0);
+    for (Segment { file_offset, payload_offset, length }, chunk) in segments {
+        let gap = file_offset.checked_sub(at).and_then(|gap| usize::try_from(gap).ok());
+        let length = usize::try_from(length).ok();
+        let (gap, length) = gap.zip(length).ok_or_else(outside)?;
+        let (_, from) = rest.split_at_mut_checked(gap).ok_or_else(outside)?;
+        let (piece, after) = from.split_at_mut_checked(length).ok_or_else(outside)?;
+        at = file_offset + piece.len() as u64;
+        carved[chunk].push((payload_offset, piece));
+        rest = after;
+    }
+    let in_order = |mut pieces: Vec<(u64, &'a mut [u8])>| {
+        pieces.sort_unstable_by_key(|(payload_offset, _)| *payload_offset);
+        pieces.into_iter().map(|(_, piece)| piece).collect()
+    };
+    Ok(carved.into_iter().map(in_order).collect())
 }
 
 /// Fills `writing` from the state file `bytes`, parsed as `state`.
@@ -182,7 +234,8 @@ fn split(
     geometry: &Geometry,
     chunk_size: u32,
     writing: &Writing,
-    check: &dyn Fn() -> Result<()>,
+    check: &(dyn Fn() -> Result<()> + Sync),
+    run_copies: RunCopies<'_>,
 ) -> Result<()> {
     if state.geometry() != geometry {
         return Err(Error::new(
@@ -191,7 +244,7 @@ fn split(
         ));
     }
     let descriptor = geometry.encode();
-    for (place, chunk) in writing.chunks().iter().enumerate() {
+    let copy = |(place, chunk): (usize, &u32)| {
         check()?;
         let first = chunk * chunk_size;
         writing.write(place, |next| {
@@ -202,17 +255,35 @@ fn split(
                 let piece = start.zip(end).and_then(|(start, end)| bytes.get(start..end));
                 next(piece.ok_or_else(|| invalid("the state file became shorter"))?)
             })
-        })?;
-    }
-    Ok(())
+        })
+    };
+    copy_all(writing.chunks().iter().enumerate(), &copy, run_copies).map(drop)
 }
 
-fn range(bytes: &mut [u8], offset: u64, length: u64) -> Result<&mut [u8]> {
-    let size = bytes.len();
-    let start = usize::try_from(offset).ok();
-    let end = usize::try_from(offset.saturating_add(length)).ok();
-    let found = start.zip(end).and_then(|(start, end)| bytes.get_mut(start..end));
-    found.ok_or_else(|| {
-        Error::invalid(format!("{length} bytes at {offset} lie outside a file of {size}"))
-    })
+/// Runs `copy` for each item; the results in the items' order, or the first error.
+fn copy_all<I: Send, T: Send>(
+    items: impl Iterator<Item = I>,
+    copy: &(dyn Fn(I) -> Result<T> + Sync),
+    run_copies: RunCopies<'_>,
+) -> Result<Vec<T>> {
+    let mut results: Vec<(Option<I>, Result<T>)> =
+        items.map(|item| (Some(item), Err(not_run()))).collect();
+    let copies = results.iter_mut().map(|(item, result)| {
+        let run: Copy<'_> = Box::new(move || {
+            if let Some(item) = item.take() {
+                *result = copy(item);
+            }
+        });
+        run
+    });
+    run_copies(copies.collect());
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+fn not_run() -> Error {
+    Error::new(ErrorCode::Internal, "a copy was not run")
+}
+
+fn outside() -> Error {
+    Error::new(ErrorCode::Internal, "the plan of a state file leaves the file")
 }
