@@ -1,26 +1,35 @@
 //! Copies side by side.
 
 use std::num::NonZero;
+use std::sync::LazyLock;
 use std::thread;
+
+use rayon_core::{ThreadPool, ThreadPoolBuilder};
 
 /// Threads at most: more of them than memory channels only wait for each other.
 const THREADS_MAX: usize = 4;
 
-/// Runs `copies` to their end, on this thread and as many others as help. Each copy should take a
-/// millisecond or so: starting a thread costs some hundredths of one.
+/// Threads that live as long as the process: starting one costs a tenth of a copy. `None` where no
+/// thread can be had, or only one processor.
+static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS_MAX);
+    let builder = ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|index| format!("kvferry-copy-{index}"));
+    (threads > 1).then(|| builder.build().ok()).flatten()
+});
+
+/// Runs `copies` to their end, on as many threads as help. Each should take a good part of a
+/// millisecond.
 pub fn run_copies(copies: Vec<Box<dyn FnOnce() + Send + '_>>) {
-    let processors = thread::available_parallelism().map_or(1, NonZero::get);
-    let share = copies.len().div_ceil(processors.min(THREADS_MAX)).max(1);
-    let mut copies = copies.into_iter();
-    thread::scope(|scope| {
-        loop {
-            let part: Vec<_> = copies.by_ref().take(share).collect();
-            if copies.len() == 0 {
-                return part.into_iter().for_each(|copy| copy()); // the last part is this thread's
+    match &*POOL {
+        Some(pool) if copies.len() > 1 => pool.in_place_scope(|scope| {
+            for copy in copies {
+                scope.spawn(|_| copy());
             }
-            scope.spawn(move || part.into_iter().for_each(|copy| copy()));
-        }
-    });
+        }),
+        _ => copies.into_iter().for_each(|copy| copy()),
+    }
 }
 
 #[cfg(test)]

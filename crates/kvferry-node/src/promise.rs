@@ -46,3 +46,17 @@ pub(crate) async fn within<T>(
 pub(crate) fn run_copies(copies: Vec<Copy<'_>>) {
     tokio::task::block_in_place(|| kvferry_copy::run_copies(copies));
 }
+
+/// One thread for all tasks: they wait for servers and start copies, and waking each other on one
+/// thread is cheaper than across two.
+#[napi_derive::module_init]
+fn start_runtime() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("kvferry")
+        .enable_all()
+        .build();
+    if let Ok(runtime) = runtime {
+        napi::bindgen_prelude::create_custom_tokio_runtime(runtime);
+    }
+}
