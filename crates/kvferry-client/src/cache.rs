@@ -134,7 +134,7 @@ impl Cache for Client {
                 slots: store.slots.slots,
                 chunk_indices: store.chunk_indices,
                 refused: store.refused,
-                memory: pool.memory,
+                memory: session.memory(pool),
             })
         })
     }
@@ -206,7 +206,7 @@ impl Cache for Client {
             let pool = session.pool().ok_or_else(no_pool)?;
             session.grant(Operation::PrepareRetrieve, key, instance);
             undo.disarm();
-            Ok(Some(RetrieveGrant { slots: slots.slots, memory: pool.memory }))
+            Ok(Some(RetrieveGrant { slots: slots.slots, memory: session.memory(pool) }))
         })
     }
 

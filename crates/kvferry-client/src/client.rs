@@ -173,6 +173,7 @@ impl Client {
     pub async fn close(&self) {
         let registrations = std::mem::take(&mut *lock(&self.shared.registrations));
         if let Ok(session) = self.session() {
+            session.shut(); // unregistering gives the slots to others
             let deadline = Instant::now() + GOODBYE;
             for (instance_id, _) in registrations {
                 // The end of the connection tells the same.
@@ -260,40 +261,56 @@ pub(crate) fn unexpected(operation: Operation, reply: &Reply) -> Error {
     Error::new(ErrorCode::Protocol, format!("{operation} was answered with {reply:?}"))
 }
 
+/// A connection in use. However its use ends, the socket closes after the last write to what was
+/// granted over it: the server gives the slots to others then.
+struct InUse {
+    session: Arc<Session>,
+    link: Link,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.session.shut(); // the fields go after this, the socket with them
+    }
+}
+
 /// Serves requests over one connection after another.
 async fn keep_connected(shared: &Shared, opened: Opened) {
-    let (mut link, mut session, mut outgoing, _) = opened;
+    let (link, session, mut outgoing, _) = opened;
+    let mut in_use = InUse { session, link };
     let mut pause = RECONNECT_MIN;
     loop {
         let began = Instant::now();
-        let Err(error) = serve(shared, &mut link, &session, &mut outgoing).await;
+        let Err(error) = serve(shared, &mut in_use, &mut outgoing).await;
         shared.set(State::Disconnected(error.clone()));
-        session.end(&error);
-        drop(link); // a server that lives on shall see the end of this connection
+        in_use.session.end(&error);
+        let last = Arc::clone(&in_use.session);
+        drop(in_use); // a server that lives on shall see the end of this connection
         if began.elapsed() > RECONNECT_MAX {
             pause = RECONNECT_MIN;
         }
-        let (new_link, new_session, new_outgoing, info) = loop {
+        let (link, session, new_outgoing, info) = loop {
             sleep(pause.mul_f64(0.5 + 0.5 * random_fraction())).await;
             pause = (pause * 2).min(RECONNECT_MAX);
-            match reopen(shared, &session).await {
+            match reopen(shared, &last).await {
                 Ok(opened) => break opened,
                 Err(error) => shared.set(State::Disconnected(error)),
             }
         };
-        (link, session, outgoing) = (new_link, new_session, new_outgoing);
+        in_use = InUse { session, link };
+        outgoing = new_outgoing;
         *lock(&shared.info) = info;
-        shared.set(State::Connected(Arc::clone(&session)));
+        shared.set(State::Connected(Arc::clone(&in_use.session)));
     }
 }
 
 /// Sends what is queued, delivers what arrives, gives signs of life; until the connection ends.
 async fn serve(
     shared: &Shared,
-    link: &mut Link,
-    session: &Session,
+    in_use: &mut InUse,
     outgoing: &mut mpsc::UnboundedReceiver<Outgoing>,
 ) -> Result<std::convert::Infallible> {
+    let InUse { session, link } = &mut *in_use;
     let interval = shared.options.heartbeat_interval;
     let mut heartbeat = interval_at(tokio::time::Instant::now() + interval, interval);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);

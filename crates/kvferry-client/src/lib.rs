@@ -6,6 +6,7 @@
 mod address;
 mod cache;
 mod client;
+mod gate;
 mod link;
 mod pool;
 mod session;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
+use kvferry_core::cache::Memory;
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::Hello;
@@ -13,6 +14,7 @@ use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::address::Address;
+use crate::gate::{Gate, Gated};
 use crate::pool::Pool;
 
 /// Bytes of requests that may wait to be sent.
@@ -64,6 +66,7 @@ pub(crate) struct Session {
     queued_bytes: AtomicUsize,
     granted: Mutex<HashSet<Granted>>,
     pool: Mutex<Option<Pool>>,
+    gate: Arc<Gate>,
 }
 
 impl Session {
@@ -83,6 +86,7 @@ impl Session {
             queued_bytes: AtomicUsize::new(0),
             granted: Mutex::default(),
             pool: Mutex::new(pool),
+            gate: Arc::default(),
         };
         (session, outgoing)
     }
@@ -208,6 +212,16 @@ impl Session {
     /// The pool, once a registration was answered.
     pub(crate) fn pool(&self) -> Option<Pool> {
         lock(&self.pool).clone()
+    }
+
+    /// The pool for what this session grants: nothing is written to it after [`Session::shut`].
+    pub(crate) fn memory(&self, pool: Pool) -> Arc<dyn Memory> {
+        Arc::new(Gated { memory: pool.memory, gate: Arc::clone(&self.gate) })
+    }
+
+    /// Ends all writing to what was granted; to be called before the server learns of the end.
+    pub(crate) fn shut(&self) {
+        self.gate.shut();
     }
 
     /// Maps the pool that a registration's reply names, unless it is mapped.

@@ -117,6 +117,45 @@ async fn what_is_stored_lies_in_the_servers_pool() {
 }
 
 #[tokio::test]
+async fn nothing_is_written_to_granted_slots_once_the_server_may_give_them_away() {
+    let (name, region) = pool("gate");
+    for ending in ["close", "drop", "silence"] {
+        region.write(0, b"------").unwrap();
+        let mut router = Router::start(&name, move |_, request| match request {
+            Request::Ping { .. } if ending == "silence" => Some(Answer::Silence),
+            _ => None,
+        })
+        .await;
+        let options =
+            ConnectOptions { heartbeat_interval: Duration::from_millis(50), ..router.options() };
+        let client = Client::connect(options).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        match ending {
+            "close" => client.close().await,
+            "drop" => drop(client),
+            // The second connection's registration shows that the first one is given up.
+            _ => {
+                router.received(|request| matches!(request, Request::Register { .. })).await;
+                router.received(|request| matches!(request, Request::Register { .. })).await;
+            }
+        }
+        let refused = loop {
+            match grant.memory.write(grant.slots[0].offset, b"late") {
+                Ok(()) => tokio::task::yield_now().await, // a drop ends the connection's task soon
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.code, ErrorCode::Unreachable, "{ending}");
+        if ending == "close" {
+            let mut seen = [0; 6];
+            region.read(0, &mut seen).unwrap();
+            assert_eq!(&seen, b"------", "close has waited until nothing can be written");
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_is_loaded_is_confirmed_before_the_lease_ends() {
     let (name, region) = pool("load");
     region.write(4096, b"second").unwrap();
@@ -381,9 +420,10 @@ async fn a_server_started_anew_is_registered_with_and_its_pool_mapped() {
     assert_eq!(router.so_far(), []);
 
     let after = client.prepare_store(&key(), instance, soon()).await.unwrap();
-    before.memory.write(0, b"old").unwrap();
+    let late = before.memory.write(0, b"old").unwrap_err();
+    assert_eq!(late.code, ErrorCode::Unreachable);
     after.memory.write(0, b"new").unwrap();
-    for (region, expected) in [(old, b"old"), (new, b"new")] {
+    for (region, expected) in [(old, b"\0\0\0"), (new, b"new")] {
         let mut seen = [0; 3];
         region.read(0, &mut seen).unwrap();
         assert_eq!(&seen, expected);
@@ -418,18 +458,21 @@ async fn a_pool_made_anew_under_the_same_name_is_mapped_again() {
 
 #[tokio::test]
 async fn a_server_that_lives_on_keeps_its_mapping() {
-    let (name, _region) = pool("same");
+    let (name, region) = pool("same");
     let router = Router::start(&name, move |connection, request| {
         (connection == 0 && matches!(request, Request::Ping { .. })).then_some(Answer::Close)
     })
     .await;
     let client = Client::connect(router.options()).await.unwrap();
     let instance = client.register(layout(), soon()).await.unwrap();
-    let before = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    region.write(4096, b"kept").unwrap();
+    drop(region); // the name is gone: mapping it again would fail
     client.ping().await.unwrap_err();
     client.connected(soon()).await.unwrap();
-    let after = client.prepare_store(&key(), instance, soon()).await.unwrap();
-    assert!(Arc::ptr_eq(&before.memory, &after.memory));
+    let grant = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+    let mut seen = [0; 4];
+    grant.memory.read(4096, &mut seen).unwrap();
+    assert_eq!(&seen, b"kept");
 }
 
 #[tokio::test]

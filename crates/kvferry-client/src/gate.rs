@@ -1,0 +1,121 @@
+//! What keeps late writes out of the pool.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use kvferry_core::cache::Memory;
+use kvferry_core::{Error, ErrorCode, Result};
+
+const CLOSED: usize = 1 << (usize::BITS - 1);
+/// Bytes that one pass through the gate writes, so that closing it waits for microseconds.
+const PIECE: usize = 64 << 10;
+
+/// Open while the connection that granted slots lives. When its socket closes, or an instance is
+/// unregistered, the server takes the slots for free and grants them to others: by then the gate is
+/// shut, and no write is under way.
+#[derive(Debug, Default)]
+pub(crate) struct Gate(AtomicUsize);
+
+impl Gate {
+    /// Lets no more writes begin, and waits for those that have.
+    pub(crate) fn shut(&self) {
+        self.0.fetch_or(CLOSED, Ordering::AcqRel);
+        while self.0.load(Ordering::Acquire) != CLOSED {
+            thread::yield_now();
+        }
+    }
+
+    fn pass<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _writer = Writer::count(&self.0);
+        if self.0.load(Ordering::Acquire) & CLOSED != 0 {
+            return Err(Error::new(
+                ErrorCode::Unreachable,
+                "the connection ended while state was copied; nothing of it was stored",
+            ));
+        }
+        write()
+    }
+}
+
+struct Writer<'a>(&'a AtomicUsize);
+
+impl<'a> Writer<'a> {
+    fn count(writers: &'a AtomicUsize) -> Self {
+        writers.fetch_add(1, Ordering::AcqRel);
+        Self(writers)
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A pool whose writes go through a gate. Reads need not: what they see is checked after them.
+pub(crate) struct Gated {
+    pub(crate) memory: Arc<dyn Memory>,
+    pub(crate) gate: Arc<Gate>,
+}
+
+impl Memory for Gated {
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.memory.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        let mut at = offset;
+        for piece in from.chunks(PIECE) {
+            self.gate.pass(|| self.memory.write(at, piece))?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Bytes(Mutex<Vec<u8>>);
+
+    impl Memory for Bytes {
+        fn read(&self, _offset: u64, _into: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+
+        fn write(&self, _offset: u64, from: &[u8]) -> Result<()> {
+            self.0.lock().unwrap().extend_from_slice(from);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nothing_is_written_after_the_gate_was_shut_however_many_were_writing() {
+        let memory = Arc::new(Bytes::default());
+        let gate = Arc::new(Gate::default());
+        let writers = 4;
+        let started = std::sync::Barrier::new(writers + 1);
+        thread::scope(|scope| {
+            for _ in 0..writers {
+                scope.spawn(|| {
+                    let gated =
+                        Gated { memory: Arc::<Bytes>::clone(&memory), gate: Arc::clone(&gate) };
+                    started.wait();
+                    while gated.write(0, &[1; 100]).is_ok() {}
+                    assert_eq!(gated.write(0, &[1]).unwrap_err().code, ErrorCode::Unreachable);
+                });
+            }
+            started.wait();
+            gate.shut();
+            let written = memory.0.lock().unwrap().len();
+            thread::yield_now();
+            assert_eq!(memory.0.lock().unwrap().len(), written);
+            gate.shut(); // again does nothing
+        });
+    }
+}
