@@ -100,6 +100,14 @@ export class PrefixCache implements AsyncDisposable {
 	}
 
 	/**
+	 * Chunks that came back with other bytes than were stored, since this cache was opened. Each was a
+	 * miss; a kvferry server drops them, so that they are stored anew.
+	 */
+	get damagedChunks(): number {
+		return this.#native.damagedChunks;
+	}
+
+	/**
 	 * Which leading chunks of `tokens` are stored. They stay until the hit is loaded or closed, or until
 	 * the server's session timeout. Only whole chunks count: a prompt shorter than one has no hit.
 	 */

@@ -73,6 +73,8 @@ export declare class LlamaStateFile {
 export declare class PrefixCache {
   /** Tokens of one chunk. */
   get chunkSize(): number
+  /** Chunks that came back with other bytes than were stored. */
+  get damagedChunks(): number
   /** Looks up the leading chunks of `tokens`. */
   lookup(tokens: Uint32Array, salt: string, timeoutMs: number): Promise<PrefixHit>
   /** Begins to load a hit, which it takes. */

@@ -154,7 +154,7 @@ describe("a server that is silent", () => {
 describe("bytes in the pool that change", () => {
 	it("are a miss and are never given to the engine", async () => {
 		const server = await serve();
-		const { cache, store } = await engine(server);
+		const { cache, client, store, load } = await engine(server);
 		await store(1, 3);
 		const path = `/dev/shm/${server.shmName}`;
 		const at = readFileSync(path).indexOf("prompt 1 chunk 1;");
@@ -165,6 +165,10 @@ describe("bytes in the pool that change", () => {
 		expect(hit.chunks).toBe(3);
 		const loaded = await hit.load();
 		expect(loaded.length, "the chunk before it is good, those after it have no prefix").toBe(1);
+		expect(cache.damagedChunks).toBe(1);
+		expect(await client.status()).toMatchObject({ damaged_chunks: 1 });
+		expect((await store(1, 3)).storedChunks, "it is stored anew").toBe(1);
+		expect(await load(1, 3)).toBe(3);
 	});
 });
 

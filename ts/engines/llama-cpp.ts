@@ -151,6 +151,14 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	}
 
 	/**
+	 * Chunks that came back with other bytes than were stored, since this cache was opened. None of them
+	 * reached the engine.
+	 */
+	get damagedChunks(): number {
+		return this.#prefix.damagedChunks;
+	}
+
+	/**
 	 * Makes the sequence hold as many leading tokens of a prompt as it and the cache have, and no others.
 	 * At least the prompt's last token remains to be evaluated: go on with
 	 * `tokens.slice(sequence.nextTokenIndex)`.

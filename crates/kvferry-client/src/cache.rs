@@ -210,6 +210,24 @@ impl Cache for Client {
         })
     }
 
+    fn discard<'a>(
+        &'a self,
+        instance: u64,
+        slots: &'a [Slot],
+        deadline: Instant,
+    ) -> CacheFuture<'a, ()> {
+        Box::pin(async move {
+            let (session, deadline) = (self.session()?, self.deadline(deadline));
+            let uses = slots.iter().filter_map(|slot| Some((slot.offset, slot.generation?)));
+            let (offsets, generations): (Vec<u64>, Vec<u64>) = uses.unzip();
+            if session.hello.is_none() || offsets.is_empty() {
+                return Ok(()); // LMCache's server has no such operation
+            }
+            let discard = Request::Discard { instance_id: instance, offsets, generations };
+            session.request(&discard, deadline).await.map(drop)
+        })
+    }
+
     fn commit_retrieve<'a>(
         &'a self,
         key: &'a Key,

@@ -114,6 +114,17 @@ pub trait Cache: Send + Sync {
         deadline: Instant,
     ) -> CacheFuture<'a, Option<RetrieveGrant>>;
 
+    /// Drops objects of the instance whose bytes turned out not to be what was stored, so that they are
+    /// stored anew. Servers that cannot, keep them.
+    fn discard<'a>(
+        &'a self,
+        _instance: u64,
+        _slots: &'a [Slot],
+        _deadline: Instant,
+    ) -> CacheFuture<'a, ()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Ends a retrieval, one lease for each chunk. `false`: a slot was used anew in the meantime, what
     /// was copied must be thrown away.
     fn commit_retrieve<'a>(

@@ -48,6 +48,7 @@ pub struct PrefixCache {
     nonce: u64,
     requests: AtomicU64,
     stores: Arc<Mutex<Stores>>,
+    damaged: AtomicU64,
 }
 
 /// Stores under way. Unregistering gives their slots to others, so it waits for the last of them.
@@ -73,6 +74,8 @@ pub struct Reading {
     memory: Arc<dyn Memory>,
     identities: Vec<[u8; 32]>,
     payload_bytes: u64,
+    /// Slots whose bytes were not what was stored.
+    damaged: Mutex<Vec<Slot>>,
 }
 
 /// Chunks being stored.
@@ -136,12 +139,18 @@ impl PrefixCache {
             nonce,
             requests: AtomicU64::new(0),
             stores: Arc::default(),
+            damaged: AtomicU64::new(0),
         })
     }
 
     /// Tokens of one chunk.
     pub fn chunk_size(&self) -> u32 {
         self.chunk_size
+    }
+
+    /// Chunks that came back with other bytes than were stored, since this cache was opened.
+    pub fn damaged_chunks(&self) -> u64 {
+        self.damaged.load(Ordering::Relaxed)
     }
 
     /// Bytes of one chunk's payload.
@@ -178,6 +187,7 @@ impl PrefixCache {
             memory: grant.memory,
             identities: self.identities(&hit.hashes, &hit.key.cache_salt),
             payload_bytes: self.payload_bytes,
+            damaged: Mutex::default(),
         }))
     }
 
@@ -191,6 +201,12 @@ impl PrefixCache {
     ) -> Result<bool> {
         let mut held = Ok(true);
         if let Some(reading) = reading {
+            let damaged = reading.damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
+            if !damaged.is_empty() {
+                self.damaged.fetch_add(damaged.len() as u64, Ordering::Relaxed);
+                // They stay a miss when this fails.
+                let _ = self.cache.discard(self.instance, &damaged, deadline).await;
+            }
             held =
                 self.cache.commit_retrieve(&hit.key, self.instance, &reading.slots, deadline).await;
         }
@@ -357,6 +373,20 @@ impl Reading {
             )));
         };
         let Some(start) = payload_start(slot, self.payload_bytes) else { return Ok(false) };
+        let whole = self.read_payload(slot, start, identity, into)?;
+        if !whole {
+            self.damaged.lock().unwrap_or_else(PoisonError::into_inner).push(slot.clone());
+        }
+        Ok(whole)
+    }
+
+    fn read_payload(
+        &self,
+        slot: &Slot,
+        start: u64,
+        identity: &[u8; 32],
+        into: impl FnOnce(&mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<bool> {
         let mut header = [0; HEADER];
         self.memory.read(slot.offset, &mut header)?;
         let checksum = match parse_header(&header, self.payload_bytes, identity) {

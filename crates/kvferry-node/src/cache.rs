@@ -72,6 +72,15 @@ impl PrefixCache {
         self.inner.chunk_size()
     }
 
+    /// Chunks that came back with other bytes than were stored.
+    #[napi(getter, catch_unwind)]
+    pub fn damaged_chunks(&self) -> f64 {
+        #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
+        {
+            self.inner.damaged_chunks() as f64
+        }
+    }
+
     /// Looks up the leading chunks of `tokens`.
     #[napi(catch_unwind, ts_return_type = "Promise<PrefixHit>")]
     pub fn lookup<'env>(

@@ -142,6 +142,9 @@ impl Service {
                     && store.holds(offsets.into_iter().zip(generations));
                 Reply::Boolean(held)
             }
+            Request::Discard { offsets, generations, .. } => {
+                Reply::Integer(store.discard(offsets.into_iter().zip(generations)))
+            }
             Request::Status => Reply::Status(self.status(now)),
         })
     }
@@ -191,6 +194,7 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
+        Operation::Discard => Reply::Integer(0),
         _ => return None,
     })
 }

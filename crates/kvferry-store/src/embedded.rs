@@ -105,6 +105,17 @@ impl Cache for Embedded {
         Box::pin(ready(slots.map(|slots| slots.map(|slots| RetrieveGrant { slots, memory }))))
     }
 
+    fn discard<'a>(
+        &'a self,
+        _instance: u64,
+        slots: &'a [Slot],
+        _deadline: Instant,
+    ) -> CacheFuture<'a, ()> {
+        let uses = slots.iter().filter_map(|slot| Some((slot.offset, slot.generation?)));
+        self.store.discard(uses);
+        Box::pin(ready(Ok(())))
+    }
+
     fn commit_retrieve<'a>(
         &'a self,
         key: &'a Key,

@@ -6,7 +6,7 @@
 //! stands behind them: whatever is first in the list has no children there, and taking the first is
 //! both least recently used and children before parents, at the same cost however many there are.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::pool::Grant;
 
@@ -34,6 +34,8 @@ struct Object {
     grant: Grant,
     parent: Option<Handle>,
     visible: bool,
+    /// Nobody finds it any more; it goes first.
+    discarded: bool,
     pins: u32,
     previous: u32,
     next: u32,
@@ -75,8 +77,16 @@ impl Index {
     pub(crate) fn reserve(&mut self, id: ObjectId, grant: Grant, parent: Option<Handle>) -> Handle {
         let generation = grant.generation();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
-        let object =
-            Object { id, grant, parent, visible: false, pins: 1, previous: NONE, next: NONE };
+        let object = Object {
+            id,
+            grant,
+            parent,
+            visible: false,
+            discarded: false,
+            pins: 1,
+            previous: NONE,
+            next: NONE,
+        };
         let index = match self.unused.pop() {
             Some(index) => {
                 self.objects[index as usize] = Some(object);
@@ -142,9 +152,34 @@ impl Index {
             object.pins = object.pins.saturating_sub(1);
             if object.pins == 0 {
                 next = object.parent;
-                self.link_newest(handle.index);
+                match object.discarded {
+                    true => self.link_oldest(handle.index),
+                    false => self.link_newest(handle.index),
+                }
             }
         }
+    }
+
+    /// Makes visible objects of these generations unseen, and room; says how many there were. Who reads
+    /// them goes on.
+    pub(crate) fn discard(&mut self, generations: &HashSet<u64>) -> u64 {
+        let found: Vec<(u32, ObjectId)> = (0..)
+            .zip(&self.objects)
+            .filter_map(|(index, object)| Some((index, object.as_ref()?)))
+            .filter(|(_, object)| object.visible && !object.discarded)
+            .filter(|(_, object)| generations.contains(&object.grant.generation()))
+            .map(|(index, object)| (index, object.id))
+            .collect();
+        for (index, id) in &found {
+            self.by_id.remove(id);
+            let Some(object) = self.at(*index) else { continue };
+            object.discarded = true;
+            if object.pins == 0 {
+                self.unlink(*index);
+                self.link_oldest(*index);
+            }
+        }
+        found.len() as u64
     }
 
     /// Takes the least recently used object out; `None` when all are pinned.
@@ -168,7 +203,9 @@ impl Index {
     fn take(&mut self, index: u32) -> Option<Grant> {
         let object = self.objects.get_mut(index as usize)?.take()?;
         self.unused.push(index);
-        self.by_id.remove(&object.id);
+        if !object.discarded {
+            self.by_id.remove(&object.id); // else another may have the identity
+        }
         self.visible -= u64::from(object.visible);
         Some(object.grant)
     }
@@ -196,6 +233,18 @@ impl Index {
         if let Some(object) = self.at(index) {
             object.previous = previous.unwrap_or(NONE);
             object.next = NONE;
+        }
+    }
+
+    fn link_oldest(&mut self, index: u32) {
+        let next = self.oldest.replace(index);
+        match next.and_then(|next| self.at(next)) {
+            Some(next) => next.previous = index,
+            None => self.newest = Some(index),
+        }
+        if let Some(object) = self.at(index) {
+            object.previous = NONE;
+            object.next = next.unwrap_or(NONE);
         }
     }
 

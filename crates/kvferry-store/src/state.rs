@@ -107,6 +107,7 @@ pub(crate) struct Counters {
     pub(crate) abandoned_chunks: u64,
     pub(crate) retrieved_chunks: u64,
     pub(crate) failed_retrievals: u64,
+    pub(crate) damaged_chunks: u64,
     pub(crate) evicted_objects: u64,
     pub(crate) evicted_bytes: u64,
     pub(crate) expired_sessions: u64,

@@ -506,6 +506,18 @@ impl Store {
         slots.into_iter().all(|(offset, generation)| state.pool.holds(offset, generation))
     }
 
+    /// Drops the objects in these slots (offset, generation) whose bytes are not what was stored; says how
+    /// many it were. A slot that was used anew meanwhile is left alone.
+    pub fn discard(&self, slots: impl IntoIterator<Item = (u64, u64)>) -> u64 {
+        let mut state = self.lock();
+        let held =
+            slots.into_iter().filter(|(offset, generation)| state.pool.holds(*offset, *generation));
+        let generations = held.map(|(_, generation)| generation).collect();
+        let discarded = state.index.discard(&generations);
+        state.counters.damaged_chunks += discarded;
+        discarded
+    }
+
     /// Evicts everything that is neither leased nor reserved; says how many objects went.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
@@ -559,6 +571,7 @@ impl Store {
             ("abandoned_chunks", counters.abandoned_chunks),
             ("retrieved_chunks", counters.retrieved_chunks),
             ("failed_retrievals", counters.failed_retrievals),
+            ("damaged_chunks", counters.damaged_chunks),
             ("evicted_objects", counters.evicted_objects),
             ("evicted_bytes", counters.evicted_bytes),
             ("expired_sessions", counters.expired_sessions),

@@ -111,6 +111,10 @@ fn a_chunk_whose_bytes_changed_is_a_miss_and_those_before_it_are_not() {
         memory.read(at, &mut byte).unwrap();
         memory.write(at, &[byte[0] ^ 0x10]).unwrap();
         assert_eq!(get(&cache, &tokens(3)), 1, "{needle} + {offset}");
+        assert_eq!(cache.damaged_chunks(), 1);
+        assert_eq!(put(&cache, &tokens(3)), [1], "what is damaged does not stay");
+        assert_eq!(get(&cache, &tokens(3)), 3);
+        assert_eq!(store.clear(), 4, "it went when nobody read it any more");
     }
 }
 

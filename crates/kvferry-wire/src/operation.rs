@@ -46,6 +46,8 @@ pub enum Operation {
     AbandonStore,
     /// kvferry: whether slots still hold the generations that were granted.
     Confirm,
+    /// kvferry: drops objects whose bytes are not what was stored.
+    Discard,
     /// kvferry: the server's counters.
     Status,
 }
@@ -55,7 +57,7 @@ pub const EXTENSION: &str = "kvferry.v1";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Lookup,
         Self::QueryPrefetchStatus,
         Self::WaitPrefetchStatus,
@@ -76,6 +78,7 @@ impl Operation {
         Self::Hello,
         Self::AbandonStore,
         Self::Confirm,
+        Self::Discard,
         Self::Status,
     ];
 
@@ -99,7 +102,9 @@ impl Operation {
             Self::ReportBlockAllocation => 23,
             Self::Noop => 24,
             Self::GetExperimental => 32,
-            Self::Hello | Self::AbandonStore | Self::Confirm | Self::Status => return None,
+            Self::Hello | Self::AbandonStore | Self::Confirm | Self::Discard | Self::Status => {
+                return None;
+            }
         })
     }
 
@@ -126,6 +131,7 @@ impl Operation {
             Self::Hello => "kvferry.hello",
             Self::AbandonStore => "kvferry.abandon_store",
             Self::Confirm => "kvferry.confirm",
+            Self::Discard => "kvferry.discard",
             Self::Status => "kvferry.status",
         }
     }

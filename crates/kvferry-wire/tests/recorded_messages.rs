@@ -177,6 +177,7 @@ fn our_own_messages_survive_the_wire() {
         ),
         (Operation::AbandonStore, Reply::None),
         (Operation::Confirm, Reply::Boolean(false)),
+        (Operation::Discard, Reply::Integer(1)),
     ];
     for (operation, reply) in replies {
         let payload: Vec<Bytes> = reply.encode().into_iter().collect();
@@ -187,6 +188,7 @@ fn our_own_messages_survive_the_wire() {
         Request::Hello,
         Request::Status,
         Request::Confirm { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
+        Request::Discard { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
     ];
     for request in requests {
         let frames = request.encode(300, Dialect::Current);

@@ -188,7 +188,8 @@ impl Reply {
             }
             Operation::QueryPrefetchStatus
             | Operation::WaitPrefetchStatus
-            | Operation::GetChunkSize => Self::Integer(p.uint("result")?),
+            | Operation::GetChunkSize
+            | Operation::Discard => Self::Integer(p.uint("result")?),
             Operation::CommitStore
             | Operation::CommitRetrieve
             | Operation::Ping

@@ -174,6 +174,9 @@ pub enum Request {
     /// Answer: `Reply::Boolean`, whether each slot still holds its generation. The lists have the
     /// same length.
     Confirm { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64> },
+    /// Answer: `Reply::Integer`, how many objects were dropped: those whose slots still hold their
+    /// generation. The lists have the same length.
+    Discard { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64> },
     /// Answer: `Reply::Status`.
     Status,
 }
@@ -202,6 +205,7 @@ impl Request {
             Self::Hello => Operation::Hello,
             Self::AbandonStore { .. } => Operation::AbandonStore,
             Self::Confirm { .. } => Operation::Confirm,
+            Self::Discard { .. } => Operation::Discard,
             Self::Status => Operation::Status,
         }
     }
@@ -263,7 +267,7 @@ impl Request {
             Operation::AbandonStore => {
                 Self::AbandonStore { key: p.key()?, instance_id: p.uint("instance_id")? }
             }
-            Operation::Confirm => {
+            operation @ (Operation::Confirm | Operation::Discard) => {
                 let instance_id = p.uint("instance_id")?;
                 let offsets: Vec<u64> = p.next("offsets", Reader::integers)?;
                 let generations = p.next("generations", |r| {
@@ -274,7 +278,10 @@ impl Request {
                         Err(Problem::Inconsistent("each offset has one generation").into())
                     }
                 })?;
-                Self::Confirm { instance_id, offsets, generations }
+                match operation {
+                    Operation::Confirm => Self::Confirm { instance_id, offsets, generations },
+                    _ => Self::Discard { instance_id, offsets, generations },
+                }
             }
             Operation::Status => Self::Status,
         };
@@ -321,7 +328,8 @@ impl Request {
                     records.iter().for_each(|record| record.encode(w));
                 }),
             ]),
-            Self::Confirm { instance_id, offsets, generations } => frames.extend([
+            Self::Confirm { instance_id, offsets, generations }
+            | Self::Discard { instance_id, offsets, generations } => frames.extend([
                 one(|w| w.uint(*instance_id)),
                 one(|w| w.uints(offsets)),
                 one(|w| w.uints(generations)),
