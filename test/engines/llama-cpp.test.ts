@@ -1,3 +1,4 @@
+import { open, readFile } from "node:fs/promises";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { Client } from "../../ts/client.js";
 import {
@@ -251,6 +252,78 @@ describe("trouble with the cache", () => {
 		const saved = await cache.save(sequence, call);
 		expect(saved).toMatchObject({ storedTokens: 0, bytes: 0 });
 		expect(saved.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+	});
+});
+
+describe("a server that dies", () => {
+	/** A cache at a server of its own that holds the state of two chunks, and a sequence to use it. */
+	async function stored() {
+		const server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		handles.push(() => server[Symbol.asyncDispose]());
+		const client = await Client.connect({ url: server.url });
+		handles.push(() => client.close());
+		const { context, cache } = await newCache(client, { sequences: 2 });
+		const prompt = engine.tokens.slice(0, 2 * CHUNK + 6);
+		const first = context.getSequence();
+		await complete(first, prompt, 1);
+		expect(await cache.save(first)).toMatchObject({ storedTokens: 2 * CHUNK });
+		return { server, cache, prompt, sequence: context.getSequence() };
+	}
+
+	it("during the lookup costs the hit, not the answer", async () => {
+		const { server, cache, prompt, sequence } = await stored();
+		await server.stop();
+		const restoring = cache.restore(sequence, prompt, { timeoutMs: 10_000 });
+		await server.kill();
+		const restored = await restoring;
+		expect(restored).toMatchObject(hit(0));
+		expect(restored.failure?.code).toBe("UNREACHABLE");
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 0));
+	});
+
+	it("during the load changes nothing", async () => {
+		const { server, cache, prompt, sequence } = await stored();
+		const load = sequence.loadStateFromFile.bind(sequence);
+		sequence.loadStateFromFile = async (path, options) => {
+			await server.kill();
+			return await load(path, options);
+		};
+		expect(await cache.restore(sequence, prompt)).toMatchObject(hit(2 * CHUNK));
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 2 * CHUNK));
+	});
+
+	it("during the store is told, and the sequence goes on", async () => {
+		const { server, cache, prompt, sequence } = await stored();
+		const other = prompt.slice().reverse();
+		await complete(sequence, other, 1);
+		const save = sequence.saveStateToFile.bind(sequence);
+		sequence.saveStateToFile = async (path) => {
+			await server.kill();
+			return await save(path);
+		};
+		const saved = await cache.save(sequence, { timeoutMs: 2_000 });
+		expect(saved).toMatchObject({ storedTokens: 0, bytes: 0 });
+		expect(saved.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+		await sequence.clearHistory();
+		expect(await complete(sequence, prompt)).toEqual(await control(prompt, 0));
+	});
+
+	it("is no worse than bytes that change: the engine never sees them", async () => {
+		const { server, cache, prompt, sequence } = await stored();
+		// What the engine answers on the first chunk alone.
+		expect(await cache.restore(sequence, prompt.slice(0, CHUNK + 1))).toMatchObject(hit(CHUNK));
+		const expected = await complete(sequence, prompt);
+		await sequence.clearHistory();
+		const path = `/dev/shm/${server.shmName}`;
+		const pool = await readFile(path);
+		const second = pool.indexOf("KVFY", pool.indexOf("KVFY") + 4);
+		const at = second + 5_000;
+		const file = await open(path, "r+");
+		await file.write(Buffer.from([(pool[at] ?? 0) ^ 0x40]), 0, 1, at);
+		await file.close();
+		expect(await cache.restore(sequence, prompt)).toMatchObject(hit(CHUNK));
+		expect(await complete(sequence, prompt)).toEqual(expected);
+		await expect.poll(() => cache.damagedChunks).toBe(1);
 	});
 });
 

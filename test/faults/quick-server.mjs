@@ -3,5 +3,7 @@
 import { Server } from "../../dist/index.js";
 
 const server = await Server.start({ port: 0, ...JSON.parse(process.argv[2] ?? "{}") });
-console.log(JSON.stringify({ url: `tcp://${server.address}`, shmName: server.shmName }));
+process.stdout.write(
+	`${JSON.stringify({ url: `tcp://${server.address}`, shmName: server.shmName })}\n`,
+);
 process.once("SIGTERM", () => server.close());
