@@ -25,9 +25,14 @@ if (values.json) {
 	console.table(
 		rows.map(({ name, ours, reference, unit, ratio }) => ({
 			name,
-			ours: `${Math.round(ours).toLocaleString("en")} ${unit}`,
-			reference: `${Math.round(reference).toLocaleString("en")} ${unit}`,
+			ours: `${figure(ours)} ${unit}`,
+			reference: `${figure(reference)} ${unit}`,
 			ratio: Number(ratio.toFixed(3)),
 		})),
 	);
+}
+
+/** A figure with three digits at least. */
+function figure(/** @type {number} */ value) {
+	return value.toLocaleString("en", { maximumFractionDigits: value < 100 ? 2 : 0 });
 }
