@@ -64,6 +64,7 @@ fn requests() -> Vec<Request> {
         Request::Hello,
         Request::AbandonStore { key: request_key(), instance_id: INSTANCE },
         Request::Confirm { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
+        Request::Discard { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
         Request::Status,
     ];
     assert_eq!(requests.len(), Operation::ALL.len());
@@ -109,6 +110,7 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
+        Operation::Discard => Reply::Integer(0),
         _ => return None,
     })
 }
