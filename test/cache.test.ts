@@ -126,7 +126,9 @@ describe("PrefixCache in this process", () => {
 		await expect(lookup).rejects.toMatchObject({ code: "ABORTED" });
 		await expect.poll(() => store.status().sessions).toBe(0);
 		await (await cache.lookup(tokens(2 * CHUNK))).load();
-		expect(store.status()).toMatchObject({ leases: 0, slots_reading: 0, sessions: 0 });
+		await expect
+			.poll(() => store.status())
+			.toMatchObject({ leases: 0, slots_reading: 0, sessions: 0 });
 		await expect(hit.load()).rejects.toMatchObject({ code: "CLOSED" });
 	});
 

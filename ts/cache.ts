@@ -283,8 +283,9 @@ export class PrefixHit implements AsyncDisposable {
 				loaded.push(bytes);
 			}
 		} finally {
-			// Every byte was checked as it was copied: nothing that happens now makes it wrong.
-			await this.#native.finish(reading, timeoutMs).catch(() => {});
+			// Every byte was checked as it was copied: nothing that happens now makes it wrong, and nobody
+			// has to wait for it.
+			this.#native.finish(reading, timeoutMs).catch(() => {});
 		}
 		return loaded;
 	}

@@ -112,19 +112,6 @@ export function wrap<T>(call: () => T): T {
 	}
 }
 
-/**
- * Awaits a native call and rejects with its errors as {@link KvferryError}.
- *
- * @internal
- */
-export async function wrapAsync<T>(call: () => Promise<T>): Promise<T> {
-	try {
-		return await call();
-	} catch (error) {
-		throw fromNative(error);
-	}
-}
-
 function isErrorCode(code: string): code is ErrorCode {
 	return Object.hasOwn(ErrorCodes, code);
 }

@@ -165,8 +165,8 @@ describe("bytes in the pool that change", () => {
 		expect(hit.chunks).toBe(3);
 		const loaded = await hit.load();
 		expect(loaded.length, "the chunk before it is good, those after it have no prefix").toBe(1);
+		await expect.poll(() => client.status()).toMatchObject({ damaged_chunks: 1 });
 		expect(cache.damagedChunks).toBe(1);
-		expect(await client.status()).toMatchObject({ damaged_chunks: 1 });
 		expect((await store(1, 3)).storedChunks, "it is stored anew").toBe(1);
 		expect(await load(1, 3)).toBe(3);
 	});
