@@ -66,7 +66,7 @@ export function failureOf(error: unknown): KvferryError {
  *
  * @example
  * ```ts
- * await using cache = await PrefixCache.open({ via: client, identity: "model-7 f16", bytesPerChunk });
+ * const cache = await PrefixCache.open({ via: client, identity: "model-7 f16", bytesPerChunk });
  * const hit = await cache.lookup(tokens);
  * const chunks = await hit.load(); // one Uint8Array for each leading chunk that is stored
  * await cache.store(tokens, (chunk) => stateOfChunk(chunk));

@@ -19,7 +19,7 @@ export interface ClientOptions extends WaitOptions {
  *
  * @example
  * ```ts
- * await using client = await Client.connect({ url: "tcp://127.0.0.1:5555" });
+ * const client = await Client.connect({ url: "tcp://127.0.0.1:5555" });
  * console.log(await client.ping()); // milliseconds
  * ```
  */

@@ -51,7 +51,7 @@ const HELD_MS = 2 ** 30;
  *
  * @example
  * ```ts
- * await using server = await Server.start({ memory: 2 ** 30 });
+ * const server = await Server.start({ memory: 2 ** 30 });
  * console.log(server.address); // "127.0.0.1:5555"
  * ```
  */

@@ -30,6 +30,14 @@ describe("kvferry", () => {
 		}
 	});
 
+	it("ends quietly when nobody reads any further", () => {
+		const shell = `"${process.execPath}" "${main}" --help | true; echo "\${PIPESTATUS[0]}"`;
+		for (let run = 0; run < 5; run++) {
+			const ended = spawnSync("bash", ["-c", shell], { encoding: "utf8", timeout: 20_000 });
+			expect(ended).toMatchObject({ stdout: "0\n", stderr: "" });
+		}
+	});
+
 	it("names a command that it does not know, and those it does", () => {
 		const { status, stderr, stdout } = kvferry("evict");
 		expect(status).toBe(1);

@@ -62,6 +62,14 @@ function report(error: unknown, json: boolean): void {
 	process.stderr.write(json ? `${JSON.stringify({ code, message })}\n` : `${code}: ${message}\n`);
 }
 
+// A reader that has seen enough (head, say) is no error.
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+	if (error.code !== "EPIPE") {
+		throw error;
+	}
+	process.exit();
+});
+
 const args = process.argv.slice(2);
 try {
 	await main(args);

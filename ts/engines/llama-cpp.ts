@@ -73,6 +73,8 @@ export interface SaveResult {
 	readonly storedTokens: number;
 	/** Bytes that went to the cache; 0 when it had them already. */
 	readonly bytes: number;
+	/** Tokens for which the cache had no room; 0 when the server does not say. */
+	readonly refusedTokens: number;
 	/** Time that the call took, in milliseconds. */
 	readonly durationMs: number;
 	/** Why less was stored than could be, when that was trouble. */
@@ -98,7 +100,7 @@ export interface PromptResult {
  * its result, and the prompt is evaluated. Only misuse throws.
  *
  * ```js
- * await using cache = await LlamaPrefixCache.open({ context, via: client });
+ * const cache = await LlamaPrefixCache.open({ context, via: client });
  * const session = new LlamaChatSession({ contextSequence: context.getSequence() });
  * const { response } = await cache.prompt(session, question);
  * ```
@@ -233,7 +235,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		const { sound, cached } = this.#provenance.look(sequence, call.salt);
 		const count = this.#wholeChunks(sound);
 		if (count <= cached) {
-			return { storedTokens: cached, bytes: 0 };
+			return { storedTokens: cached, bytes: 0, refusedTokens: 0 };
 		}
 		let file: LlamaStateFile | undefined;
 		try {
@@ -246,11 +248,12 @@ export class LlamaPrefixCache implements AsyncDisposable {
 				call.signal,
 				() => {},
 			);
-			const storedTokens = Math.max(0, count - (refused ?? 0) * this.chunkSize);
+			const refusedTokens = (refused ?? 0) * this.chunkSize;
+			const storedTokens = Math.max(0, count - refusedTokens);
 			this.#provenance.markCached(sequence, call.salt, storedTokens);
-			return { storedTokens, bytes };
+			return { storedTokens, bytes, refusedTokens };
 		} catch (error) {
-			return { storedTokens: cached, bytes: 0, failure: troubleOf(error) };
+			return { storedTokens: cached, bytes: 0, refusedTokens: 0, failure: troubleOf(error) };
 		} finally {
 			file?.release();
 		}
@@ -326,7 +329,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 }
 
 type Loaded = Pick<RestoreResult, "hitTokens" | "bytes" | "failure">;
-type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "failure">;
+type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "refusedTokens" | "failure">;
 type PromptOptions = RequestOptions & Parameters<typeof promptTokens>[2];
 
 const NOTHING: Loaded = { hitTokens: 0, bytes: 0 };
