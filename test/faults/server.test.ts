@@ -172,6 +172,24 @@ describe("bytes in the pool that change", () => {
 	});
 });
 
+describe("another tenant's salt", () => {
+	it("misses what is stored, in both directions", async () => {
+		const { cache } = await engine(await serve());
+		const prompt = tokens(CHUNK, 1, 3);
+		const bytesOf = (chunk: number) => payload(1, chunk, BYTES);
+		await cache.store(prompt, bytesOf, { cacheSalt: "tenant-a" });
+		for (const [cacheSalt, chunks] of [
+			["tenant-a", 3],
+			["tenant-b", 0],
+			["", 0],
+		] as const) {
+			await using hit = await cache.lookup(prompt, { cacheSalt });
+			expect(hit.chunks, cacheSalt).toBe(chunks);
+		}
+		expect((await cache.store(prompt, bytesOf)).storedChunks, "none is shared").toBe(3);
+	});
+});
+
 describe("a full pool", () => {
 	it("drops what was used longest ago, and takes nothing while all of it is held", async () => {
 		const server = await serve("--memory", "1MiB"); // 10 chunks of 25 pages
