@@ -65,6 +65,8 @@ export declare class LlamaStateFile {
   get found(): number
   /** Its size. */
   get bytes(): number
+  /** Milliseconds until the cache had answered. */
+  get lookupMs(): number
   /** Lets go of the file; it is used again for the next one. */
   release(): void
 }

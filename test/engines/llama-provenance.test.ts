@@ -66,6 +66,24 @@ describe("what may be stored of a sequence", () => {
 		expect(look().sound).toBe(2);
 	});
 
+	it("is found at once in long repetitions", () => {
+		const { sequence, look } = sighted();
+		const same = Array<number>(50_000).fill(1);
+		const repeat = () => {
+			for (let i = 0; i < 8; i++) {
+				sequence.evaluate(...same);
+			}
+		};
+		sequence.evaluate(0);
+		repeat();
+		sequence.evaluate(2);
+		look();
+		sequence.erase(0, sequence.contextTokens.length);
+		repeat();
+		sequence.evaluate(9);
+		expect(look().sound).toBe(400_001);
+	});
+
 	it("is whole again once what was shifted is gone", () => {
 		const { sequence, look } = sighted([1, 2, 3, 4, 5, 6]);
 		sequence.evaluate(1, 2, 3, 4, 5, 6);

@@ -63,6 +63,8 @@ export interface RestoreResult {
 	readonly bytes: number;
 	/** Time that the call took, in milliseconds. */
 	readonly durationMs: number;
+	/** How much of it went by until the cache had answered; 0 when it was not asked or did not. */
+	readonly lookupMs: number;
 	/** Why nothing was loaded, when that was trouble and no plain miss. */
 	readonly failure?: KvferryError;
 }
@@ -185,9 +187,10 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	}
 
 	async #restore(sequence: EngineSequence, ids: Uint32Array, call: Call): Promise<Loaded> {
-		const prompt = Array.from(ids);
-		await sequence.adaptStateToTokens(prompt.slice(0, -1), false);
-		this.#provenance.look(sequence, call.salt, prompt);
+		if (sequence.nextTokenIndex > 0) {
+			await sequence.adaptStateToTokens(Array.from(ids.subarray(0, -1)), false);
+		}
+		this.#provenance.look(sequence, call.salt, ids);
 		const local = sequence.nextTokenIndex;
 		const usable = Math.min(ids.length - 1, sequence.contextSize);
 		if (this.#wholeChunks(usable) <= local) {
@@ -202,13 +205,13 @@ export class LlamaPrefixCache implements AsyncDisposable {
 			);
 			if (file.tokens === 0) {
 				this.#provenance.markCached(sequence, call.salt, Math.min(file.found, local));
-				return NOTHING;
+				return { ...NOTHING, lookupMs: file.lookupMs };
 			}
 			await load(sequence, file);
-			this.#provenance.markLoaded(sequence, call.salt, prompt);
-			return { hitTokens: file.tokens, bytes: file.bytes };
+			this.#provenance.markLoaded(sequence, call.salt, ids);
+			return { hitTokens: file.tokens, bytes: file.bytes, lookupMs: file.lookupMs };
 		} catch (error) {
-			this.#provenance.look(sequence, call.salt, prompt);
+			this.#provenance.look(sequence, call.salt, ids);
 			return { ...NOTHING, failure: troubleOf(error) };
 		} finally {
 			file?.release();
@@ -328,11 +331,11 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	}
 }
 
-type Loaded = Pick<RestoreResult, "hitTokens" | "bytes" | "failure">;
+type Loaded = Pick<RestoreResult, "hitTokens" | "bytes" | "lookupMs" | "failure">;
 type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "refusedTokens" | "failure">;
 type PromptOptions = RequestOptions & Parameters<typeof promptTokens>[2];
 
-const NOTHING: Loaded = { hitTokens: 0, bytes: 0 };
+const NOTHING: Loaded = { hitTokens: 0, bytes: 0, lookupMs: 0 };
 
 /** {@link RequestOptions}, with the defaults filled in. */
 interface Call {
@@ -408,12 +411,14 @@ async function sampleState(
 /** A copy: the engine works on it while the caller may change the original. */
 function toTokenIds(tokens: readonly number[] | Uint32Array): Uint32Array {
 	const ids = Uint32Array.from(tokens);
-	const position = ids.findIndex((id, i) => id !== tokens[i] || id >= 2 ** 31);
-	if (position >= 0) {
-		throw new KvferryError(
-			"INVALID_TOKEN",
-			`Token ${position} is ${tokens[position]}: llama.cpp's tokens are integers from 0 to 2147483647.`,
-		);
+	for (let i = 0; i < ids.length; i++) {
+		const id = ids[i] as number;
+		if (id !== tokens[i] || id >= 2 ** 31) {
+			throw new KvferryError(
+				"INVALID_TOKEN",
+				`Token ${i} is ${tokens[i]}: llama.cpp's tokens are integers from 0 to 2147483647.`,
+			);
+		}
 	}
 	return ids;
 }

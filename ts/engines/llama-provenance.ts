@@ -1,15 +1,17 @@
 import type { EngineSequence } from "./node-llama-cpp.js";
 
+type Tokens = ArrayLike<number>;
+
 /** A sequence as it was when it was last looked at. */
 interface Sighting {
 	/** The tokens that it held. */
-	readonly context: readonly number[];
+	readonly context: Tokens;
 	/** How many of them, from the first, had state that was computed from exactly these tokens. */
 	readonly sound: number;
 	/** The tokens that its sequence's meter had counted. */
 	readonly metered: number;
 	/** The prompt that was going to be evaluated. */
-	readonly announced: readonly number[];
+	readonly announced: Tokens;
 	/** How many leading tokens the cache holds, for tokens of this salt. */
 	readonly cached: number;
 	readonly salt: string;
@@ -41,7 +43,7 @@ export class Provenance {
 	look(
 		sequence: EngineSequence,
 		salt: string,
-		announced?: readonly number[],
+		announced?: Tokens,
 	): { sound: number; cached: number } {
 		const last = this.#sightings.get(sequence) ?? UNSEEN;
 		const context = sequence.contextTokens;
@@ -66,7 +68,7 @@ export class Provenance {
 	}
 
 	/** Remembers that the sequence was filled from the cache, and with nothing else. */
-	markLoaded(sequence: EngineSequence, salt: string, announced: readonly number[]): void {
+	markLoaded(sequence: EngineSequence, salt: string, announced: Tokens): void {
 		const context = sequence.contextTokens;
 		this.#sightings.set(sequence, {
 			context,
@@ -79,12 +81,7 @@ export class Provenance {
 	}
 }
 
-function soundTokens(
-	context: readonly number[],
-	kept: number,
-	meter: number,
-	last: Sighting,
-): number {
+function soundTokens(context: Tokens, kept: number, meter: number, last: Sighting): number {
 	if (kept > last.sound) {
 		return last.sound;
 	}
@@ -96,26 +93,39 @@ function soundTokens(
 	return Math.max(kept, commonPrefix(context, last.announced));
 }
 
-/** Whether the end of `before` has moved forward to `kept`. */
-function isShifted(context: readonly number[], kept: number, before: readonly number[]): boolean {
-	for (let start = kept + 1; start < before.length; start++) {
-		const length = before.length - start;
-		let same = 0;
-		while (same < length && before[start + same] === context[kept + same]) {
-			same++;
-		}
-		if (same === length) {
-			return true;
-		}
+/** Whether some end of what followed `kept` in `before` stands at `kept` now. */
+function isShifted(context: Tokens, kept: number, before: Tokens): boolean {
+	// Knuth, Morris and Pratt: linear, whatever the tokens repeat.
+	const moved: number[] = [];
+	for (let i = kept; i < context.length && i < before.length; i++) {
+		moved.push(context[i] as number);
 	}
-	return false;
+	const borders = [0];
+	for (let i = 1, border = 0; i < moved.length; i++) {
+		border = step(moved, borders, border, moved[i] as number);
+		borders.push(border);
+	}
+	let matched = 0;
+	for (let i = kept + 1; i < before.length; i++) {
+		matched = step(moved, borders, matched, before[i] as number);
+	}
+	return matched > 0;
+}
+
+/** How much of `pattern` ends at `next`, when `matched` of it ended before. */
+function step(pattern: Tokens, borders: Tokens, matched: number, next: number): number {
+	let length = matched;
+	while (length > 0 && pattern[length] !== next) {
+		length = borders[length - 1] as number;
+	}
+	return pattern[length] === next ? length + 1 : length;
 }
 
 function metered({ tokenMeter }: EngineSequence): number {
 	return tokenMeter.usedInputTokens + tokenMeter.usedOutputTokens;
 }
 
-function commonPrefix(left: readonly number[], right: readonly number[]): number {
+function commonPrefix(left: Tokens, right: Tokens): number {
 	let length = 0;
 	while (length < left.length && length < right.length && left[length] === right[length]) {
 		length++;

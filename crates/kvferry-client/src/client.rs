@@ -324,10 +324,15 @@ async fn serve(
         tokio::select! {
             progress = link.progress() => progress?,
             Some(request) = outgoing.recv(), if link.has_room() => {
-                if let Some(frames) = session.dequeue(request)
-                    && let Err(error) = link.send(&frames)
-                {
-                    session.fail(&frames[0], error);
+                let mut next = Some(request);
+                // Requests that were made together go together: the server wakes once.
+                while let Some(request) = next {
+                    if let Some(frames) = session.dequeue(request)
+                        && let Err(error) = link.send(&frames)
+                    {
+                        session.fail(&frames[0], error);
+                    }
+                    next = if link.has_room() { outgoing.try_recv().ok() } else { None };
                 }
             }
             _ = heartbeat.tick() => {

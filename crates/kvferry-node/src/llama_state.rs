@@ -1,6 +1,7 @@
 //! llama.cpp's state files between an engine and a prefix cache.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use kvferry_copy::MemFd;
 use kvferry_core::llama_state::{self, Geometry, Restored, StateFile, Target};
@@ -34,6 +35,7 @@ pub struct LlamaStateFile {
     tokens: u32,
     found: u32,
     bytes: f64,
+    lookup_ms: f64,
 }
 
 /// What was stored.
@@ -84,7 +86,7 @@ impl LlamaState {
     /// An empty file for the engine to save into.
     #[napi(catch_unwind)]
     pub fn create_file(&self) -> Result<LlamaStateFile> {
-        let nothing = Restored { found: 0, written: 0 };
+        let nothing = Restored { found: 0, written: 0, lookup: Duration::ZERO };
         self.file().map(|file| self.handle(file, nothing, 0)).map_err(to_napi)
     }
 
@@ -180,6 +182,7 @@ impl LlamaState {
             found: restored.found * chunk_size,
             #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
             bytes: bytes as f64,
+            lookup_ms: restored.lookup.as_secs_f64() * 1e3,
         }
     }
 }
@@ -208,6 +211,12 @@ impl LlamaStateFile {
     #[napi(getter, catch_unwind)]
     pub fn bytes(&self) -> f64 {
         self.bytes
+    }
+
+    /// Milliseconds until the cache had answered.
+    #[napi(getter, catch_unwind)]
+    pub fn lookup_ms(&self) -> f64 {
+        self.lookup_ms
     }
 
     /// Lets go of the file; it is used again for the next one.

@@ -10,7 +10,7 @@ use napi::{Env, Result};
 
 use crate::error::to_napi;
 
-/// Runs `work` on threads of our own; a panic in it rejects the promise.
+/// Runs `work` on threads of our own; napi turns a panic in it into a rejection.
 pub(crate) fn promise<'env, T>(
     env: &'env Env,
     work: impl Future<Output = kvferry_core::Result<T>> + Send + 'static,
@@ -18,13 +18,7 @@ pub(crate) fn promise<'env, T>(
 where
     T: ToNapiValue + Send + 'static,
 {
-    env.spawn_future(async move {
-        let ended = tokio::spawn(work).await;
-        let result = ended.unwrap_or_else(|error| {
-            Err(Error::new(ErrorCode::Internal, format!("a task ended early: {error}")))
-        });
-        result.map_err(to_napi)
-    })
+    env.spawn_future(async move { work.await.map_err(to_napi) })
 }
 
 /// The moment `timeout_ms` from now.

@@ -1,6 +1,6 @@
 //! State files out of and into a prefix cache.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{AssemblePlan, Geometry, Segment, StateFile, invalid};
 use crate::cache::FileBuffer;
@@ -31,6 +31,8 @@ pub struct Restored {
     pub found: u32,
     /// Leading chunks that the file holds; with 0 its content means nothing.
     pub written: u32,
+    /// From the call to the cache's answer, the grant of its slots included.
+    pub lookup: Duration,
 }
 
 /// How a context wants its state files.
@@ -75,13 +77,16 @@ pub async fn restore(
     deadline: Instant,
     run_copies: RunCopies<'_>,
 ) -> Result<(Restored, Held)> {
+    let called = Instant::now();
     let hit = prefix.lookup(target.tokens, salt, deadline).await?;
     let found = hit.chunks();
     let mut held = Held { hit, reading: None };
     if u64::from(found) * u64::from(target.chunk_size) <= u64::from(target.beyond) {
-        return Ok((Restored { found, written: 0 }, held));
+        return Ok((Restored { found, written: 0, lookup: called.elapsed() }, held));
     }
-    let written = match prefix.load(&held.hit, deadline).await {
+    let loading = prefix.load(&held.hit, deadline).await;
+    let lookup = called.elapsed();
+    let written = match loading {
         Ok(Some(reading)) => {
             let reading = held.reading.insert(reading);
             assemble(reading, target, file, &|| before(deadline), run_copies)
@@ -90,7 +95,7 @@ pub async fn restore(
         Err(error) => Err(error),
     };
     match written {
-        Ok(written) => Ok((Restored { found, written }, held)),
+        Ok(written) => Ok((Restored { found, written, lookup }, held)),
         Err(error) => {
             held.end(prefix, deadline).await;
             Err(error)
