@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use allocation_counter::measure;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -427,7 +428,7 @@ fn a_plan_refuses_what_no_file_can_hold() {
 fn runner() -> TestRunner {
     let cases = std::env::var("KVFERRY_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok());
     TestRunner::new(Config {
-        cases: cases.unwrap_or(256),
+        cases: cases.unwrap_or(20_000),
         failure_persistence: None,
         ..Config::default()
     })
@@ -479,8 +480,10 @@ fn changed_files_are_refused_or_whole() {
     runner()
         .run(&(sketches(), changes, any::<prop::sample::Index>(), any::<bool>()), |input| {
             let (sketch, changes, cut, shorten) = input;
-            let mut file = sketch.write();
+            let (mut file, mut descriptor) = (sketch.write(), sketch.geometry().encode());
             for (at, word) in changes {
+                let word_at = at.index(descriptor.len() - 3);
+                descriptor[word_at..word_at + 4].copy_from_slice(&word.to_le_bytes());
                 // Headers are what matters: most changes go there.
                 let at = at.index(file.len().min(512) / 4) * 4;
                 set(&mut file, at, word);
@@ -488,6 +491,7 @@ fn changed_files_are_refused_or_whole() {
             if shorten {
                 file.truncate(cut.index(file.len()));
             }
+            let _ = in_proportion(&descriptor, Geometry::decode)?;
             check_any(&file)
         })
         .unwrap();
@@ -502,15 +506,30 @@ fn random_bytes_are_refused_or_whole() {
                 set(&mut file, 0, MAGIC);
                 set(&mut file, 4, VERSION);
             }
-            let _ = Geometry::decode(&file);
+            let _ = in_proportion(&file, Geometry::decode)?;
             check_any(&file)
         })
         .unwrap();
 }
 
+/// Bytes that may be reserved for each byte of what is parsed: the token at each position, and the slot of
+/// each position, are both kept, in vectors that double.
+const RESERVED_PER_BYTE: u64 = 4;
+/// Bytes that may be reserved in any case: an error's words.
+const RESERVED: u64 = 1 << 10;
+
+/// Parses; what that reserves, all in all, is in proportion to the input.
+fn in_proportion<T>(input: &[u8], parse: impl FnOnce(&[u8]) -> T) -> Result<T, TestCaseError> {
+    let mut parsed = None;
+    let reserved = measure(|| parsed = Some(parse(input))).bytes_total;
+    let limit = RESERVED_PER_BYTE * input.len() as u64 + RESERVED;
+    prop_assert!(reserved <= limit, "{} bytes reserved for {} bytes", reserved, input.len());
+    Ok(parsed.unwrap())
+}
+
 /// Whatever parses is in proportion to the file and lies within it.
 fn check_any(file: &[u8]) -> Result<(), TestCaseError> {
-    let Ok(state) = StateFile::parse(file) else { return Ok(()) };
+    let Ok(state) = in_proportion(file, StateFile::parse)? else { return Ok(()) };
     let tokens = state.tokens().len();
     prop_assert!(tokens * 4 <= file.len());
     prop_assert!(state.geometry().layers().len() * 24 <= file.len());
