@@ -11,6 +11,15 @@ export {
 	type StoreResult,
 } from "./cache.js";
 export { Client, type ClientOptions } from "./client.js";
+export type { BlockAllocation, SaltOption, SchedulerAdapter } from "./connector/adapter.js";
+export type { ConnectorMetadata, LoadStoreOp, RequestMetadata } from "./connector/metadata.js";
+export {
+	type CachedRequest,
+	type EngineRequest,
+	SchedulerConnector,
+	type SchedulerConnectorOptions,
+	type SchedulerOutput,
+} from "./connector/scheduler.js";
 export { type ErrorCode, ErrorCodes, KvferryError } from "./errors.js";
 export {
 	type BlockAlgorithm,
@@ -31,4 +40,15 @@ export {
 	unpackGroupId,
 } from "./hash.js";
 export { Server, type ServerOptions, type Status } from "./server.js";
+export {
+	type BlockIds,
+	type PlannedOperation,
+	type RequestState,
+	RequestTracker,
+	type StepArrays,
+	StepPlan,
+	type TrackedRequest,
+	TrackerTable,
+	type TrackerTableOptions,
+} from "./tracker.js";
 export type { WaitOptions } from "./waiting.js";

@@ -135,6 +135,36 @@ export declare class Server {
   close(): Promise<undefined>
 }
 
+/** The requests of one scheduler. */
+export declare class Trackers {
+  /** An empty table. */
+  constructor(chunk: number, groups: Array<number>, blocks: number, relocationWindow: number)
+  /** Requests in the table. */
+  get size(): number
+  /** Adds a request: tokens, limit, scheduled, local hit, external hit, stored, state; and its blocks. */
+  add(fields: Uint32Array, blockOffsets: Uint32Array, blockIds: Uint32Array): number
+  /** Forgets a request. */
+  remove(handle: number): void
+  /** The fields of a request, as for `add`. */
+  get(handle: number): Array<number>
+  /** The blocks of a request's group. */
+  blocks(handle: number, group: number): Array<number>
+  /** Takes in what a lookup found. */
+  setHits(handle: number, local: number, external: number): void
+  /** Takes in the blocks that a request has; returns its state. */
+  allocate(handle: number, blockOffsets: Uint32Array, blockIds: Uint32Array, load: boolean): number
+  /** Leaves the cache out for a request. */
+  bypass(handle: number): void
+  /**
+   * Plans a step. Writes operations and blocks of the plan to `size`; `false`: the arrays are too
+   * small, and nothing has changed.
+   */
+  plan(handles: Uint32Array, scheduled: Uint32Array, tokens: Uint32Array, blockOffsets: Uint32Array, blockIds: Uint32Array, operations: Uint32Array, operationBlocks: Uint32Array, operationBlockIds: Uint32Array, size: Uint32Array): boolean
+}
+
+/** Refuses a salt that no key can hold. */
+export declare function checkSalt(salt: string): void
+
 /** Bytes of one chunk's payload for a geometry. */
 export declare function llamaPayloadBytes(descriptor: Uint8Array, chunkSize: number): number
 

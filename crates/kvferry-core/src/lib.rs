@@ -7,5 +7,6 @@ pub mod hash;
 pub mod key;
 pub mod llama_state;
 pub mod prefix;
+pub mod tracker;
 
 pub use error::{Error, ErrorCode, Result};

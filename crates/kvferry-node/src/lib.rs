@@ -12,3 +12,4 @@ mod hash;
 mod llama_state;
 mod promise;
 mod server;
+mod tracker;

@@ -1,0 +1,270 @@
+import { describe, expect, it } from "vitest";
+import {
+	type EngineRequest,
+	KvferryError,
+	type SchedulerAdapter,
+	SchedulerConnector,
+	type SchedulerConnectorOptions,
+} from "../../ts/index.js";
+
+const CHUNK = 64;
+const range = (from: number, to: number) => Array.from({ length: to - from }, (_, i) => from + i);
+
+/** An adapter that finds what a test says, and keeps what it was asked. */
+function cache(found: () => number | null) {
+	const calls: [name: string, ...rest: unknown[]][] = [];
+	const adapter: SchedulerAdapter = {
+		chunkSize: CHUNK,
+		carriesSalt: true,
+		maybeSubmitLookupRequest: (id, _tokens, options) =>
+			calls.push(["lookup", id, options?.cacheSalt]),
+		checkLookupResult: () => found(),
+		cleanupLookupResult: (id) => calls.push(["cleanup", id]),
+		freeLookupLocks: (id, _tokens, start, end, options) =>
+			calls.push(["free", id, start, end, options?.cacheSalt]),
+		endSession: (id) => calls.push(["end", id]),
+	};
+	return { adapter, calls };
+}
+
+function open(found: () => number | null, options: Partial<SchedulerConnectorOptions> = {}) {
+	const { adapter, calls } = cache(found);
+	return { connector: new SchedulerConnector({ adapter, ...options }), calls };
+}
+
+function request(requestId: string, tokens: number, rest: Partial<EngineRequest> = {}) {
+	return { ...rest, requestId, allTokenIds: range(0, tokens) };
+}
+
+const idle = { scheduledNewReqs: [], scheduledCachedReqs: [], numScheduledTokens: {} };
+
+describe("a scheduler's connector", () => {
+	it("does not wait for the cache, then loads a hit and stores what follows", () => {
+		let found: number | null = null;
+		const { connector, calls } = open(() => found);
+		const a = request("a", 150);
+		expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([null, true]);
+		found = 64;
+		expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([64, true]);
+		connector.updateStateAfterAlloc(a, range(0, 4), 64);
+		const [load] = connector.buildConnectorMeta(idle).requests;
+		expect(load).toMatchObject({ direction: "RETRIEVE", op: { start: 0, end: 64 } });
+		connector.updateStateAfterAlloc(a, range(0, 10), 0);
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledNewReqs: [a],
+			numScheduledTokens: { a: 86 },
+		});
+		expect(requests).toEqual([
+			{
+				requestId: "a",
+				direction: "STORE",
+				cacheSalt: "",
+				op: {
+					tokenIds: a.allTokenIds,
+					start: 64,
+					end: 128,
+					blockIds: [range(4, 8)],
+					skipFirstNTokens: 0,
+				},
+			},
+		]);
+		expect(connector.requestFinished(a)).toEqual([true, null]);
+		expect(connector.tracker("a")).toBeUndefined();
+		expect(calls.at(-1)).toEqual(["end", "a"]);
+	});
+
+	it("leaves the last token of a prompt that is stored whole to be computed", () => {
+		const { connector } = open(() => 128);
+		expect(connector.getNumNewMatchedTokens(request("a", 128), 0)).toEqual([127, true]);
+		expect(connector.getNumNewMatchedTokens(request("b", 128), 127)).toEqual([0, false]);
+	});
+
+	it("stores what the engine had cached itself though the cache had nothing", () => {
+		const { connector } = open(() => 0);
+		const a = request("a", 150);
+		connector.getNumNewMatchedTokens(a, 112);
+		connector.updateStateAfterAlloc(a, range(0, 10), 0);
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledNewReqs: [a],
+			numScheduledTokens: { a: 38 },
+		});
+		expect(requests.map(({ op }) => [op.start, op.end])).toEqual([[0, 128]]);
+	});
+
+	it("counts no stored block twice when it asks again after a failed allocation", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 150);
+		for (let i = 0; i < 3; i++) {
+			connector.getNumNewMatchedTokens(a, 0);
+		}
+		expect(connector.tracker("a")?.numStoredTokens).toBe(64);
+	});
+
+	it("gives leases back for chunks that the engine has itself, or computes after all", () => {
+		const { connector, calls } = open(() => 128);
+		const [has, computes] = [request("a", 150), request("b", 150)];
+		connector.getNumNewMatchedTokens(has, 80);
+		connector.updateStateAfterAlloc(has, range(0, 8), 48);
+		connector.getNumNewMatchedTokens(computes, 0);
+		connector.updateStateAfterAlloc(computes, range(0, 8), 0);
+		expect(calls.filter(([name]) => name === "free")).toEqual([
+			["free", "a", 0, 80, undefined],
+			["free", "b", 0, 128, undefined],
+		]);
+		expect(connector.buildConnectorMeta(idle).requests).toHaveLength(1);
+	});
+
+	it("begins anew after a preemption", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 150);
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 10), 0);
+		const again = { ...a, status: "PREEMPTED" };
+		expect(connector.getNumNewMatchedTokens(again, 0)).toEqual([0, false]);
+		connector.updateStateAfterAlloc(again, range(20, 30), 0);
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledCachedReqs: [{ requestId: "a", newBlockIds: range(20, 30), resumed: true }],
+			numScheduledTokens: { a: 150 },
+		});
+		expect(requests.map(({ op }) => op.blockIds)).toEqual([[range(20, 28)]]);
+	});
+
+	it("computes a request whose load failed instead of waiting for it again", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 150);
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 4), 64);
+		connector.buildConnectorMeta(idle);
+		const reset = { ...a, numComputedTokens: 0 };
+		expect(connector.getNumNewMatchedTokens(reset, 0)).toEqual([0, false]);
+		expect(connector.getNumNewMatchedTokens(reset, 0)).toEqual([0, false]);
+		connector.updateStateAfterAlloc(reset, range(0, 10), 0);
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledNewReqs: [a],
+			numScheduledTokens: { a: 150 },
+		});
+		expect(requests.map(({ direction, op }) => [direction, op.end])).toEqual([["STORE", 128]]);
+	});
+
+	it("plans by LMCache's rules when told: of the prompt only, up to a limit", () => {
+		const limits = [
+			[{ planner: "lmcache" }, {}, 128],
+			[{ planner: "lmcache", saveDecodeCache: true }, {}, 192],
+			[{ planner: "lmcache" }, { maxOffloadTokens: 100 }, 64],
+			[{}, {}, 192],
+		] as const;
+		for (const [options, rest, end] of limits) {
+			const { connector } = open(() => 0, options);
+			const a = request("a", 150, rest);
+			connector.getNumNewMatchedTokens(a, 0);
+			a.allTokenIds.push(...range(150, 200));
+			connector.updateStateAfterAlloc(a, range(0, 13), 0);
+			const { requests } = connector.buildConnectorMeta({
+				...idle,
+				scheduledNewReqs: [a],
+				numScheduledTokens: { a: 200 },
+			});
+			expect(requests.map(({ op }) => op.end)).toEqual([end]);
+		}
+	});
+
+	it("tells the router how much came from the cache, when it asks", () => {
+		const { connector } = open(() => 128);
+		const key = "num_lmcache_extra_cached_tokens";
+		const a = request("a", 150, { kvTransferParams: { [key]: 1 } });
+		connector.getNumNewMatchedTokens(a, 16);
+		expect(connector.requestFinished(a)).toEqual([true, { [key]: 112 }]);
+		expect(connector.requestFinished(request("b", 1, { kvTransferParams: { x: 1 } }))).toEqual([
+			false,
+			{},
+		]);
+	});
+
+	it("refuses bad input by name and stays as it was", () => {
+		const { connector } = open(() => 48);
+		const a = request("a", 150);
+		const refused: [() => unknown, RegExp][] = [
+			[() => connector.getNumNewMatchedTokens(a, 0), /48 tokens is not a whole number of chunks/],
+			[() => connector.getNumNewMatchedTokens(a, -1), /numComputedTokens is -1/],
+			[() => connector.updateStateAfterAlloc(request("b", 1), [], 0), /request b is unknown/],
+			[() => connector.updateStateAfterAlloc(a, [-1], 0), /block id is -1/],
+			[() => connector.updateStateAfterAlloc(a, [], -1), /numExternalTokens is -1/],
+			[
+				() => connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [{ requestId: "b" }] }),
+				/request b is unknown/,
+			],
+			[
+				() => connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [a] }),
+				/numScheduledTokens of a/,
+			],
+			[() => new SchedulerConnector({ ...cache(() => 0), blockSize: 48 }), /64.*48/],
+			[() => connector.getNumNewMatchedTokens(request("b", 1, { cacheSalt: "a/b" }), 0), /salt/],
+		];
+		for (const [call, message] of refused) {
+			expect(call).toThrow(KvferryError);
+			expect(call).toThrow(message);
+		}
+		expect(connector.tracker("a")).toMatchObject({ state: "PREFETCHING", numScheduledTokens: 0 });
+	});
+});
+
+describe("the salt of a request", () => {
+	it("is dropped at no hop: lookup, leases given back, load and store", () => {
+		const { connector, calls } = open(() => 128);
+		const a = request("a", 200, { cacheSalt: "tenant" });
+		connector.getNumNewMatchedTokens(a, 64);
+		connector.updateStateAfterAlloc(a, range(0, 13), 64);
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledNewReqs: [a],
+			numScheduledTokens: { a: 72 },
+		});
+		expect(requests.map(({ direction, cacheSalt }) => [direction, cacheSalt])).toEqual([
+			["RETRIEVE", "tenant"],
+			["STORE", "tenant"],
+		]);
+		expect(calls).toEqual([
+			["lookup", "a", "tenant"],
+			["cleanup", "a"],
+			["free", "a", 0, 64, "tenant"],
+		]);
+		expect(connector.tracker("a")?.cacheSalt).toBe("tenant");
+	});
+
+	it("changes nothing when it is absent, null or empty", () => {
+		for (const cacheSalt of [undefined, null, ""]) {
+			const { connector, calls } = open(() => 64);
+			connector.getNumNewMatchedTokens(request("a", 150, { cacheSalt }), 0);
+			expect(calls).toEqual([["lookup", "a", undefined]]);
+		}
+	});
+
+	it("never reaches an adapter that does not say that it carries salts: such requests are computed", () => {
+		const { adapter, calls } = cache(() => 64);
+		const warnings: string[] = [];
+		const connector = new SchedulerConnector({
+			adapter: { ...adapter, carriesSalt: undefined },
+			onWarning: (message) => warnings.push(message),
+		});
+		for (const id of ["a", "b"]) {
+			const salted = request(id, 150, { cacheSalt: "tenant" });
+			expect(connector.getNumNewMatchedTokens(salted, 0)).toEqual([0, false]);
+			connector.updateStateAfterAlloc(salted, range(0, 10), 0);
+			const { requests } = connector.buildConnectorMeta({
+				...idle,
+				scheduledNewReqs: [salted],
+				numScheduledTokens: { [id]: 150 },
+			});
+			expect(requests).toEqual([]);
+			expect(connector.requestFinished(salted)).toEqual([false, null]);
+		}
+		expect(calls).toEqual([]);
+		expect(warnings).toEqual([expect.stringContaining("carriesSalt")]);
+		const plain = request("c", 150);
+		expect(connector.getNumNewMatchedTokens(plain, 0)).toEqual([64, true]);
+	});
+});

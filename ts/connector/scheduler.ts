@@ -1,0 +1,376 @@
+import { checkInteger, invalid } from "../arguments.js";
+import {
+	type BlockIds,
+	blockLists,
+	type RequestTracker,
+	saltOf,
+	TrackerTable,
+} from "../tracker.js";
+import type { BlockAllocation, SaltOption, SchedulerAdapter } from "./adapter.js";
+import type { ConnectorMetadata, RequestMetadata } from "./metadata.js";
+
+/** A request of the engine. The connector keeps it and reads it anew in every call. */
+export interface EngineRequest {
+	readonly requestId: string;
+	/** Prompt and generated tokens; grows. */
+	readonly allTokenIds: readonly number[] | Uint32Array;
+	/** Tokens of the prompt. Default: those that are there when the connector first sees the request. */
+	readonly numPromptTokens?: number | undefined;
+	/** The tenant. Absent, null and "" are the same: none. */
+	readonly cacheSalt?: string | null | undefined;
+	/** `PREEMPTED` when its blocks were taken away; every other word is as good as none. */
+	readonly status?: string | undefined;
+	/** Tokens whose KV the engine has. Default: not said. */
+	readonly numComputedTokens?: number | undefined;
+	/** Blocks that have a hash. Default: the whole blocks of `allTokenIds`. */
+	readonly numBlockHashes?: number | undefined;
+	/** What a router passes along; see {@link SchedulerConnector.requestFinished}. */
+	readonly kvTransferParams?: Readonly<Record<string, unknown>> | null | undefined;
+	/** Tokens beyond which nothing is stored (LMCache: `lmcache.max_offload_tokens`). Default: no limit. */
+	readonly maxOffloadTokens?: number | undefined;
+}
+
+/** A request that ran before this step. */
+export interface CachedRequest {
+	readonly requestId: string;
+	/** Blocks that this step gave it; for a resumed request, all of them. */
+	readonly newBlockIds?: BlockIds | null | undefined;
+	/** It runs again after a preemption. Default false. */
+	readonly resumed?: boolean | undefined;
+}
+
+/** What the engine's scheduler decided for a step, by vLLM's names. */
+export interface SchedulerOutput {
+	/** Requests that run for the first time. */
+	readonly scheduledNewReqs: readonly { readonly requestId: string }[];
+	/** Requests that ran before. */
+	readonly scheduledCachedReqs: readonly CachedRequest[];
+	/** Tokens of each request in this step, by id. */
+	readonly numScheduledTokens: Readonly<Record<string, number>>;
+}
+
+/** Options of {@link SchedulerConnector}. */
+export interface SchedulerConnectorOptions {
+	/** The cache. */
+	readonly adapter: SchedulerAdapter;
+	/** Tokens of a block; an array has one for each KV group. Default 16. */
+	readonly blockSize?: number | readonly number[] | undefined;
+	/** Blocks of the engine's pool. Default: any id is taken. */
+	readonly numBlocks?: number | undefined;
+	/** See {@link TrackerTableOptions.relocationWindow}. Default 0. */
+	readonly relocationWindow?: number | undefined;
+	/**
+	 * Whose rules plan the stores. `"block"` (the default) is vLLM's own: every whole chunk. `"lmcache"` is
+	 * LMCache's: chunks of the prompt only, unless `saveDecodeCache`, and a preempted request asks the cache
+	 * again.
+	 */
+	readonly planner?: "block" | "lmcache" | undefined;
+	/** With `planner: "lmcache"`: store chunks with generated tokens too. Default false. */
+	readonly saveDecodeCache?: boolean | undefined;
+	/** Gets each warning once. Default: `process.emitWarning`. */
+	readonly onWarning?: ((message: string) => void) | undefined;
+}
+
+/**
+ * The scheduler's side of KV offloading, with the methods of vLLM's connectors: which tokens need not be
+ * computed, and what each step loads and stores. It never waits.
+ */
+export class SchedulerConnector {
+	/** KV groups of unlike shape cannot be managed apart (vLLM: `supports_hma`). */
+	readonly supportsHma = false;
+	readonly #adapter: SchedulerAdapter;
+	readonly #table: TrackerTable;
+	readonly #alignment: number;
+	readonly #planner: "block" | "lmcache";
+	readonly #saveDecodeCache: boolean;
+	readonly #warn: (message: string) => void;
+	readonly #warned = new Set<string>();
+	readonly #requests = new Map<string, EngineRequest>();
+	/** Requests whose tokens must not be shown to the adapter. */
+	readonly #uncached = new Set<string>();
+
+	/** @throws `INVALID_ARGUMENT` for sizes that do not fit together. */
+	constructor(options: SchedulerConnectorOptions) {
+		const { adapter, blockSize, numBlocks, relocationWindow, planner = "block" } = options;
+		if (planner !== "block" && planner !== "lmcache") {
+			throw invalid(`planner must be "block" or "lmcache"`);
+		}
+		this.#adapter = adapter;
+		this.#planner = planner;
+		this.#saveDecodeCache = options.saveDecodeCache ?? false;
+		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
+		const { chunkSize } = adapter;
+		this.#table = new TrackerTable({ chunkSize, blockSize, numBlocks, relocationWindow });
+		// Where every group has a whole number of blocks.
+		this.#alignment = this.#table.blockSizes.filter((size) => size > 0).reduce(lcm, 1);
+	}
+
+	/** What is known of a request; `undefined` when it is not tracked. */
+	tracker(requestId: string): RequestTracker | undefined {
+		return this.#table.get(requestId);
+	}
+
+	/**
+	 * How many tokens of a request need not be computed beyond those that the engine has itself.
+	 *
+	 * @param numComputedTokens Leading tokens in the engine's own prefix cache.
+	 * @returns The tokens, and whether they are loaded between steps. `null` tokens: not known yet, ask
+	 * again and go on with other requests. At least the prompt's last token remains to be computed.
+	 */
+	getNumNewMatchedTokens(
+		request: EngineRequest,
+		numComputedTokens: number,
+	): [numTokens: number | null, loadAsync: boolean] {
+		checkInteger("numComputedTokens", numComputedTokens, 0, 2 ** 32 - 1);
+		const cacheSalt = saltOf(request);
+		if (cacheSalt !== "" && this.#adapter.carriesSalt !== true) {
+			this.#uncached.add(request.requestId);
+			this.#warnOnce(
+				"The adapter does not declare carriesSalt, so requests with a salt are computed without " +
+					"the cache: no tenant may be served what another one stored.",
+			);
+			return [0, false];
+		}
+		const tracker = this.#track(request);
+		const { requestId } = request;
+		if (request.status === "PREEMPTED" && this.#planner === "block") {
+			return [0, false];
+		}
+		if (tracker.state === "BYPASSED") {
+			return [0, false];
+		}
+		if (this.#loadFailed(request, tracker)) {
+			this.#adapter.cleanupLookupResult(requestId);
+			this.#table.bypass(requestId);
+			return [0, false];
+		}
+		this.#adapter.maybeSubmitLookupRequest(requestId, request.allTokenIds, salted(cacheSalt));
+		const found = this.#adapter.checkLookupResult(requestId);
+		if (found === null) {
+			return [null, true];
+		}
+		const local = numComputedTokens - (numComputedTokens % this.#alignment);
+		this.#table.setHits(requestId, local, found);
+		// A model needs one token to go on from.
+		const usable = Math.min(found, request.allTokenIds.length - 1);
+		const toLoad = Math.max(0, usable - numComputedTokens);
+		return [toLoad, toLoad > 0];
+	}
+
+	/**
+	 * Takes in the blocks that the engine allocated for a request.
+	 *
+	 * @param blockIds All blocks of the request, those that it had before included.
+	 * @param numExternalTokens Tokens that are to be loaded: what {@link getNumNewMatchedTokens} said, or 0.
+	 */
+	updateStateAfterAlloc(
+		request: EngineRequest,
+		blockIds: BlockIds,
+		numExternalTokens: number,
+	): void {
+		const { requestId } = request;
+		checkInteger("numExternalTokens", numExternalTokens, 0, 2 ** 32 - 1);
+		if (this.#uncached.has(requestId)) {
+			return;
+		}
+		const tracker = this.#tracked(requestId);
+		const before = tracker.state;
+		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
+		if (before !== "PREFETCHING") {
+			return;
+		}
+		this.#adapter.cleanupLookupResult(requestId);
+		const { numExternalHitTokens, numLocalHitTokens, cacheSalt } = tracker;
+		// The adapter keeps the lease of a chunk that the engine has in part: it is loaded all the same.
+		const unneeded = state === "WAITING_FOR_LOAD" ? numLocalHitTokens : numExternalHitTokens;
+		if (numExternalHitTokens > 0 && unneeded > 0) {
+			const { allTokenIds } = request;
+			this.#adapter.freeLookupLocks(requestId, allTokenIds, 0, unneeded, salted(cacheSalt));
+		}
+	}
+
+	/**
+	 * Plans a step: what its workers load and store. With an error nothing has changed.
+	 *
+	 * @throws `INVALID_ARGUMENT` for requests that the connector was never asked about, or counts and block ids
+	 * that are out of range.
+	 */
+	buildConnectorMeta(output: SchedulerOutput): ConnectorMetadata {
+		const groups = this.#table.blockSizes.length;
+		const handles: number[] = [];
+		const scheduled: number[] = [];
+		const tokens: number[] = [];
+		const blockIds: number[] = [];
+		const offsets = [0];
+		const allocations: BlockAllocation[] = [];
+		const take = (requestId: string, given: BlockIds | null | undefined, isNew: boolean) => {
+			if (this.#uncached.has(requestId)) {
+				return;
+			}
+			const tracker = this.#tracked(requestId);
+			const request = this.#requests.get(requestId) as EngineRequest;
+			const count = output.numScheduledTokens[requestId];
+			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, 2 ** 32 - 1);
+			handles.push(tracker.handle);
+			scheduled.push(count as number);
+			tokens.push(this.#hashedTokens(request));
+			const lists =
+				given === null || given === undefined
+					? Array.from({ length: groups }, () => [])
+					: blockLists(given, groups);
+			for (const list of lists) {
+				for (const id of isNew ? [] : list) {
+					blockIds.push(id);
+				}
+				offsets.push(blockIds.length);
+			}
+			if (
+				this.#adapter.reportBlockAllocations !== undefined &&
+				lists.some((ids) => ids.length > 0)
+			) {
+				allocations.push(this.#allocation(request, tracker, lists, isNew));
+			}
+		};
+		for (const { requestId } of output.scheduledNewReqs) {
+			const tracker = this.#table.get(requestId);
+			take(requestId, tracker?.allocatedBlockIds, true);
+		}
+		for (const { requestId, newBlockIds, resumed = false } of output.scheduledCachedReqs) {
+			take(requestId, newBlockIds, resumed);
+		}
+		const plan = this.#table.plan({
+			handles: Uint32Array.from(handles),
+			scheduledTokens: Uint32Array.from(scheduled),
+			numTokens: Uint32Array.from(tokens),
+			blockOffsets: Uint32Array.from(offsets),
+			blockIds: Uint32Array.from(blockIds),
+		});
+		const requests: RequestMetadata[] = [];
+		for (const { handle, direction, ...op } of plan) {
+			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
+			const tokenIds = (this.#requests.get(requestId) as EngineRequest).allTokenIds.slice();
+			requests.push({ requestId, direction, op: { tokenIds, ...op }, cacheSalt });
+		}
+		if (allocations.length > 0) {
+			this.#adapter.reportBlockAllocations?.(allocations);
+		}
+		return { requests };
+	}
+
+	/**
+	 * Ends a request, however it ended.
+	 *
+	 * @returns Whether its blocks must be kept until a worker reports it as sent, and what goes back to the
+	 * router: the tokens that came from the cache, when `kvTransferParams` has a key
+	 * `num_lmcache_extra_cached_tokens`.
+	 */
+	requestFinished(
+		request: EngineRequest,
+		_blockIds?: BlockIds,
+	): [keepBlocks: boolean, kvTransferParams: Record<string, unknown> | null] {
+		const { requestId, kvTransferParams } = request;
+		const params: Record<string, unknown> | null = kvTransferParams ? {} : null;
+		const tracker = this.#table.get(requestId);
+		if (params !== null && kvTransferParams && EXTRA in kvTransferParams) {
+			const extra = (tracker?.numExternalHitTokens ?? 0) - (tracker?.numLocalHitTokens ?? 0);
+			params[EXTRA] = Math.max(0, extra);
+		}
+		const uncached = this.#uncached.delete(requestId);
+		if (tracker === undefined || uncached) {
+			return [false, params];
+		}
+		this.#table.remove(requestId);
+		this.#requests.delete(requestId);
+		this.#adapter.endSession(requestId);
+		return [true, params];
+	}
+
+	/** The tracker of a request; after a preemption a new one. */
+	#track(request: EngineRequest): RequestTracker {
+		const { requestId, cacheSalt, numPromptTokens } = request;
+		const known = this.#table.get(requestId);
+		if (known !== undefined) {
+			if (request.status !== "PREEMPTED" || known.state === "PREFETCHING") {
+				return known;
+			}
+			this.#table.remove(requestId);
+		}
+		const prompt = numPromptTokens ?? request.allTokenIds.length;
+		const promptOnly = this.#planner === "lmcache" && !this.#saveDecodeCache;
+		const limits = [promptOnly ? prompt : undefined, request.maxOffloadTokens];
+		const limit = Math.min(...limits.filter((limit) => limit !== undefined));
+		const tracker = this.#table.add({
+			requestId,
+			numTokens: this.#hashedTokens(request),
+			cacheSalt,
+			maxStoredTokens: limit === Infinity ? undefined : limit,
+		});
+		this.#requests.set(requestId, request);
+		return tracker;
+	}
+
+	#tracked(requestId: string): RequestTracker {
+		const tracker = this.#table.get(requestId);
+		if (tracker === undefined) {
+			throw invalid(
+				`request ${requestId} is unknown: call getNumNewMatchedTokens for it first, and nothing after ` +
+					"requestFinished",
+			);
+		}
+		return tracker;
+	}
+
+	#hashedTokens({ allTokenIds, numBlockHashes }: EngineRequest): number {
+		if (numBlockHashes === undefined) {
+			return allTokenIds.length;
+		}
+		checkInteger("numBlockHashes", numBlockHashes, 0, 2 ** 32 - 1);
+		return Math.min(allTokenIds.length, numBlockHashes * this.#alignment);
+	}
+
+	/** Asked again with nothing computed after a load was planned: the load failed, and was not counted. */
+	#loadFailed(request: EngineRequest, tracker: RequestTracker): boolean {
+		return (
+			tracker.state === "READY" &&
+			request.numComputedTokens === 0 &&
+			tracker.numExternalHitTokens > 0
+		);
+	}
+
+	#allocation(
+		request: EngineRequest,
+		tracker: RequestTracker,
+		lists: readonly (readonly number[] | Uint32Array)[],
+		isNew: boolean,
+	): BlockAllocation {
+		const group = this.#table.blockSizes.findIndex((size) => size > 0);
+		const size = this.#table.blockSizes[group] as number;
+		const added = lists[group]?.length ?? 0;
+		const held = tracker.allocatedBlockIds[group]?.length ?? 0;
+		const before = isNew ? held - added : held;
+		const newTokenIds = [...request.allTokenIds.slice(before * size, (before + added) * size)];
+		const newBlockIds = lists.map((ids) => [...ids]);
+		return { requestId: request.requestId, newBlockIds, newTokenIds };
+	}
+
+	#warnOnce(message: string): void {
+		if (!this.#warned.has(message)) {
+			this.#warned.add(message);
+			this.#warn(message);
+		}
+	}
+}
+
+const EXTRA = "num_lmcache_extra_cached_tokens";
+
+function salted(cacheSalt: string): SaltOption | undefined {
+	return cacheSalt === "" ? undefined : { cacheSalt };
+}
+
+function lcm(a: number, b: number): number {
+	let [x, y] = [a, b];
+	while (y > 0) {
+		[x, y] = [y, x % y];
+	}
+	return (a / x) * b;
+}
