@@ -39,6 +39,14 @@ export {
 	type Tokens,
 	unpackGroupId,
 } from "./hash.js";
+export {
+	type LooseParallelism,
+	type ParallelismOptions,
+	ParallelStrategy,
+	type ParallelStrategyOptions,
+	strategyOf,
+	type WithParallelStrategy,
+} from "./parallel.js";
 export { Server, type ServerOptions, type Status } from "./server.js";
 export {
 	type BlockIds,

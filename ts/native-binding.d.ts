@@ -197,8 +197,31 @@ export interface Lora {
   path: string
 }
 
+/** What follows for a worker. */
+export interface NativeStrategy {
+  /** Pieces that a chunk's KV has at one server. */
+  kvWorldSize: number
+  /** Which of them is this worker's. */
+  kvWorkerId: number
+  /** Workers that load one piece. */
+  numKvReaders: number
+  /** Whether the worker is the first of its tensor-parallel group. */
+  firstOfGroup: boolean
+  /** Whether the worker stores its piece. */
+  stores: boolean
+  /** Workers of each server. */
+  ranksPerServer: number
+  /** This worker's server. */
+  server: number
+  /** The piece in LMCache's object keys. */
+  kvRank: number
+}
+
 /** LMCache's text form of an object's key. */
 export declare function objectKey(modelName: string, worldSize: number, rank: number, group: number, chunkHash: Uint8Array, cacheSalt: string): string
+
+/** Works out which piece of a chunk a worker has. */
+export declare function parallelStrategy(tensor: number, pipeline: number, rank: number, mla: boolean, servers: number, decodeContext: number): NativeStrategy
 
 /** What `Server.start` needs; `ts/server.ts` has the defaults. */
 export interface ServerOptions {

@@ -6,6 +6,7 @@ pub mod error;
 pub mod hash;
 pub mod key;
 pub mod llama_state;
+pub mod parallel;
 pub mod prefix;
 pub mod tracker;
 

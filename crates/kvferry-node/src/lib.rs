@@ -10,6 +10,7 @@ mod error;
 mod hash;
 #[cfg(target_os = "linux")]
 mod llama_state;
+mod parallel;
 mod promise;
 mod server;
 mod tracker;
