@@ -7,7 +7,7 @@ import type { Trackers } from "./native-binding.js";
 const U32_MAX = 2 ** 32 - 1;
 
 /** In the order of their numbers in the addon. */
-const STATES = ["PREFETCHING", "WAITING_FOR_LOAD", "READY", "BYPASSED"] as const;
+const STATES: readonly RequestState[] = ["PREFETCHING", "WAITING_FOR_LOAD", "READY", "BYPASSED"];
 
 /**
  * Where a request stands.
@@ -17,7 +17,7 @@ const STATES = ["PREFETCHING", "WAITING_FOR_LOAD", "READY", "BYPASSED"] as const
  * - `READY`: nothing is to be loaded (any more); computed chunks are stored.
  * - `BYPASSED`: a load failed, and the cache is left out until blocks are allocated anew.
  */
-export type RequestState = (typeof STATES)[number];
+export type RequestState = "PREFETCHING" | "WAITING_FOR_LOAD" | "READY" | "BYPASSED";
 
 /** Options of {@link TrackerTable}. */
 export interface TrackerTableOptions {
