@@ -11,6 +11,19 @@ export {
 	type StoreResult,
 } from "./cache.js";
 export { Client, type ClientOptions } from "./client.js";
+export {
+	type ConnectorFactory,
+	type ConnectorLoader,
+	type ConnectorRegistry,
+	createConnector,
+	type KvOffloadingBackend,
+	type KvRole,
+	type KvTransferConfig,
+	type OffloadingOptions,
+	type ResolvedKvTransferConfig,
+	type ResolvedOffloading,
+	resolveOffloading,
+} from "./config.js";
 export type { BlockAllocation, SaltOption, SchedulerAdapter } from "./connector/adapter.js";
 export type { ConnectorMetadata, LoadStoreOp, RequestMetadata } from "./connector/metadata.js";
 export {
@@ -47,6 +60,19 @@ export {
 	strategyOf,
 	type WithParallelStrategy,
 } from "./parallel.js";
+export {
+	type EndedLoad,
+	type FailedRecving,
+	handleFailedRecving,
+	handleInvalidBlocks,
+	type InvalidBlocksRecovery,
+	type InvalidBlocksStep,
+	type KvLoadFailurePolicy,
+	type LoadedRequest,
+	type LoadFailures,
+	type RecoveryRequest,
+	updateWaitingForRemoteKv,
+} from "./recovery.js";
 export { Server, type ServerOptions, type Status } from "./server.js";
 export {
 	type BlockIds,

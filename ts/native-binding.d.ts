@@ -197,6 +197,20 @@ export interface Lora {
   path: string
 }
 
+/** What follows from a step's invalid blocks. */
+export interface NativeRecovery {
+  /** Tokens that each request has computed. */
+  computed: Uint32Array
+  /** Positions of the affected requests. */
+  affected: Uint32Array
+  /** The invalid blocks that they had. */
+  found: Uint32Array
+  /** Blocks that the prefix cache must forget. */
+  evicted: Uint32Array
+  /** Tokens that have to be computed again. */
+  affectedTokens: number
+}
+
 /** What follows for a worker. */
 export interface NativeStrategy {
   /** Pieces that a chunk's KV has at one server. */
@@ -222,6 +236,9 @@ export declare function objectKey(modelName: string, worldSize: number, rank: nu
 
 /** Works out which piece of a chunk a worker has. */
 export declare function parallelStrategy(tensor: number, pipeline: number, rank: number, mla: boolean, servers: number, decodeContext: number): NativeStrategy
+
+/** Cuts every request at its first invalid block. */
+export declare function recover(blockSize: number, fails: boolean, computed: Uint32Array, scheduled: Uint32Array, asynchronous: Uint8Array, blockOffsets: Uint32Array, blockIds: Uint32Array, invalid: Uint32Array): NativeRecovery
 
 /** What `Server.start` needs; `ts/server.ts` has the defaults. */
 export interface ServerOptions {

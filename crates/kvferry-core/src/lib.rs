@@ -8,6 +8,7 @@ pub mod key;
 pub mod llama_state;
 pub mod parallel;
 pub mod prefix;
+pub mod recovery;
 pub mod tracker;
 
 pub use error::{Error, ErrorCode, Result};

@@ -60,17 +60,22 @@ impl Parallelism {
         }
         let world = tensor.checked_mul(pipeline).filter(|world| *world <= u32::from(u16::MAX));
         let world = world.ok_or_else(|| {
-            Error::invalid(format!("{tensor} × {pipeline} ranks are more than {}", u16::MAX))
+            Error::invalid(format!(
+                "{tensor} × {pipeline} ranks are more than {}: use smaller parallel sizes",
+                u16::MAX
+            ))
         })?;
         if rank >= world {
             return Err(Error::invalid(format!(
-                "rank {rank} is not one of the {world} of {tensor} (tensor) × {pipeline} (pipeline)"
+                "rank {rank} is not one of the {world} of {tensor} (tensor) × {pipeline} (pipeline): \
+                 ranks go from 0 to {}",
+                world - 1
             )));
         }
         for (name, part) in [("servers", servers), ("token shards", decode_context)] {
             if !tensor.is_multiple_of(part) {
                 return Err(Error::invalid(format!(
-                    "{part} {name} cannot share {tensor} tensor-parallel ranks evenly"
+                    "{part} {name} cannot share {tensor} tensor-parallel ranks evenly: use a divisor"
                 )));
             }
         }
@@ -111,7 +116,8 @@ impl Parallelism {
         };
         if strategy.kv_world_size > WORLD_SIZE_MAX {
             return Err(Error::invalid(format!(
-                "{} pieces of a chunk are more than the {WORLD_SIZE_MAX} that a key can name",
+                "{} pieces of a chunk are more than the {WORLD_SIZE_MAX} that a key can name: use smaller \
+                 parallel sizes or more servers",
                 strategy.kv_world_size
             )));
         }

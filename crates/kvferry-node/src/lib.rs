@@ -12,5 +12,6 @@ mod hash;
 mod llama_state;
 mod parallel;
 mod promise;
+mod recovery;
 mod server;
 mod tracker;
