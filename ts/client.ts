@@ -1,7 +1,14 @@
 import { checkText } from "./arguments.js";
-import { KvferryError } from "./errors.js";
+import { KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
-import type { Client as NativeClient, PrefixCache as NativePrefixCache } from "./native-binding.js";
+import type {
+	Client as NativeClient,
+	PrefixCache as NativePrefixCache,
+	PagedLayout,
+	PagedPlace,
+	PagedScheduler,
+	PagedWorker,
+} from "./native-binding.js";
 import type { Status } from "./server.js";
 import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
@@ -85,6 +92,23 @@ export class Client implements AsyncDisposable {
 	/** The same as {@link Client.close}. */
 	async [Symbol.asyncDispose](): Promise<void> {
 		await this.close();
+	}
+
+	/** @internal */
+	openScheduler(place: PagedPlace): PagedScheduler {
+		this.#checkOpen();
+		return wrap(() => this.#native.openScheduler(place));
+	}
+
+	/** @internal */
+	async openWorker(
+		place: PagedPlace,
+		workerId: number,
+		layout: PagedLayout,
+		timeoutMs: number,
+	): Promise<PagedWorker> {
+		this.#checkOpen();
+		return await this.#native.openWorker(place, workerId, layout, timeoutMs);
 	}
 
 	/** @internal */

@@ -24,7 +24,21 @@ export {
 	type ResolvedOffloading,
 	resolveOffloading,
 } from "./config.js";
-export type { BlockAllocation, SaltOption, SchedulerAdapter } from "./connector/adapter.js";
+export type {
+	BlockAllocation,
+	KvCacheLayout,
+	LayerKv,
+	SaltOption,
+	SchedulerAdapter,
+	WorkerAdapter,
+} from "./connector/adapter.js";
+export {
+	type CacheAdapterOptions,
+	type CacheSchedulerAdapter,
+	type CacheWorkerAdapter,
+	createSchedulerAdapter,
+	createWorkerAdapter,
+} from "./connector/cache-adapter.js";
 export type { ConnectorMetadata, LoadStoreOp, RequestMetadata } from "./connector/metadata.js";
 export {
 	type CachedRequest,
@@ -33,6 +47,7 @@ export {
 	type SchedulerConnectorOptions,
 	type SchedulerOutput,
 } from "./connector/scheduler.js";
+export { WorkerConnector, type WorkerConnectorOptions } from "./connector/worker.js";
 export { type ErrorCode, ErrorCodes, KvferryError } from "./errors.js";
 export {
 	type BlockAlgorithm,

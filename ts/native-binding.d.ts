@@ -33,6 +33,10 @@ export declare class Client {
   status(timeoutMs: number): Promise<Array<[string, number | string]>>
   /** A prefix cache at this server. */
   openPrefixCache(identity: Uint8Array, payloadBytes: number, timeoutMs: number): Promise<PrefixCache>
+  /** The scheduler's side of a paged engine's cache at this server. */
+  openScheduler(place: PagedPlace): PagedScheduler
+  /** A worker's side of it: registers the worker's memory. */
+  openWorker(place: PagedPlace, workerId: number, layout: PagedLayout, timeoutMs: number): Promise<PagedWorker>
   /** Says goodbye and ends the connection. */
   close(timeoutMs: number): Promise<undefined>
 }
@@ -69,6 +73,52 @@ export declare class LlamaStateFile {
   get lookupMs(): number
   /** Lets go of the file; it is used again for the next one. */
   release(): void
+}
+
+/** Chunks to be copied into blocks. */
+export declare class PagedLoad {
+  /** Chunks that can be copied. */
+  get chunks(): number
+}
+
+/** The scheduler's side. */
+export declare class PagedScheduler {
+  /** Leading chunks of the range that are there, leased now. */
+  lookup(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<number>
+  /** Gives leases back. */
+  release(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<undefined>
+  /** Ends a request's session. */
+  endSession(requestId: string, timeoutMs: number): Promise<undefined>
+}
+
+/** Room for chunks to be copied to. */
+export declare class PagedStore {
+  /** Chunks that there is room for. */
+  get chunks(): number
+  /** Chunks that did not fit; absent when the server does not say. */
+  get refused(): number | null
+}
+
+/** A worker's side. */
+export declare class PagedWorker {
+  /** Bytes that each array of the memory has. */
+  get arrayBytes(): number
+  /** Begins a load. */
+  load(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedLoad>
+  /** Copies a load into blocks; `false` when its chunks are gone. */
+  copyIn(load: PagedLoad, arrays: Array<Uint8Array>, blocks: Uint32Array, skip: number): boolean
+  /** Ends a load; `false` when what was copied must not be used. */
+  finish(load: PagedLoad, timeoutMs: number): Promise<boolean>
+  /** Begins a store. */
+  store(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedStore>
+  /** Copies blocks out. */
+  copyOut(store: PagedStore, arrays: Array<Uint8Array>, blocks: Uint32Array): void
+  /** Makes a store visible; the chunks that it had. */
+  commit(store: PagedStore, timeoutMs: number): Promise<number>
+  /** Gives a store's room back. */
+  abandon(store: PagedStore, timeoutMs: number): Promise<undefined>
+  /** Unregisters. */
+  close(timeoutMs: number): Promise<undefined>
 }
 
 /** A prefix cache. */
@@ -131,6 +181,10 @@ export declare class Server {
   status(): Array<[string, number]>
   /** A prefix cache on this store, no socket between. */
   openPrefixCache(identity: Uint8Array, payloadBytes: number, timeoutMs: number): Promise<PrefixCache>
+  /** The scheduler's side of a paged engine's cache on this store, no socket between. */
+  openScheduler(place: PagedPlace): PagedScheduler
+  /** A worker's side of it: registers the worker's memory. */
+  openWorker(place: PagedPlace, workerId: number, layout: PagedLayout, timeoutMs: number): Promise<PagedWorker>
   /** Stops listening, closes all connections and lets go of the store. */
   close(): Promise<undefined>
 }
@@ -233,6 +287,48 @@ export interface NativeStrategy {
 
 /** LMCache's text form of an object's key. */
 export declare function objectKey(modelName: string, worldSize: number, rank: number, group: number, chunkHash: Uint8Array, cacheSalt: string): string
+
+/** An engine's KV memory. */
+export interface PagedLayout {
+  /** Layers of this rank. */
+  numLayers: number
+  /** Blocks of each array. */
+  numBlocks: number
+  /** Tokens of a block. */
+  blockSize: number
+  /** KV heads of this rank. */
+  numKvHeads: number
+  /** Elements of a head. */
+  headSize: number
+  /** torch's name of the element type. */
+  dtype: string
+  /** "separate", "fused" or "latent". */
+  planes: string
+  /** "NHD" or "HND". */
+  order: string
+}
+
+/** Whose KV it is; `ts/connector/cache-adapter.ts` has the defaults. */
+export interface PagedPlace {
+  /** The model. */
+  modelName: string
+  /** Pieces that a chunk's KV has. */
+  kvWorldSize: number
+  /** Ranks that load each piece. */
+  numKvReaders: number
+}
+
+/** Some of a request's tokens. */
+export interface PagedRange {
+  /** The request. */
+  requestId: string
+  /** First token. */
+  start: number
+  /** Token after the last. */
+  end: number
+  /** The tenant. */
+  cacheSalt: string
+}
 
 /** Works out which piece of a chunk a worker has. */
 export declare function parallelStrategy(tensor: number, pipeline: number, rank: number, mla: boolean, servers: number, decodeContext: number): NativeStrategy

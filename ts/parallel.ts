@@ -156,6 +156,12 @@ export interface LooseParallelism {
 	readonly kvWorkerId: number;
 	/** Tokens of a block: needed with the former parameters. */
 	readonly blockSize: number;
+	/**
+	 * Seconds that a server has to answer.
+	 *
+	 * @deprecated Give `timeoutMs`.
+	 */
+	readonly mqTimeout?: number | undefined;
 	readonly parallelStrategy?: undefined;
 }
 

@@ -1,7 +1,14 @@
 import { checkInteger, checkText } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
-import type { PrefixCache as NativePrefixCache, Server as NativeServer } from "./native-binding.js";
+import type {
+	PrefixCache as NativePrefixCache,
+	Server as NativeServer,
+	PagedLayout,
+	PagedPlace,
+	PagedScheduler,
+	PagedWorker,
+} from "./native-binding.js";
 import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
 /** How a {@link Server} is set up. */
@@ -138,6 +145,21 @@ export class Server implements AsyncDisposable {
 	/** The same as {@link Server.close}. */
 	async [Symbol.asyncDispose](): Promise<void> {
 		await this.close();
+	}
+
+	/** @internal */
+	openScheduler(place: PagedPlace): PagedScheduler {
+		return wrap(() => this.#native.openScheduler(place));
+	}
+
+	/** @internal */
+	async openWorker(
+		place: PagedPlace,
+		workerId: number,
+		layout: PagedLayout,
+		timeoutMs: number,
+	): Promise<PagedWorker> {
+		return await this.#native.openWorker(place, workerId, layout, timeoutMs);
 	}
 
 	/** @internal */

@@ -1,3 +1,5 @@
+import type { LoadStoreOp } from "./metadata.js";
+
 /** Options of the calls that name tokens. */
 export interface SaltOption {
 	/** The tenant. Absent for none. */
@@ -48,4 +50,76 @@ export interface SchedulerAdapter {
 	endSession(requestId: string): void;
 	/** Tells which blocks a step gave out, for whoever routes requests by them. */
 	reportBlockAllocations?(allocations: readonly BlockAllocation[]): void;
+	/** Drops everything that is stored and not in use. Resolves to whether it was done. */
+	resetCache?(): Promise<boolean>;
+}
+
+/** The KV memory of one layer: K and V, or both in one array, in any typed array. */
+export type LayerKv = ArrayBufferView | readonly [k: ArrayBufferView, v: ArrayBufferView];
+
+/** How an engine's KV memory is laid out; every layer alike. */
+export interface KvCacheLayout {
+	/** Blocks of the pool. */
+	readonly numBlocks: number;
+	/** Tokens of a block, which divide the chunk. Default 16. */
+	readonly blockSize?: number | undefined;
+	/** KV heads of this rank; 1 with "latent". */
+	readonly numKvHeads: number;
+	/** Elements of one head of K, or of V; of the latent vector with "latent". */
+	readonly headSize: number;
+	/** torch's name of the element type, as "float16", "bfloat16", "float32", "uint8". */
+	readonly dtype: string;
+	/**
+	 * What a layer is. `"separate"` (the default): K and V, each `[blocks, …]`, as two arrays or as one of shape
+	 * `[2, blocks, …]`. `"fused"`: one array `[blocks, …]` where a head has K's elements and then V's.
+	 * `"latent"`: one array of MLA's latent vectors.
+	 */
+	readonly planes?: "separate" | "fused" | "latent" | undefined;
+	/** Order within a block: `"NHD"` (tokens, heads, elements; the default) or `"HND"`. */
+	readonly kvLayout?: "NHD" | "HND" | undefined;
+}
+
+/**
+ * What a worker asks a cache to copy. Users may bring their own. The `batchedSubmit…` calls return at once
+ * and do not throw for trouble with the cache: a load that fails ends in
+ * {@link WorkerAdapter.getBlockIdsWithLoadErrors}, a store that fails is not stored.
+ */
+export interface WorkerAdapter {
+	/** Whether every call passes salts on. Without it, what has a salt is neither loaded nor stored. */
+	readonly carriesSalt?: boolean | undefined;
+	/** Announces the memory that is copied from and to: it must stay as it is until `shutdown`. */
+	registerKvCaches(
+		kvCaches: Readonly<Record<string, LayerKv>>,
+		layout: KvCacheLayout,
+	): Promise<void>;
+	/** Begins loads; `cacheSalts` has one for each operation, "" for none, and is absent when none has one. */
+	batchedSubmitRetrieveRequests(
+		requestIds: readonly string[],
+		ops: readonly LoadStoreOp[],
+		cacheSalts?: readonly string[],
+	): void;
+	/** Begins stores. */
+	batchedSubmitStoreRequests(
+		requestIds: readonly string[],
+		ops: readonly LoadStoreOp[],
+		cacheSalts?: readonly string[],
+	): void;
+	/** Resolves when no load that was begun writes to blocks any more. */
+	waitForLoads(): Promise<void>;
+	/** Resolves when no store that was begun reads blocks any more. */
+	waitForSaves(): Promise<void>;
+	/**
+	 * What ended since the last call.
+	 *
+	 * @param finishedRequestIds Requests that the engine ended since.
+	 * @returns Ended requests whose blocks are not read or written any more, each once; and requests whose load
+	 * has ended, well or not.
+	 */
+	getFinished(
+		finishedRequestIds: ReadonlySet<string>,
+	): [finishedSending: Set<string>, finishedRecving: Set<string>];
+	/** Blocks that loads should have filled and did not, since the last call. */
+	getBlockIdsWithLoadErrors(): Set<number>;
+	/** Ends everything, once nothing is copied any more. */
+	shutdown(): Promise<void>;
 }

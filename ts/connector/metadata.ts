@@ -25,4 +25,14 @@ export interface RequestMetadata {
 export interface ConnectorMetadata {
 	/** Loads first, older requests first. */
 	readonly requests: readonly RequestMetadata[];
+	/** Whether loads end between steps, told by the worker's `getFinished`; if not, before the step computes. */
+	readonly loadAsync: boolean;
+}
+
+/** The blocks that a load writes to: not those that the engine has whole itself. */
+export function blocksToFill({ start, end, blockIds, skipFirstNTokens }: LoadStoreOp): number[] {
+	return blockIds.flatMap((blocks) => {
+		const size = (end - start) / blocks.length;
+		return blocks.slice(Math.floor(skipFirstNTokens / size));
+	});
 }

@@ -67,6 +67,11 @@ export interface SchedulerConnectorOptions {
 	readonly planner?: "block" | "lmcache" | undefined;
 	/** With `planner: "lmcache"`: store chunks with generated tokens too. Default false. */
 	readonly saveDecodeCache?: boolean | undefined;
+	/**
+	 * Whether loads end between steps, while other requests are computed; if not, a request is loaded in the step
+	 * that computes it. Default true.
+	 */
+	readonly loadAsync?: boolean | undefined;
 	/** Gets each warning once. Default: `process.emitWarning`. */
 	readonly onWarning?: ((message: string) => void) | undefined;
 }
@@ -83,6 +88,7 @@ export class SchedulerConnector {
 	readonly #alignment: number;
 	readonly #planner: "block" | "lmcache";
 	readonly #saveDecodeCache: boolean;
+	readonly #loadAsync: boolean;
 	readonly #warn: (message: string) => void;
 	readonly #warned = new Set<string>();
 	readonly #requests = new Map<string, EngineRequest>();
@@ -98,6 +104,7 @@ export class SchedulerConnector {
 		this.#adapter = adapter;
 		this.#planner = planner;
 		this.#saveDecodeCache = options.saveDecodeCache ?? false;
+		this.#loadAsync = options.loadAsync ?? true;
 		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
 		const { chunkSize } = adapter;
 		this.#table = new TrackerTable({ chunkSize, blockSize, numBlocks, relocationWindow });
@@ -147,14 +154,14 @@ export class SchedulerConnector {
 		this.#adapter.maybeSubmitLookupRequest(requestId, request.allTokenIds, salted(cacheSalt));
 		const found = this.#adapter.checkLookupResult(requestId);
 		if (found === null) {
-			return [null, true];
+			return [null, this.#loadAsync];
 		}
 		const local = numComputedTokens - (numComputedTokens % this.#alignment);
 		this.#table.setHits(requestId, local, found);
 		// A model needs one token to go on from.
 		const usable = Math.min(found, request.allTokenIds.length - 1);
 		const toLoad = Math.max(0, usable - numComputedTokens);
-		return [toLoad, toLoad > 0];
+		return [toLoad, toLoad > 0 && this.#loadAsync];
 	}
 
 	/**
@@ -254,7 +261,7 @@ export class SchedulerConnector {
 		if (allocations.length > 0) {
 			this.#adapter.reportBlockAllocations?.(allocations);
 		}
-		return { requests };
+		return { requests, loadAsync: this.#loadAsync };
 	}
 
 	/**
@@ -283,6 +290,15 @@ export class SchedulerConnector {
 		this.#requests.delete(requestId);
 		this.#adapter.endSession(requestId);
 		return [true, params];
+	}
+
+	/**
+	 * Drops what the cache has stored and nobody uses.
+	 *
+	 * @returns Whether the adapter could.
+	 */
+	async resetCache(): Promise<boolean> {
+		return (await this.#adapter.resetCache?.()) ?? false;
 	}
 
 	/** The tracker of a request; after a preemption a new one. */

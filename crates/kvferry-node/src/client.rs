@@ -11,6 +11,7 @@ use napi_derive::napi;
 
 use crate::cache::PrefixCache;
 use crate::error::to_napi;
+use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::{deadline, promise, within};
 
 /// A connection.
@@ -83,6 +84,25 @@ impl Client {
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, PrefixCache>> {
         PrefixCache::open(env, self.client()?, identity.to_vec(), payload_bytes, timeout_ms)
+    }
+
+    /// The scheduler's side of a paged engine's cache at this server.
+    #[napi(catch_unwind)]
+    pub fn open_scheduler(&self, place: PagedPlace) -> Result<PagedScheduler> {
+        PagedScheduler::open(self.client()?, place)
+    }
+
+    /// A worker's side of it: registers the worker's memory.
+    #[napi(catch_unwind, ts_return_type = "Promise<PagedWorker>")]
+    pub fn open_worker<'env>(
+        &self,
+        env: &'env Env,
+        place: PagedPlace,
+        worker_id: u32,
+        layout: PagedLayout,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, PagedWorker>> {
+        PagedWorker::open(env, self.client()?, place, worker_id, layout, timeout_ms)
     }
 
     /// Says goodbye and ends the connection.

@@ -10,6 +10,7 @@ mod error;
 mod hash;
 #[cfg(target_os = "linux")]
 mod llama_state;
+mod paged;
 mod parallel;
 mod promise;
 mod recovery;

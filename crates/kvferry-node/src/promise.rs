@@ -1,11 +1,12 @@
 //! Futures as promises.
 
 use std::future::Future;
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use kvferry_core::llama_state::Copy;
 use kvferry_core::{Error, ErrorCode};
-use napi::bindgen_prelude::{PromiseRaw, ToNapiValue};
+use napi::bindgen_prelude::{PromiseRaw, ToNapiValue, within_runtime_if_available};
 use napi::{Env, Result};
 
 use crate::error::to_napi;
@@ -19,6 +20,23 @@ where
     T: ToNapiValue + Send + 'static,
 {
     env.spawn_future(async move { work.await.map_err(to_napi) })
+}
+
+/// Runs `work` here and now as far as it needs not wait, and the rest on threads of our own: what is begun
+/// in an order is asked for in that order.
+pub(crate) fn begin<'env, T>(
+    env: &'env Env,
+    work: impl Future<Output = kvferry_core::Result<T>> + Send + 'static,
+) -> Result<PromiseRaw<'env, T>>
+where
+    T: ToNapiValue + Send + 'static,
+{
+    let mut work = Box::pin(work);
+    let mut context = Context::from_waker(Waker::noop());
+    match within_runtime_if_available(|| work.as_mut().poll(&mut context)) {
+        Poll::Ready(result) => PromiseRaw::resolve(env, result.map_err(to_napi)?),
+        Poll::Pending => promise(env, work),
+    }
 }
 
 /// The moment `timeout_ms` from now.

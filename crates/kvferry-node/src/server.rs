@@ -11,6 +11,7 @@ use napi_derive::napi;
 
 use crate::cache::PrefixCache;
 use crate::error::to_napi;
+use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::promise;
 
 /// What `Server.start` needs; `ts/server.ts` has the defaults.
@@ -90,6 +91,32 @@ impl Server {
     ) -> Result<PromiseRaw<'env, PrefixCache>> {
         let cache = Arc::new(Embedded::new(self.store()?));
         PrefixCache::open(env, cache, identity.to_vec(), payload_bytes, timeout_ms)
+    }
+
+    /// The scheduler's side of a paged engine's cache on this store, no socket between.
+    #[napi(catch_unwind)]
+    pub fn open_scheduler(&self, place: PagedPlace) -> Result<PagedScheduler> {
+        PagedScheduler::open(Arc::new(Embedded::new(self.store()?)), place)
+    }
+
+    /// A worker's side of it: registers the worker's memory.
+    #[napi(catch_unwind, ts_return_type = "Promise<PagedWorker>")]
+    pub fn open_worker<'env>(
+        &self,
+        env: &'env Env,
+        place: PagedPlace,
+        worker_id: u32,
+        layout: PagedLayout,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, PagedWorker>> {
+        PagedWorker::open(
+            env,
+            Arc::new(Embedded::new(self.store()?)),
+            place,
+            worker_id,
+            layout,
+            timeout_ms,
+        )
     }
 
     /// Stops listening, closes all connections and lets go of the store.

@@ -1,0 +1,534 @@
+import { afterEach, describe, expect, it } from "vitest";
+import { Client } from "../../ts/client.js";
+import {
+	type ConnectorMetadata,
+	createSchedulerAdapter,
+	createWorkerAdapter,
+	type KvCacheLayout,
+	KvferryError,
+	type LayerKv,
+	type LoadStoreOp,
+	ParallelStrategy,
+	Server,
+	type WorkerAdapter,
+	WorkerConnector,
+} from "../../ts/index.js";
+import { ServerProcess } from "../server-process.js";
+
+const CHUNK = 16;
+const BLOCK = 4;
+const BLOCKS = 16;
+const LAYERS = 2;
+const range = (from: number, to: number) => Array.from({ length: to - from }, (_, i) => from + i);
+
+const open: AsyncDisposable[] = [];
+
+afterEach(async () => {
+	for (const handle of open.splice(0).reverse()) {
+		await handle[Symbol.asyncDispose]();
+	}
+});
+
+async function server(): Promise<Server> {
+	const started = await Server.start({ listen: false, memory: 2 ** 22, chunkSize: CHUNK });
+	open.push(started);
+	return started;
+}
+
+type Shape = Required<Pick<KvCacheLayout, "planes" | "kvLayout">>;
+
+/** A worker with a small KV pool, whose elements can be read and written by what they mean. */
+class Engine {
+	readonly kv: Record<string, Uint16Array> = {};
+	readonly layout: KvCacheLayout;
+	readonly heads: number;
+	readonly halves: number;
+
+	constructor(shape: Shape) {
+		this.heads = shape.planes === "latent" ? 1 : 3;
+		this.halves = shape.planes === "latent" ? 1 : 2;
+		this.layout = {
+			...shape,
+			numBlocks: BLOCKS,
+			blockSize: BLOCK,
+			numKvHeads: this.heads,
+			headSize: 5,
+			dtype: "float16",
+		};
+		for (let layer = 0; layer < LAYERS; layer++) {
+			this.kv[`layer.${layer}`] = new Uint16Array(BLOCKS * BLOCK * this.heads * 5 * this.halves);
+		}
+	}
+
+	/** Where an element is in its layer's array, spelt out from the shapes. */
+	#at(block: number, token: number, half: number, head: number, element: number): number {
+		const { heads } = this;
+		const size = this.layout.planes === "fused" ? 10 : 5;
+		const inHead = this.layout.planes === "fused" ? half * 5 + element : element;
+		const plane = this.layout.planes === "separate" ? half * BLOCKS * BLOCK * heads * 5 : 0;
+		const row =
+			this.layout.kvLayout === "NHD"
+				? (block * BLOCK + token) * heads + head
+				: (block * heads + head) * BLOCK + token;
+		return plane + row * size + inHead;
+	}
+
+	#each(visit: (layer: string, half: number, head: number, element: number) => void): void {
+		for (const layer of Object.keys(this.kv)) {
+			for (let half = 0; half < this.halves; half++) {
+				for (let head = 0; head < this.heads; head++) {
+					for (let element = 0; element < 5; element++) {
+						visit(layer, half, head, element);
+					}
+				}
+			}
+		}
+	}
+
+	/** Computes the KV of a token that lies in a block: the same in every engine. */
+	compute(position: number, block: number): void {
+		this.#each((layer, half, head, element) => {
+			const at = this.#at(block, position % BLOCK, half, head, element);
+			(this.kv[layer] as Uint16Array)[at] = this.value(position, layer, half, head, element);
+		});
+	}
+
+	/** Whether a block's place for a token holds just its KV. */
+	holds(position: number, block: number): boolean {
+		let all = true;
+		this.#each((layer, half, head, element) => {
+			const at = this.#at(block, position % BLOCK, half, head, element);
+			all &&= this.kv[layer]?.[at] === this.value(position, layer, half, head, element);
+		});
+		return all;
+	}
+
+	value(position: number, layer: string, half: number, head: number, element: number): number {
+		return (
+			1 +
+			((position * 31 + Number(layer.at(-1)) * 7919 + half * 1009 + head * 101 + element * 11) %
+				65_000)
+		);
+	}
+}
+
+async function worker(
+	via: Server | Client,
+	engine: Engine,
+	parallelStrategy = ParallelStrategy.single(),
+): Promise<WorkerConnector> {
+	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy });
+	const connector = new WorkerConnector({ adapter, parallelStrategy });
+	open.push(connector);
+	await connector.registerKvCaches(engine.kv, engine.layout);
+	return connector;
+}
+
+const TOKENS = range(100, 100 + 3 * CHUNK);
+
+function step(
+	direction: "RETRIEVE" | "STORE",
+	blocks: number[],
+	rest: { skip?: number; start?: number; requestId?: string; salt?: string; sync?: boolean } = {},
+): ConnectorMetadata {
+	const { skip = 0, start = 0, requestId = "r", salt = "", sync = false } = rest;
+	const end = start + blocks.length * BLOCK;
+	const op: LoadStoreOp = {
+		tokenIds: TOKENS,
+		start,
+		end,
+		blockIds: [blocks],
+		skipFirstNTokens: skip,
+	};
+	return { loadAsync: !sync, requests: [{ requestId, direction, op, cacheSalt: salt }] };
+}
+
+async function run(connector: WorkerConnector, metadata: ConnectorMetadata): Promise<void> {
+	connector.bindConnectorMetadata(metadata);
+	connector.startLoadKv();
+	await connector.waitForLayerLoad();
+	await connector.waitForSave();
+}
+
+/** Awaits the end of a load. */
+async function received(connector: WorkerConnector, requestId: string): Promise<void> {
+	for (;;) {
+		const [, recving] = connector.getFinished(new Set());
+		if (recving.has(requestId)) {
+			return;
+		}
+		await new Promise((resolve) => setImmediate(resolve));
+	}
+}
+
+/** Awaits the report that an ended request's blocks are free, which includes its stores. */
+async function sent(connector: WorkerConnector, requestId: string): Promise<void> {
+	let ended = new Set([requestId]);
+	for (;;) {
+		const [sending] = connector.getFinished(ended);
+		if (sending.has(requestId)) {
+			return;
+		}
+		ended = new Set();
+		await new Promise((resolve) => setImmediate(resolve));
+	}
+}
+
+async function lookup(
+	via: Server | Client,
+	requestId: string,
+	cacheSalt = "",
+	parallelStrategy = ParallelStrategy.single(),
+): Promise<number> {
+	const adapter = createSchedulerAdapter({ via, modelName: "m", parallelStrategy });
+	adapter.maybeSubmitLookupRequest(requestId, TOKENS, { cacheSalt });
+	for (;;) {
+		const found = adapter.checkLookupResult(requestId);
+		if (found !== null) {
+			return found;
+		}
+		await new Promise((resolve) => setImmediate(resolve));
+	}
+}
+
+const SHAPES: Shape[] = (["separate", "fused", "latent"] as const).flatMap((planes) =>
+	(["NHD", "HND"] as const).map((kvLayout) => ({ planes, kvLayout })),
+);
+
+const BLOCKS_OF_3 = [3, 4, 5, 9, 0, 1, 15, 14, 13, 2, 7, 8];
+const OTHER_BLOCKS = [8, 1, 2, 3, 12, 11, 10, 9, 4, 5, 6, 7];
+
+function fill(engine: Engine, blocks: readonly number[]): void {
+	for (const position of range(0, blocks.length * BLOCK)) {
+		engine.compute(position, blocks[Math.floor(position / BLOCK)] as number);
+	}
+}
+
+function held(engine: Engine, blocks: readonly number[]): number[] {
+	return range(0, blocks.length * BLOCK).filter((position) =>
+		engine.holds(position, blocks[Math.floor(position / BLOCK)] as number),
+	);
+}
+
+describe("a worker's connector", () => {
+	for (const shape of SHAPES) {
+		for (const kvLayout of ["NHD", "HND"] as const) {
+			it(`loads what a worker with ${shape.planes} ${shape.kvLayout} stored, into ${kvLayout}`, async () => {
+				const via = await server();
+				const first = new Engine(shape);
+				fill(first, BLOCKS_OF_3);
+				const storing = await worker(via, first);
+				await run(storing, step("STORE", BLOCKS_OF_3));
+				await sent(storing, "r");
+				const second = new Engine({ ...shape, kvLayout });
+				const loading = await worker(via, second);
+				expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+				await run(loading, step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2" }));
+				await received(loading, "r2");
+				expect(loading.getBlockIdsWithLoadErrors().size).toBe(0);
+				expect(held(second, OTHER_BLOCKS)).toEqual(range(0, 3 * CHUNK));
+				for (const block of range(0, BLOCKS).filter((id) => !OTHER_BLOCKS.includes(id))) {
+					expect(held(second, [block])).toEqual([]);
+				}
+			});
+		}
+	}
+
+	it("does the same through a server in another process", async () => {
+		const process = await ServerProcess.start("--chunk-size", String(CHUNK));
+		open.push(process);
+		const via = await Client.connect({ url: process.url });
+		open.push(via);
+		const first = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(first, BLOCKS_OF_3);
+		const storing = await worker(via, first);
+		await run(storing, step("STORE", BLOCKS_OF_3));
+		await sent(storing, "r");
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		const second = new Engine({ planes: "separate", kvLayout: "HND" });
+		const loading = await worker(via, second);
+		await run(loading, step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2" }));
+		await received(loading, "r2");
+		expect(loading.getBlockIdsWithLoadErrors().size).toBe(0);
+		expect(held(second, OTHER_BLOCKS)).toEqual(range(0, 3 * CHUNK));
+	});
+
+	it("leaves the tokens alone that the engine has itself", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "HND" });
+		fill(engine, BLOCKS_OF_3);
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		for (const array of Object.values(engine.kv)) {
+			array.fill(0);
+		}
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		const load = step("RETRIEVE", BLOCKS_OF_3, { requestId: "r2", skip: 2 * BLOCK });
+		await run(connector, load);
+		await received(connector, "r2");
+		expect(held(engine, BLOCKS_OF_3)).toEqual(range(2 * BLOCK, 3 * CHUNK));
+	});
+
+	it("names just the blocks that it could not fill, when a chunk is gone after the lookup", async () => {
+		const via = await server();
+		const connector = await worker(via, new Engine({ planes: "fused", kvLayout: "NHD" }));
+		const load = step("RETRIEVE", BLOCKS_OF_3, { skip: 2 * BLOCK });
+		await run(connector, load);
+		await received(connector, "r");
+		expect([...connector.getBlockIdsWithLoadErrors()]).toEqual(BLOCKS_OF_3.slice(2));
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
+	});
+
+	it("has loaded before the step computes where the scheduler wants it so, and does not tell it twice", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		const other = new Engine({ planes: "separate", kvLayout: "NHD" });
+		const loading = await worker(via, other);
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		loading.bindConnectorMetadata(step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2", sync: true }));
+		loading.startLoadKv();
+		await loading.waitForLayerLoad("layer.0");
+		expect(held(other, OTHER_BLOCKS)).toHaveLength(3 * CHUNK);
+		const [, recving] = loading.getFinished(new Set());
+		expect([...recving]).toEqual([]);
+	});
+
+	it("stores MLA's KV once per group; each rank loads it, and tells of its requests", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "latent", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		const ranks = [0, 1].map((rank) => ParallelStrategy.tensorParallel(2, rank, true));
+		const workers = await Promise.all(ranks.map((rank) => worker(via, engine, rank)));
+		for (const connector of workers) {
+			await run(connector, step("STORE", BLOCKS_OF_3));
+			await sent(connector, "r");
+		}
+		expect(via.status().stored_chunks).toBe(3);
+		// One lease for each rank: the first to finish does not end the other's.
+		expect(await lookup(via, "r2", "", ranks[0])).toBe(3 * CHUNK);
+		for (const connector of workers) {
+			await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2" }));
+			await received(connector, "r2");
+			expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
+		}
+		expect(via.status().leases).toBe(0);
+	});
+
+	it("stores each shard when there is no MLA, and a hit needs them all", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		const ranks = [0, 1].map((rank) => ParallelStrategy.tensorParallel(2, rank));
+		const [first, second] = await Promise.all(ranks.map((rank) => worker(via, engine, rank)));
+		await run(first as WorkerConnector, step("STORE", BLOCKS_OF_3));
+		await sent(first as WorkerConnector, "r");
+		expect(await lookup(via, "r2", "", ranks[0])).toBe(0);
+		await run(second as WorkerConnector, step("STORE", BLOCKS_OF_3));
+		await sent(second as WorkerConnector, "r");
+		expect(await lookup(via, "r2", "", ranks[0])).toBe(3 * CHUNK);
+	});
+
+	it("keeps tenants apart in stores and loads", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3, { salt: "anna" }));
+		await sent(connector, "r");
+		expect(await lookup(via, "none")).toBe(0);
+		expect(await lookup(via, "bob", "bob")).toBe(0);
+		expect(await lookup(via, "anna", "anna")).toBe(3 * CHUNK);
+		// A lease of one tenant opens nothing to another.
+		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "anna", salt: "bob" }));
+		await received(connector, "anna");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(OTHER_BLOCKS.length);
+		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "anna", salt: "anna" }));
+		await received(connector, "anna");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
+	});
+
+	it("hands nothing with a salt to an adapter from before salts, and says so once", async () => {
+		const calls: unknown[][] = [];
+		const adapter: WorkerAdapter = {
+			registerKvCaches: async () => {},
+			batchedSubmitRetrieveRequests: (...rest) => calls.push(["load", ...rest]),
+			batchedSubmitStoreRequests: (...rest) => calls.push(["store", ...rest]),
+			waitForLoads: async () => {},
+			waitForSaves: async () => {},
+			getFinished: (ended) => [new Set(ended), new Set()],
+			getBlockIdsWithLoadErrors: () => new Set(),
+			shutdown: async () => {},
+		};
+		const warnings: string[] = [];
+		const connector = new WorkerConnector({ adapter, onWarning: (text) => warnings.push(text) });
+		for (const direction of ["STORE", "RETRIEVE"] as const) {
+			await run(connector, step(direction, [1, 2, 3, 4], { salt: "anna", skip: BLOCK }));
+		}
+		expect(calls).toEqual([]);
+		expect(warnings).toHaveLength(1);
+		expect([...connector.getFinished(new Set())[1]]).toEqual(["r"]);
+		expect([...connector.getBlockIdsWithLoadErrors()]).toEqual([2, 3, 4]);
+		// Called as it was before salts: with two arguments.
+		await run(connector, step("STORE", [1, 2, 3, 4]));
+		expect(calls.map((call) => call.length)).toEqual([3]);
+	});
+
+	it("tells that a request's blocks are free only when nothing copies from or to them", async () => {
+		const via = await server();
+		const connector = await worker(via, new Engine({ planes: "separate", kvLayout: "NHD" }));
+		connector.bindConnectorMetadata(step("RETRIEVE", BLOCKS_OF_3));
+		connector.startLoadKv();
+		const [sending] = connector.getFinished(new Set(["r", "other"]));
+		expect([...sending]).toEqual(["other"]);
+		await connector.shutdown();
+		const [later, recving] = connector.getFinished(new Set());
+		expect([[...later], [...recving]]).toEqual([["r"], ["r"]]);
+	});
+});
+
+describe("memory that does not fit", () => {
+	const good = new Engine({ planes: "separate", kvLayout: "NHD" });
+	const cases: [string, Record<string, LayerKv>, Partial<KvCacheLayout>, RegExp][] = [
+		[
+			"a block that does not divide the chunk",
+			good.kv,
+			{ blockSize: 5 },
+			/16 tokens .* blocks of 5/,
+		],
+		["no layer", {}, {}, /0 layers/],
+		["arrays of another size", good.kv, { numBlocks: 17 }, /layer\.0 has an array of \d+ bytes/],
+		["a negative count", good.kv, { numBlocks: -1 }, /numBlocks is -1/],
+		["a type that is not known", good.kv, { dtype: "float17" }, /float17/],
+		["a shape that is not known", good.kv, { planes: "two" as "fused" }, /planes must be/],
+		["heads in a latent plane", good.kv, { planes: "latent" }, /one head, not 3/],
+		["no array", { a: 7 as unknown as LayerKv }, {}, /layer a must be a typed array/],
+		[
+			"one K without V",
+			{ a: [good.kv["layer.0"]] as never },
+			{ numBlocks: 8 },
+			/has 1 arrays|array of/,
+		],
+	];
+	for (const [what, kv, layout, message] of cases) {
+		it(`is refused: ${what}`, async () => {
+			const via = await server();
+			const adapter = createWorkerAdapter({ via, modelName: "m" });
+			const registering = adapter.registerKvCaches(kv, { ...good.layout, ...layout });
+			await expect(registering).rejects.toThrow(message);
+			await expect(registering).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
+			expect(via.status().instances).toBe(0);
+			// As before: the right memory is taken.
+			await adapter.registerKvCaches(good.kv, good.layout);
+			await adapter.shutdown();
+		});
+	}
+
+	it("a step with blocks beyond the pool stores nothing and leaves the engine computing", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		const adapter = createWorkerAdapter({ via, modelName: "m" });
+		const connector = new WorkerConnector({ adapter });
+		open.push(connector);
+		await connector.registerKvCaches(engine.kv, engine.layout);
+		await run(connector, step("STORE", [1, 2, 3, BLOCKS]));
+		await sent(connector, "r");
+		expect(adapter.failure?.message).toMatch(/block 16 is beyond the engine's 16/);
+		expect(via.status()).toMatchObject({ stored_chunks: 0, slots_writing: 0 });
+	});
+
+	it("a detached array is named, and what it should have filled is not used", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		structuredClone(engine.kv["layer.1"], {
+			transfer: [engine.kv["layer.1"]?.buffer as ArrayBuffer],
+		});
+		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2" }));
+		await received(connector, "r2");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(OTHER_BLOCKS.length);
+		expect(via.status()).toMatchObject({ leases: 0, slots_reading: 0 });
+	});
+
+	it("is used after shutdown: a typed error", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		const adapter = createWorkerAdapter({ via, modelName: "m" });
+		expect(() => adapter.batchedSubmitStoreRequests([], [])).toThrow(/registerKvCaches/);
+		await adapter.registerKvCaches(engine.kv, engine.layout);
+		await adapter.shutdown();
+		expect(() => adapter.batchedSubmitStoreRequests([], [])).toThrow(KvferryError);
+	});
+});
+
+describe("a scheduler's adapter", () => {
+	it("keeps, frees and ends leases as it is told", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		const adapter = createSchedulerAdapter({ via, modelName: "m" });
+		adapter.maybeSubmitLookupRequest("a", TOKENS);
+		adapter.maybeSubmitLookupRequest("a", TOKENS); // asked again: the same lookup
+		expect(adapter.checkLookupResult("a")).toBe(null);
+		await new Promise((resolve) => setImmediate(resolve));
+		expect(adapter.checkLookupResult("a")).toBe(3 * CHUNK);
+		expect(via.status().leases).toBe(3);
+		adapter.freeLookupLocks("a", TOKENS, 0, CHUNK + BLOCK);
+		expect(via.status().leases).toBe(2);
+		adapter.cleanupLookupResult("a");
+		adapter.endSession("a");
+		expect(via.status().leases).toBe(0);
+		expect(adapter.pendingLookups).toBe(0);
+	});
+
+	it("finds nothing, rather than failing, when the cache does", async () => {
+		const via = await Server.start({ listen: false, memory: 2 ** 20, chunkSize: CHUNK });
+		const adapter = createSchedulerAdapter({ via, modelName: "m" });
+		await via.close();
+		const process = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: process.url });
+		open.push(client);
+		const remote = createSchedulerAdapter({ via: client, modelName: "m", timeoutMs: 2000 });
+		await process[Symbol.asyncDispose]();
+		remote.maybeSubmitLookupRequest("a", TOKENS);
+		while (remote.checkLookupResult("a") === null) {
+			await new Promise((resolve) => setImmediate(resolve));
+		}
+		expect(remote.checkLookupResult("a")).toBe(0);
+		expect(remote.failure?.code).toBe("UNREACHABLE");
+		adapter.endSession("a");
+	});
+
+	it("refuses tokens, salts and names that could mean something else", async () => {
+		const via = await server();
+		const adapter = createSchedulerAdapter({ via, modelName: "m" });
+		for (const bad of [[0.5], [-1], [2 ** 32], [Number.NaN]]) {
+			expect(() => adapter.maybeSubmitLookupRequest("a", bad)).toThrow(/token 0 is/);
+		}
+		expect(() => adapter.maybeSubmitLookupRequest("a", TOKENS, { cacheSalt: "a/b" })).toThrow(
+			expect.objectContaining({ code: "INVALID_SALT" }),
+		);
+		expect(adapter.pendingLookups).toBe(0);
+		expect(() => createSchedulerAdapter({ via, modelName: "a@b" })).toThrow(/must not contain/);
+		expect(() => createSchedulerAdapter({ via, modelName: "" })).toThrow(/modelName is empty/);
+	});
+
+	it("takes the former loose parameters, seconds included", async () => {
+		const via = await server();
+		const loose = { kvWorldSize: 2, kvWorkerId: 1, blockSize: BLOCK, mqTimeout: 0.5 };
+		expect(createSchedulerAdapter({ via, modelName: "m", ...loose }).chunkSize).toBe(CHUNK);
+		expect(() => createSchedulerAdapter({ via, modelName: "m", ...loose, mqTimeout: -1 })).toThrow(
+			/timeoutMs is -1000/,
+		);
+	});
+});

@@ -1,0 +1,481 @@
+import { checkAttached, checkInteger, checkText, invalid } from "../arguments.js";
+import type { Client } from "../client.js";
+import { KvferryError, wrap } from "../errors.js";
+import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
+import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
+import type { Server } from "../server.js";
+import { saltOf } from "../tracker.js";
+import { waitFor } from "../waiting.js";
+import type {
+	KvCacheLayout,
+	LayerKv,
+	SaltOption,
+	SchedulerAdapter,
+	WorkerAdapter,
+} from "./adapter.js";
+import { blocksToFill, type LoadStoreOp } from "./metadata.js";
+
+const U32_MAX = 2 ** 32 - 1;
+
+/** Options of {@link createSchedulerAdapter} and {@link createWorkerAdapter}. */
+export type CacheAdapterOptions = ParallelismOptions & {
+	/** Where the cache is: a server in another process, or one in this process. */
+	readonly via: Client | Server;
+	/**
+	 * Names the model and all that its KV depends on besides tokens and salt (weights, precision, rotary
+	 * settings, …): who uses the same name shares KV. Without `@`, at most 4,096 bytes. vLLM gives its `model`.
+	 */
+	readonly modelName: string;
+	/**
+	 * Milliseconds that the cache has for each answer, 1 to 2³¹ − 1; then it is a miss, or not stored.
+	 * Default 5,000.
+	 */
+	readonly timeoutMs?: number | undefined;
+};
+
+/** A {@link SchedulerAdapter} of {@link createSchedulerAdapter}. */
+export interface CacheSchedulerAdapter extends SchedulerAdapter {
+	/** Lookups whose result is not fetched and cleaned up yet. */
+	readonly pendingLookups: number;
+	/** Why the latest request to the cache failed; undefined when it did not. */
+	readonly failure: KvferryError | undefined;
+}
+
+/** A {@link WorkerAdapter} of {@link createWorkerAdapter}. */
+export interface CacheWorkerAdapter extends WorkerAdapter {
+	/** Loads and stores that have not ended. */
+	readonly pendingOperations: number;
+	/** Chunks that this worker stored. */
+	readonly storedChunks: number;
+	/** Why the latest load or store failed; undefined when it did not. */
+	readonly failure: KvferryError | undefined;
+}
+
+/**
+ * What a {@link SchedulerConnector} needs of a cache.
+ *
+ * @throws `INVALID_ARGUMENT` for a model name with `@`, or a strategy that contradicts itself.
+ *
+ * @example
+ * ```ts
+ * const adapter = createSchedulerAdapter({ via: client, modelName: "llama-3.1-8b fp16" });
+ * const connector = new SchedulerConnector({ adapter, blockSize: 16 });
+ * ```
+ */
+export function createSchedulerAdapter(options: CacheAdapterOptions): CacheSchedulerAdapter {
+	return new NativeSchedulerAdapter(options);
+}
+
+/**
+ * What a {@link WorkerConnector} needs of a cache. The memory is copied on the thread that runs JavaScript, in
+ * `registerKvCaches`' arrays.
+ *
+ * @throws `INVALID_ARGUMENT` for a strategy that contradicts itself.
+ */
+export function createWorkerAdapter(options: CacheAdapterOptions): CacheWorkerAdapter {
+	return new NativeWorkerAdapter(options);
+}
+
+class NativeSchedulerAdapter implements CacheSchedulerAdapter {
+	readonly carriesSalt = true;
+	readonly chunkSize: number;
+	readonly #native: PagedScheduler;
+	readonly #timeoutMs: number;
+	/** The tokens found, or null while that is not known. */
+	readonly #lookups = new Map<string, { found: number | null }>();
+	#failure: KvferryError | undefined;
+
+	constructor(options: CacheAdapterOptions) {
+		const { strategy, place, timeoutMs } = read(options);
+		this.chunkSize = options.via.chunkSize;
+		this.#native = options.via.openScheduler(place(strategy));
+		this.#timeoutMs = timeoutMs;
+	}
+
+	get pendingLookups(): number {
+		return this.#lookups.size;
+	}
+
+	get failure(): KvferryError | undefined {
+		return this.#failure;
+	}
+
+	maybeSubmitLookupRequest(
+		requestId: string,
+		tokenIds: readonly number[] | Uint32Array,
+		options?: SaltOption,
+	): void {
+		if (this.#lookups.has(requestId)) {
+			return;
+		}
+		const tokens = tokensOf(tokenIds);
+		const end = tokens.length - (tokens.length % this.chunkSize);
+		const cacheSalt = saltOf(options ?? {});
+		const lookup: { found: number | null } = { found: null };
+		this.#lookups.set(requestId, lookup);
+		if (end === 0) {
+			lookup.found = 0;
+			return;
+		}
+		this.#run(
+			() => this.#native.lookup(tokens, { requestId, start: 0, end, cacheSalt }, this.#timeoutMs),
+			(chunks) => {
+				lookup.found = chunks * this.chunkSize;
+			},
+			() => {
+				lookup.found = 0;
+			},
+		);
+	}
+
+	checkLookupResult(requestId: string): number | null {
+		const lookup = this.#lookups.get(requestId);
+		return lookup === undefined ? 0 : lookup.found;
+	}
+
+	cleanupLookupResult(requestId: string): void {
+		this.#lookups.delete(requestId);
+	}
+
+	freeLookupLocks(
+		requestId: string,
+		tokenIds: readonly number[] | Uint32Array,
+		start: number,
+		end: number,
+		options?: SaltOption,
+	): void {
+		const first = Math.ceil(start / this.chunkSize) * this.chunkSize;
+		const last = end - (end % this.chunkSize);
+		if (last <= first) {
+			return;
+		}
+		const tokens = tokensOf(tokenIds.slice(0, last));
+		const range = { requestId, start: first, end: last, cacheSalt: saltOf(options ?? {}) };
+		this.#run(() => this.#native.release(tokens, range, this.#timeoutMs));
+	}
+
+	endSession(requestId: string): void {
+		this.#lookups.delete(requestId);
+		this.#run(() => this.#native.endSession(requestId, this.#timeoutMs));
+	}
+
+	#run<T>(
+		work: () => Promise<T>,
+		then: (value: T) => void = () => {},
+		failed: () => void = () => {},
+	): void {
+		waitFor(work, undefined).then(
+			(value) => {
+				this.#failure = undefined;
+				then(value);
+			},
+			(error: KvferryError) => {
+				this.#failure = error;
+				failed();
+			},
+		);
+	}
+}
+
+class NativeWorkerAdapter implements CacheWorkerAdapter {
+	readonly carriesSalt = true;
+	readonly #options: CacheAdapterOptions;
+	readonly #place: PagedPlace;
+	readonly #workerId: number;
+	readonly #timeoutMs: number;
+	#native: NativeWorker | undefined;
+	#arrays: Uint8Array[] = [];
+	#registering = false;
+	#closed = false;
+	readonly #loads = new Set<Promise<void>>();
+	readonly #copying = new Set<Promise<void>>();
+	readonly #stores = new Set<Promise<void>>();
+	/** How many operations of each request have not ended. */
+	readonly #open = new Map<string, number>();
+	readonly #ended = new Set<string>();
+	#loaded = new Set<string>();
+	#errors = new Set<number>();
+	#storedChunks = 0;
+	#failure: KvferryError | undefined;
+
+	constructor(options: CacheAdapterOptions) {
+		const { strategy, place, timeoutMs } = read(options);
+		this.#options = options;
+		this.#place = place(strategy);
+		this.#workerId = strategy.kvWorkerId;
+		this.#timeoutMs = timeoutMs;
+	}
+
+	get pendingOperations(): number {
+		return this.#loads.size + this.#stores.size;
+	}
+
+	get storedChunks(): number {
+		return this.#storedChunks;
+	}
+
+	get failure(): KvferryError | undefined {
+		return this.#failure;
+	}
+
+	async registerKvCaches(
+		kvCaches: Readonly<Record<string, LayerKv>>,
+		layout: KvCacheLayout,
+	): Promise<void> {
+		if (this.#closed) {
+			throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
+		}
+		if (this.#registering) {
+			throw invalid("KV caches are registered already: shut down, and create another adapter");
+		}
+		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
+		const { planes = "separate", kvLayout = "NHD" } = layout;
+		const sizes = { numBlocks, blockSize, numKvHeads, headSize };
+		for (const [name, size] of Object.entries(sizes)) {
+			checkInteger(name, size, 1, U32_MAX);
+		}
+		checkText("dtype", dtype);
+		if (planes !== "separate" && planes !== "fused" && planes !== "latent") {
+			throw invalid('planes must be "separate", "fused" or "latent"');
+		}
+		if (kvLayout !== "NHD" && kvLayout !== "HND") {
+			throw invalid('kvLayout must be "NHD" or "HND"');
+		}
+		const layers = Object.entries(kvCaches);
+		const arrays = layers.flatMap(([name, kv]) => arraysOf(name, kv, planes === "separate"));
+		const native = { ...sizes, numLayers: layers.length, dtype, planes, order: kvLayout };
+		this.#registering = true;
+		try {
+			const worker = await waitFor(
+				() => this.#options.via.openWorker(this.#place, this.#workerId, native, this.#timeoutMs),
+				undefined,
+			);
+			const wrong = arrays.findIndex(({ length }) => length !== worker.arrayBytes);
+			if (wrong >= 0) {
+				await worker.close(this.#timeoutMs).catch(() => {}); // its connection's end does it
+				const layer = layers[planes === "separate" ? Math.floor(wrong / 2) : wrong]?.[0];
+				throw invalid(
+					`layer ${layer} has an array of ${arrays[wrong]?.length} bytes; by its layout each has ` +
+						`${worker.arrayBytes}`,
+				);
+			}
+			this.#native = worker;
+			this.#arrays = arrays;
+		} finally {
+			this.#registering = this.#native !== undefined;
+		}
+	}
+
+	batchedSubmitRetrieveRequests(
+		requestIds: readonly string[],
+		ops: readonly LoadStoreOp[],
+		cacheSalts?: readonly string[],
+	): void {
+		const worker = this.#worker();
+		ops.forEach((op, i) => {
+			const requestId = requestIds[i] as string;
+			this.#begin(requestId, this.#loads, this.#load(worker, requestId, op, cacheSalts?.[i] ?? ""));
+		});
+	}
+
+	batchedSubmitStoreRequests(
+		requestIds: readonly string[],
+		ops: readonly LoadStoreOp[],
+		cacheSalts?: readonly string[],
+	): void {
+		const worker = this.#worker();
+		ops.forEach((op, i) => {
+			const requestId = requestIds[i] as string;
+			let copied = () => {};
+			const copying = new Promise<void>((resolve) => {
+				copied = resolve;
+			});
+			this.#copying.add(copying);
+			copying.then(() => this.#copying.delete(copying));
+			const store = this.#store(worker, requestId, op, cacheSalts?.[i] ?? "", copied);
+			this.#begin(requestId, this.#stores, store.finally(copied));
+		});
+	}
+
+	async waitForLoads(): Promise<void> {
+		await Promise.all(this.#loads);
+	}
+
+	async waitForSaves(): Promise<void> {
+		await Promise.all(this.#copying);
+	}
+
+	getFinished(
+		finishedRequestIds: ReadonlySet<string>,
+	): [finishedSending: Set<string>, finishedRecving: Set<string>] {
+		for (const requestId of finishedRequestIds) {
+			this.#ended.add(requestId);
+		}
+		const sending = new Set([...this.#ended].filter((requestId) => !this.#open.has(requestId)));
+		for (const requestId of sending) {
+			this.#ended.delete(requestId);
+		}
+		const recving = this.#loaded;
+		this.#loaded = new Set();
+		return [sending, recving];
+	}
+
+	getBlockIdsWithLoadErrors(): Set<number> {
+		const errors = this.#errors;
+		this.#errors = new Set();
+		return errors;
+	}
+
+	async shutdown(): Promise<void> {
+		this.#closed = true;
+		await Promise.all([...this.#loads, ...this.#stores]);
+		const worker = this.#native;
+		this.#native = undefined;
+		this.#arrays = [];
+		await worker?.close(this.#timeoutMs).catch(() => {}); // the connection's end tells the same
+	}
+
+	#worker(): NativeWorker {
+		if (this.#closed) {
+			throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
+		}
+		if (this.#native === undefined) {
+			throw invalid("no KV caches are registered: await registerKvCaches first");
+		}
+		return this.#native;
+	}
+
+	#begin(requestId: string, among: Set<Promise<void>>, work: Promise<void>): void {
+		this.#open.set(requestId, (this.#open.get(requestId) ?? 0) + 1);
+		const ended = work.finally(() => {
+			among.delete(ended);
+			const left = (this.#open.get(requestId) ?? 1) - 1;
+			if (left > 0) {
+				this.#open.set(requestId, left);
+			} else {
+				this.#open.delete(requestId);
+			}
+		});
+		among.add(ended);
+	}
+
+	/** Loads; whatever goes wrong, the blocks are told and not used. */
+	async #load(
+		worker: NativeWorker,
+		requestId: string,
+		op: LoadStoreOp,
+		cacheSalt: string,
+	): Promise<void> {
+		let loaded = false;
+		try {
+			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
+			const range = { requestId, start: op.start, end: op.end, cacheSalt };
+			const load = await waitFor(() => worker.load(tokens, range, this.#timeoutMs), undefined);
+			let copied = false;
+			try {
+				const blocks = blocksOf(op);
+				copied = wrap(() => worker.copyIn(load, this.#arrays, blocks, op.skipFirstNTokens));
+			} finally {
+				const held = await waitFor(() => worker.finish(load, this.#timeoutMs), undefined);
+				loaded = copied && held;
+			}
+			this.#failure = undefined;
+		} catch (error) {
+			this.#failure = error as KvferryError;
+		}
+		if (!loaded) {
+			for (const block of blocksToFill(op)) {
+				this.#errors.add(block);
+			}
+		}
+		this.#loaded.add(requestId);
+	}
+
+	async #store(
+		worker: NativeWorker,
+		requestId: string,
+		op: LoadStoreOp,
+		cacheSalt: string,
+		copied: () => void,
+	): Promise<void> {
+		try {
+			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
+			const range = { requestId, start: op.start, end: op.end, cacheSalt };
+			const store = await waitFor(() => worker.store(tokens, range, this.#timeoutMs), undefined);
+			try {
+				const blocks = blocksOf(op);
+				wrap(() => worker.copyOut(store, this.#arrays, blocks));
+			} catch (error) {
+				await worker.abandon(store, this.#timeoutMs).catch(() => {}); // the first error tells more
+				throw error;
+			}
+			copied();
+			this.#storedChunks += await waitFor(() => worker.commit(store, this.#timeoutMs), undefined);
+			this.#failure = undefined;
+		} catch (error) {
+			this.#failure = error as KvferryError;
+		}
+	}
+}
+
+function read(options: CacheAdapterOptions) {
+	const { modelName, timeoutMs, mqTimeout } = options as typeof options & { mqTimeout?: number };
+	checkText("modelName", modelName);
+	if (modelName === "") {
+		throw invalid("modelName is empty: give the model's name");
+	}
+	const strategy = strategyOf(options);
+	const wait = timeoutMs ?? (mqTimeout === undefined ? 5000 : Math.ceil(mqTimeout * 1000));
+	checkInteger("timeoutMs", wait, 1, 2 ** 31 - 1);
+	const place = ({ kvWorldSize, numKvReaders }: ParallelStrategy): PagedPlace => ({
+		modelName,
+		kvWorldSize,
+		numKvReaders,
+	});
+	return { strategy, place, timeoutMs: wait };
+}
+
+/** Token ids as the wire has them. */
+function tokensOf(tokenIds: readonly number[] | Uint32Array): Uint32Array {
+	if (tokenIds instanceof Uint32Array) {
+		checkAttached("tokenIds", tokenIds);
+		return tokenIds;
+	}
+	const tokens = Uint32Array.from(tokenIds);
+	const wrong = tokens.findIndex((token, i) => token !== tokenIds[i]);
+	if (wrong >= 0) {
+		throw new KvferryError(
+			"INVALID_TOKEN",
+			`token ${wrong} is ${String(tokenIds[wrong])}: token ids are integers from 0 to 2^32 - 1`,
+		);
+	}
+	return tokens;
+}
+
+function blocksOf(op: LoadStoreOp): Uint32Array {
+	const groups = op.blockIds.filter((blocks) => blocks.length > 0);
+	if (groups.length !== 1) {
+		throw invalid(`an operation has blocks of ${groups.length} KV groups: only one can be copied`);
+	}
+	return Uint32Array.from(groups[0] as readonly number[]);
+}
+
+function arraysOf(name: string, kv: LayerKv, separate: boolean): Uint8Array[] {
+	const views = (Array.isArray(kv) ? kv : [kv]) as ArrayBufferView[];
+	const arrays = views.map((view) => {
+		if (!ArrayBuffer.isView(view)) {
+			throw invalid(`layer ${name} must be a typed array${separate ? ", or two of them" : ""}`);
+		}
+		const bytes = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+		checkAttached(`layer ${name}`, bytes);
+		return bytes;
+	});
+	const [whole] = arrays;
+	if (separate && arrays.length === 1 && whole !== undefined) {
+		return [whole.subarray(0, whole.length / 2), whole.subarray(whole.length / 2)];
+	}
+	if (arrays.length !== (separate ? 2 : 1)) {
+		throw invalid(`layer ${name} has ${arrays.length} arrays: it must have ${separate ? 2 : 1}`);
+	}
+	return arrays;
+}

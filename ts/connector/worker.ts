@@ -1,0 +1,179 @@
+import { invalid } from "../arguments.js";
+import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
+import type { KvCacheLayout, LayerKv, WorkerAdapter } from "./adapter.js";
+import { blocksToFill, type ConnectorMetadata, type RequestMetadata } from "./metadata.js";
+
+/** Options of {@link WorkerConnector}. */
+export type WorkerConnectorOptions = ParallelismOptions & {
+	/** The cache. */
+	readonly adapter: WorkerAdapter;
+	/** Gets each warning once. Default: `process.emitWarning`. */
+	readonly onWarning?: ((message: string) => void) | undefined;
+};
+
+/**
+ * A worker's side of KV offloading, with the methods of vLLM's connectors: it carries out what the
+ * scheduler's side planned. For each step: `bindConnectorMetadata`, `startLoadKv`, compute (before each layer
+ * `waitForLayerLoad`, after it `saveKvLayer`), `waitForSave`, `getFinished`, `getBlockIdsWithLoadErrors`.
+ */
+export class WorkerConnector implements AsyncDisposable {
+	/** Where this worker stands, and whether it stores. */
+	readonly parallelStrategy: ParallelStrategy;
+	readonly #adapter: WorkerAdapter;
+	readonly #warn: (message: string) => void;
+	#warned = false;
+	#metadata: ConnectorMetadata = { requests: [], loadAsync: true };
+	#loads: Promise<void> | undefined;
+	/** Loads that were refused here, and that nobody else reports. */
+	readonly #refused = { requests: new Set<string>(), blocks: new Set<number>() };
+	/** Requests whose load the engine does not hear of by `getFinished`. */
+	readonly #synchronous = new Set<string>();
+	#shutdown: Promise<void> | undefined;
+
+	/** @throws `INVALID_ARGUMENT` for a strategy that contradicts itself. */
+	constructor(options: WorkerConnectorOptions) {
+		this.parallelStrategy = strategyOf(options);
+		this.#adapter = options.adapter;
+		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
+	}
+
+	/**
+	 * Announces the memory that KV is copied from and to, by the names of the layers, in the model's order. It
+	 * must stay as it is until {@link WorkerConnector.shutdown}.
+	 *
+	 * @throws `INVALID_ARGUMENT` for memory that is not as `layout` says.
+	 */
+	async registerKvCaches(
+		kvCaches: Readonly<Record<string, LayerKv>>,
+		layout: KvCacheLayout,
+	): Promise<void> {
+		await this.#adapter.registerKvCaches(kvCaches, layout);
+	}
+
+	/** Takes in what this step loads and stores. */
+	bindConnectorMetadata(metadata: ConnectorMetadata): void {
+		if (!Array.isArray(metadata?.requests)) {
+			throw invalid("metadata must be what buildConnectorMeta returned");
+		}
+		this.#metadata = metadata;
+	}
+
+	/** Begins this step's loads. */
+	startLoadKv(): void {
+		const { requests, loadAsync } = this.#metadata;
+		const loads = this.#allowed(requests.filter(({ direction }) => direction === "RETRIEVE"));
+		for (const { requestId } of loadAsync ? [] : loads) {
+			this.#synchronous.add(requestId);
+		}
+		if (loads.length > 0) {
+			this.#adapter.batchedSubmitRetrieveRequests(...batchOf(loads));
+		}
+		this.#loads = loads.length > 0 && !loadAsync ? this.#adapter.waitForLoads() : undefined;
+	}
+
+	/**
+	 * Resolves when a layer is loaded: at once where loads end between steps. Whether it is good,
+	 * {@link WorkerConnector.getBlockIdsWithLoadErrors} tells.
+	 */
+	async waitForLayerLoad(_layerName?: string): Promise<void> {
+		await this.#loads;
+	}
+
+	/** Tells that a layer is computed. Layers are stored together, in {@link WorkerConnector.waitForSave}. */
+	saveKvLayer(_layerName?: string): void {}
+
+	/**
+	 * Stores what this step planned, to be called when the step is computed. When it resolves, blocks may be
+	 * computed anew or given to others; what the cache could not take until then is not stored.
+	 */
+	async waitForSave(): Promise<void> {
+		if (this.parallelStrategy.storesKv) {
+			const { requests } = this.#metadata;
+			const stores = this.#allowed(requests.filter(({ direction }) => direction === "STORE"));
+			if (stores.length > 0) {
+				this.#adapter.batchedSubmitStoreRequests(...batchOf(stores));
+			}
+		}
+		this.#metadata = { requests: [], loadAsync: true };
+		await this.#adapter.waitForSaves();
+	}
+
+	/**
+	 * What ended since the last call. A request counts when all workers have told it.
+	 *
+	 * @param finishedRequestIds Requests that the engine ended since: finished or aborted.
+	 * @returns Requests that the engine ended and whose blocks it may give to others, each once, from workers that
+	 * store nothing too; and requests whose load has ended, well or not.
+	 */
+	getFinished(
+		finishedRequestIds: ReadonlySet<string>,
+	): [finishedSending: Set<string>, finishedRecving: Set<string>] {
+		const [sending, recving] = this.#adapter.getFinished(finishedRequestIds);
+		for (const requestId of this.#refused.requests) {
+			recving.add(requestId);
+		}
+		this.#refused.requests.clear();
+		for (const requestId of recving) {
+			if (this.#synchronous.delete(requestId)) {
+				recving.delete(requestId);
+			}
+		}
+		return [sending, recving];
+	}
+
+	/** Blocks that were to be loaded and do not hold what they should, since the last call. */
+	getBlockIdsWithLoadErrors(): Set<number> {
+		const failed = this.#adapter.getBlockIdsWithLoadErrors();
+		for (const block of this.#refused.blocks) {
+			failed.add(block);
+		}
+		this.#refused.blocks.clear();
+		return failed;
+	}
+
+	/** Ends everything, once nothing is copied any more. Calling it again does nothing. */
+	async shutdown(): Promise<void> {
+		this.#shutdown ??= this.#adapter.shutdown();
+		await this.#shutdown;
+	}
+
+	/** The same as {@link WorkerConnector.shutdown}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.shutdown();
+	}
+
+	/** What the adapter may see: nothing with a salt that it would lose on the way. */
+	#allowed(requests: readonly RequestMetadata[]): readonly RequestMetadata[] {
+		if (this.#adapter.carriesSalt === true) {
+			return requests;
+		}
+		const refused = requests.filter(({ cacheSalt }) => cacheSalt !== "");
+		for (const { requestId, direction, op } of refused) {
+			if (direction === "RETRIEVE") {
+				if (this.#metadata.loadAsync) {
+					this.#refused.requests.add(requestId);
+				}
+				for (const block of blocksToFill(op)) {
+					this.#refused.blocks.add(block);
+				}
+			}
+		}
+		if (refused.length > 0 && !this.#warned) {
+			this.#warned = true;
+			this.#warn(
+				"The worker's adapter does not declare carriesSalt, so what has a salt is neither loaded nor " +
+					"stored: no tenant may be served what another one stored.",
+			);
+		}
+		return requests.filter(({ cacheSalt }) => cacheSalt === "");
+	}
+}
+
+function batchOf(
+	requests: readonly RequestMetadata[],
+): [string[], RequestMetadata["op"][], string[]?] {
+	const ids = requests.map(({ requestId }) => requestId);
+	const ops = requests.map(({ op }) => op);
+	const salts = requests.map(({ cacheSalt }) => cacheSalt);
+	return salts.some((salt) => salt !== "") ? [ids, ops, salts] : [ids, ops];
+}
