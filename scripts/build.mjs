@@ -8,8 +8,13 @@ import { parseArgs } from "node:util";
 import { hostTarget } from "./platforms.mjs";
 import { root, run, setup, step, toolEnvironment } from "./setup.mjs";
 
-/** Builds the addon for `target` and its declarations; cargo decides what is stale. */
-export function buildAddon(target = hostTarget()) {
+/**
+ * Builds the addon for `target` and its declarations; cargo decides what is stale.
+ *
+ * @param {string} target
+ * @param {{ output: string, features: string[] } | undefined} special A build that is not the package's.
+ */
+export function buildAddon(target = hostTarget(), special = undefined) {
 	step(`addon for ${target}`);
 	const env = { ...toolEnvironment(), RUSTFLAGS: flags() };
 	run(
@@ -17,8 +22,10 @@ export function buildAddon(target = hostTarget()) {
 		[
 			...["build", "--platform", "--release", "--target", target],
 			...["--package", "kvferry-node", "--manifest-path", "crates/kvferry-node/Cargo.toml"],
-			...["--package-json-path", "package.json", "--output-dir", ".", "--no-js"],
-			...["--dts", "ts/native-binding.d.ts", "--no-const-enum"],
+			...["--package-json-path", "package.json", "--no-js", "--no-const-enum"],
+			...["--output-dir", special?.output ?? "."],
+			...["--dts", special === undefined ? "ts/native-binding.d.ts" : "native-binding.d.ts"],
+			...(special === undefined ? [] : ["--features", special.features.join(",")]),
 		],
 		{
 			env: target.includes("-linux-")

@@ -5,10 +5,12 @@ import { mkdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { buildAddon, buildJavaScript } from "./build.mjs";
 import { cache, root, setup, step, toolEnvironment } from "./setup.mjs";
+import { buildSimulator } from "./simulator-build.mjs";
 
 setup();
 buildAddon();
 buildJavaScript();
+await buildSimulator();
 const rust = await testRust();
 const typescript = await testTypeScript();
 const passed = rust.passed + typescript.passed;

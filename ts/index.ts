@@ -42,6 +42,7 @@ export {
 export type { ConnectorMetadata, LoadStoreOp, RequestMetadata } from "./connector/metadata.js";
 export {
 	type CachedRequest,
+	type ConnectorOutput,
 	type EngineRequest,
 	SchedulerConnector,
 	type SchedulerConnectorOptions,

@@ -87,6 +87,8 @@ export declare class PagedScheduler {
   lookup(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<number>
   /** Gives leases back. */
   release(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<undefined>
+  /** Drops what is stored and not in use. */
+  clear(timeoutMs: number): Promise<undefined>
   /** Ends a request's session. */
   endSession(requestId: string, timeoutMs: number): Promise<undefined>
 }

@@ -268,3 +268,107 @@ describe("the salt of a request", () => {
 		expect(connector.getNumNewMatchedTokens(plain, 0)).toEqual([64, true]);
 	});
 });
+
+/** Looks up, allocates and plans the load of a request's hit. */
+function load(connector: SchedulerConnector, a: EngineRequest, blocks: number[]): void {
+	const [tokens] = connector.getNumNewMatchedTokens(a, 0);
+	connector.updateStateAfterAlloc(a, blocks, tokens as number);
+	expect(connector.buildConnectorMeta(idle).requests).toHaveLength(1);
+}
+
+function stored(connector: SchedulerConnector, a: EngineRequest, tokens: number, isNew = true) {
+	const { requests } = connector.buildConnectorMeta({
+		...idle,
+		...(isNew ? { scheduledNewReqs: [a] } : { scheduledCachedReqs: [a] }),
+		numScheduledTokens: { [a.requestId]: tokens },
+	});
+	const stores = requests.filter(({ direction }) => direction === "STORE");
+	return stores.map(({ op }) => [op.start, op.end]);
+}
+
+describe("a load that failed", () => {
+	it("is not waited for again, also when nobody says how much is computed", () => {
+		const { connector } = open(() => 128);
+		for (const numComputedTokens of [undefined, 0]) {
+			const a = request(`r${numComputedTokens}`, 150, { numComputedTokens });
+			load(connector, a, range(0, 8));
+			expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([0, false]);
+			expect(connector.tracker(a.requestId)?.state).toBe("BYPASSED");
+		}
+	});
+
+	it("leaves no chunk out that is computed instead, or that the engine has itself by then", () => {
+		const { connector } = open(() => 128);
+		const a = { ...request("a", 150), numComputedTokens: 0 };
+		load(connector, a, range(0, 8));
+		expect(connector.getNumNewMatchedTokens(a, 32)).toEqual([0, false]);
+		connector.updateStateAfterAlloc(a, range(20, 30), 0);
+		a.numComputedTokens = 32;
+		expect(stored(connector, a, 118)).toEqual([[0, 128]]);
+	});
+
+	it("has nothing stored before it is computed, when only a part was loaded", () => {
+		const { connector } = open(() => 128);
+		let computed = 0;
+		const a = {
+			...request("a", 300),
+			get numComputedTokens() {
+				return computed;
+			},
+		};
+		load(connector, a, range(0, 19));
+		// Two blocks of eight were good: the engine computes the others, a few in each step.
+		computed = 32;
+		connector.updateStateAfterAlloc(a, range(0, 19), 0);
+		expect(stored(connector, a, 96)).toEqual([]);
+		computed = 128;
+		expect(stored(connector, a, 63, false)).toEqual([]);
+		computed = 191;
+		expect(stored(connector, a, 1, false)).toEqual([[128, 192]]);
+	});
+
+	it("ends the stores of a request of which nobody says how much is computed", () => {
+		const { connector } = open(() => 128);
+		const [a, b] = [request("a", 300), request("b", 300)];
+		load(connector, a, range(0, 19));
+		load(connector, b, range(20, 39));
+		connector.updateConnectorOutput({ invalidBlockIds: [2, 3] });
+		connector.updateStateAfterAlloc(a, range(0, 19), 0);
+		connector.updateStateAfterAlloc(b, range(20, 39), 0);
+		expect(stored(connector, a, 96)).toEqual([]);
+		expect(stored(connector, a, 100, false)).toEqual([]);
+		expect(stored(connector, b, 172)).toEqual([[128, 256]]);
+		expect(() => connector.updateConnectorOutput({ invalidBlockIds: [-1] })).toThrow(
+			/an invalid block id is -1/,
+		);
+	});
+
+	it("in the step that computes spoils what is computed on it: that step stores nothing, the next does", () => {
+		const { connector } = open(() => 64, { loadAsync: false });
+		const a = { ...request("a", 150), numComputedTokens: 64 };
+		const b = { ...request("b", 150), numComputedTokens: 0 };
+		expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([64, false]);
+		connector.updateStateAfterAlloc(a, range(0, 10), 64);
+		expect(stored(connector, a, 85)).toEqual([]);
+		a.numComputedTokens = 149;
+		expect(stored(connector, a, 1, false)).toEqual([[64, 128]]);
+		// Without a load a step stores what it computes.
+		connector.getNumNewMatchedTokens(b, 64);
+		connector.updateStateAfterAlloc(b, range(20, 30), 0);
+		b.numComputedTokens = 64;
+		expect(stored(connector, b, 86)).toEqual([[64, 128]]);
+	});
+});
+
+describe("a request that was preempted", () => {
+	it("has its local hit stored when the engine says what it has computed", () => {
+		const { connector } = open(() => 0);
+		const a = request("a", 150);
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 10), 0);
+		const again = { ...a, status: "PREEMPTED", numComputedTokens: 112 };
+		expect(connector.getNumNewMatchedTokens(again, 112)).toEqual([0, false]);
+		connector.updateStateAfterAlloc(again, range(20, 30), 0);
+		expect(stored(connector, again, 38)).toEqual([[0, 128]]);
+	});
+});

@@ -6,6 +6,7 @@ import { homedir, tmpdir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { addonOf, simulatorRoot } from "../../scripts/simulator-build.mjs";
 
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const PLATFORM = "linux-x64-gnu";
@@ -51,6 +52,17 @@ describe("the tarballs", () => {
 			`package/kvferry.${PLATFORM}.node`,
 			"package/package.json",
 		]);
+	});
+
+	it("ship no deliberate defect, which the simulator's build has", () => {
+		const marker = "kvferry: this build has deliberate defects";
+		const simulator = readFileSync(addonOf(simulatorRoot));
+		expect(simulator.includes(marker)).toBe(true);
+		const shipped = readFileSync(
+			join(project, `node_modules/@kvferry/${PLATFORM}/kvferry.${PLATFORM}.node`),
+		);
+		expect(shipped.includes(marker)).toBe(false);
+		expect(shipped.includes("simulatorDefect")).toBe(false);
 	});
 
 	it("bring no other package with them", () => {

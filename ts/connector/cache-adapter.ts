@@ -159,6 +159,16 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		this.#run(() => this.#native.endSession(requestId, this.#timeoutMs));
 	}
 
+	async resetCache(): Promise<boolean> {
+		try {
+			await waitFor(() => this.#native.clear(this.#timeoutMs), undefined);
+			return true;
+		} catch (error) {
+			this.#failure = error as KvferryError;
+			return false;
+		}
+	}
+
 	#run<T>(
 		work: () => Promise<T>,
 		then: (value: T) => void = () => {},

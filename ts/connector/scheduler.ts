@@ -20,7 +20,10 @@ export interface EngineRequest {
 	readonly cacheSalt?: string | null | undefined;
 	/** `PREEMPTED` when its blocks were taken away; every other word is as good as none. */
 	readonly status?: string | undefined;
-	/** Tokens whose KV the engine has. Default: not said. */
+	/**
+	 * Tokens whose KV the engine has, those of the step that is being planned not included. Default: not said;
+	 * a request whose load failed is not stored any more then.
+	 */
 	readonly numComputedTokens?: number | undefined;
 	/** Blocks that have a hash. Default: the whole blocks of `allTokenIds`. */
 	readonly numBlockHashes?: number | undefined;
@@ -47,6 +50,16 @@ export interface SchedulerOutput {
 	readonly scheduledCachedReqs: readonly CachedRequest[];
 	/** Tokens of each request in this step, by id. */
 	readonly numScheduledTokens: Readonly<Record<string, number>>;
+}
+
+/** What the workers told in a step, put together. */
+export interface ConnectorOutput {
+	/** Ended requests that all workers told: see `WorkerConnector.getFinished`. Default none. */
+	readonly finishedSending?: Iterable<string> | undefined;
+	/** Requests whose load all workers told to have ended. Default none. */
+	readonly finishedRecving?: Iterable<string> | undefined;
+	/** What any worker's `getBlockIdsWithLoadErrors` said. Default none. */
+	readonly invalidBlockIds?: Iterable<number> | undefined;
 }
 
 /** Options of {@link SchedulerConnector}. */
@@ -92,6 +105,10 @@ export class SchedulerConnector {
 	readonly #warn: (message: string) => void;
 	readonly #warned = new Set<string>();
 	readonly #requests = new Map<string, EngineRequest>();
+	/** Requests of which nobody says how much is computed, since a load of theirs failed. */
+	readonly #unknown = new Set<string>();
+	/** Something is loaded in the very step that is planned next. */
+	#loadsNow = false;
 	/** Requests whose tokens must not be shown to the adapter. */
 	readonly #uncached = new Set<string>();
 
@@ -140,15 +157,20 @@ export class SchedulerConnector {
 		}
 		const tracker = this.#track(request);
 		const { requestId } = request;
+		const local = numComputedTokens - (numComputedTokens % this.#alignment);
 		if (request.status === "PREEMPTED" && this.#planner === "block") {
+			// vLLM forgets the local hit here and stores less; its own count tells which of both is meant.
+			if (request.numComputedTokens !== undefined) {
+				this.#table.setHits(requestId, local, 0);
+			}
 			return [0, false];
 		}
-		if (tracker.state === "BYPASSED") {
-			return [0, false];
-		}
-		if (this.#loadFailed(request, tracker)) {
+		if (tracker.state === "READY" && loadFailed(request, tracker)) {
 			this.#adapter.cleanupLookupResult(requestId);
 			this.#table.bypass(requestId);
+		}
+		if (tracker.state === "BYPASSED") {
+			this.#table.setHits(requestId, local, 0);
 			return [0, false];
 		}
 		this.#adapter.maybeSubmitLookupRequest(requestId, request.allTokenIds, salted(cacheSalt));
@@ -156,7 +178,6 @@ export class SchedulerConnector {
 		if (found === null) {
 			return [null, this.#loadAsync];
 		}
-		const local = numComputedTokens - (numComputedTokens % this.#alignment);
 		this.#table.setHits(requestId, local, found);
 		// A model needs one token to go on from.
 		const usable = Math.min(found, request.allTokenIds.length - 1);
@@ -183,6 +204,7 @@ export class SchedulerConnector {
 		const tracker = this.#tracked(requestId);
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
+		this.#loadsNow ||= state === "WAITING_FOR_LOAD" && !this.#loadAsync;
 		if (before !== "PREFETCHING") {
 			return;
 		}
@@ -220,7 +242,7 @@ export class SchedulerConnector {
 			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, 2 ** 32 - 1);
 			handles.push(tracker.handle);
 			scheduled.push(count as number);
-			tokens.push(this.#hashedTokens(request));
+			tokens.push(this.#storableTokens(request, tracker, count as number));
 			const lists =
 				given === null || given === undefined
 					? Array.from({ length: groups }, () => [])
@@ -252,6 +274,7 @@ export class SchedulerConnector {
 			blockOffsets: Uint32Array.from(offsets),
 			blockIds: Uint32Array.from(blockIds),
 		});
+		this.#loadsNow = false;
 		const requests: RequestMetadata[] = [];
 		for (const { handle, direction, ...op } of plan) {
 			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
@@ -262,6 +285,27 @@ export class SchedulerConnector {
 			this.#adapter.reportBlockAllocations?.(allocations);
 		}
 		return { requests, loadAsync: this.#loadAsync };
+	}
+
+	/**
+	 * Takes in what the workers told in a step, before the next one is planned.
+	 *
+	 * @throws `INVALID_ARGUMENT` for block ids that are no integers from 0 on.
+	 */
+	updateConnectorOutput(output: ConnectorOutput): void {
+		const invalidBlockIds = new Set(output.invalidBlockIds ?? []);
+		for (const id of invalidBlockIds) {
+			checkInteger("an invalid block id", id, 0, 2 ** 32 - 1);
+		}
+		if (invalidBlockIds.size === 0) {
+			return;
+		}
+		for (const [requestId, { numComputedTokens }] of this.#requests) {
+			const blockIds = this.#table.get(requestId)?.allocatedBlockIds.flat() ?? [];
+			if (numComputedTokens === undefined && blockIds.some((id) => invalidBlockIds.has(id))) {
+				this.#unknown.add(requestId);
+			}
+		}
 	}
 
 	/**
@@ -282,6 +326,7 @@ export class SchedulerConnector {
 			const extra = (tracker?.numExternalHitTokens ?? 0) - (tracker?.numLocalHitTokens ?? 0);
 			params[EXTRA] = Math.max(0, extra);
 		}
+		this.#unknown.delete(requestId);
 		const uncached = this.#uncached.delete(requestId);
 		if (tracker === undefined || uncached) {
 			return [false, params];
@@ -344,13 +389,21 @@ export class SchedulerConnector {
 		return Math.min(allTokenIds.length, numBlockHashes * this.#alignment);
 	}
 
-	/** Asked again with nothing computed after a load was planned: the load failed, and was not counted. */
-	#loadFailed(request: EngineRequest, tracker: RequestTracker): boolean {
-		return (
-			tracker.state === "READY" &&
-			request.numComputedTokens === 0 &&
-			tracker.numExternalHitTokens > 0
-		);
+	/** Tokens that may be stored at the end of a step: those that are surely good then. */
+	#storableTokens(request: EngineRequest, tracker: RequestTracker, scheduled: number): number {
+		// What is loaded in this step may fail, and all that is computed on it is wrong then: in other
+		// requests too, which share its blocks. The next step stores it.
+		if (this.#loadsNow || this.#unknown.has(request.requestId)) {
+			return tracker.numStoredTokens;
+		}
+		const hashed = this.#hashedTokens(request);
+		const { numComputedTokens } = request;
+		if (numComputedTokens === undefined) {
+			return hashed;
+		}
+		checkInteger(`numComputedTokens of ${request.requestId}`, numComputedTokens, 0, 2 ** 32 - 1);
+		// After a failed load more was scheduled than is computed.
+		return Math.min(hashed, numComputedTokens + scheduled);
 	}
 
 	#allocation(
@@ -375,6 +428,11 @@ export class SchedulerConnector {
 			this.#warn(message);
 		}
 	}
+}
+
+/** Asked again with nothing computed after a load was planned: the load failed, and was not counted. */
+function loadFailed(request: EngineRequest, tracker: RequestTracker): boolean {
+	return (request.numComputedTokens ?? 0) === 0 && tracker.numExternalHitTokens > 0;
 }
 
 const EXTRA = "num_lmcache_extra_cached_tokens";

@@ -210,6 +210,13 @@ impl Cache for Client {
         })
     }
 
+    fn clear(&self, deadline: Instant) -> CacheFuture<'_, ()> {
+        Box::pin(async move {
+            let request = Request::Clear { force: false };
+            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+        })
+    }
+
     fn discard<'a>(
         &'a self,
         instance: u64,

@@ -114,6 +114,9 @@ pub trait Cache: Send + Sync {
         deadline: Instant,
     ) -> CacheFuture<'a, Option<RetrieveGrant>>;
 
+    /// Drops everything that is neither leased nor being written.
+    fn clear(&self, deadline: Instant) -> CacheFuture<'_, ()>;
+
     /// Drops objects of the instance whose bytes turned out not to be what was stored, so that they are
     /// stored anew. Servers that cannot, keep them.
     fn discard<'a>(

@@ -2,6 +2,7 @@
 //! unsafe.
 
 pub mod cache;
+pub mod defect;
 pub mod error;
 pub mod hash;
 pub mod key;

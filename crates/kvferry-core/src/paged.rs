@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cache::{Cache, Memory, Slot};
+use crate::defect::{Defect, is_active};
 use crate::key::{Key, check_model_name, check_salt};
 use crate::kv_layout::{KvLayout, Piece};
 use crate::{Error, ErrorCode, Result};
@@ -76,17 +77,26 @@ pub struct Store {
 
 impl Place {
     fn key(&self, range: Range, worker_id: Option<u32>) -> Key {
-        let Range { request_id, token_ids, start, end, cache_salt } = range;
+        let Range { request_id, token_ids, start, end, mut cache_salt } = range;
+        let Self { world_size, mut num_kv_readers, .. } = *self;
+        if is_active(Defect::SaltLeftOut) {
+            cache_salt.clear();
+        }
+        if is_active(Defect::OneReaderUnderMla) {
+            num_kv_readers = 1;
+        }
+        let first = is_active(Defect::FirstShardForAll).then_some(0);
+        let worker_id = worker_id.and(first).or(worker_id);
         Key {
             model_name: self.model_name.clone(),
-            world_size: self.world_size,
+            world_size,
             worker_id,
             token_ids,
             start,
             end,
             request_id,
             cache_salt,
-            num_kv_readers: self.num_kv_readers,
+            num_kv_readers,
         }
     }
 }
@@ -110,6 +120,11 @@ impl Scheduler {
     /// Gives back the leases of the range's chunks.
     pub async fn release(&self, range: Range, deadline: Instant) -> Result<()> {
         self.cache.release(&self.place.key(range, None), deadline).await
+    }
+
+    /// Drops what is stored and not in use, of all models.
+    pub async fn clear(&self, deadline: Instant) -> Result<()> {
+        self.cache.clear(deadline).await
     }
 
     /// The request has ended: its leases end, those excepted that a worker reads under.
@@ -210,6 +225,9 @@ impl Worker {
     pub async fn store(&self, range: Range, deadline: Instant) -> Result<Store> {
         let key = self.place.key(range, Some(self.worker_id));
         let grant = self.cache.prepare_store(&key, self.instance, deadline).await?;
+        if is_active(Defect::CommitBeforeFill) {
+            self.cache.commit_store(&key, self.instance, deadline).await?;
+        }
         Ok(Store {
             key,
             slots: grant.slots,
@@ -246,8 +264,9 @@ impl Worker {
     /// Makes what was copied visible; says how many chunks it were.
     pub async fn commit(&self, store: Store, deadline: Instant) -> Result<u32> {
         let chunks = u32::try_from(store.chunks.len()).unwrap_or(u32::MAX);
-        let visible =
-            chunks > 0 && self.cache.commit_store(&store.key, self.instance, deadline).await?;
+        let visible = chunks > 0
+            && (is_active(Defect::CommitBeforeFill)
+                || self.cache.commit_store(&store.key, self.instance, deadline).await?);
         Ok(if visible { chunks } else { 0 })
     }
 

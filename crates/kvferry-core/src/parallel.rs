@@ -4,6 +4,7 @@
 //! those of LMCache 0.5.6's `ParallelStrategy`; for one server and no decode context parallelism they are
 //! vLLM's too (pull request 38810).
 
+use crate::defect::{Defect, is_active};
 use crate::key::WORLD_SIZE_MAX;
 use crate::{Error, Result};
 
@@ -97,6 +98,7 @@ impl Parallelism {
                 first_of_group: within == 0,
                 // All ranks of a stage have the same KV: stored once for each server and token shard.
                 stores: match decode_context {
+                    _ if is_active(Defect::EveryRankStores) => true,
                     1 => rank.is_multiple_of(per_server),
                     _ => rank % ranks_per_server.min(tensor) < decode_context,
                 },

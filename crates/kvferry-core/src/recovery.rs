@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::defect::{Defect, is_active};
 use crate::{Error, Result};
 
 /// What becomes of a request whose KV could not be loaded.
@@ -80,7 +81,10 @@ pub fn recover(step: &Step<'_>) -> Result<Recovery> {
             0 => FOUND_SYNCHRONOUS,
             _ => FOUND_ASYNCHRONOUS,
         };
-        let before = step.computed[request] - step.scheduled[request];
+        let mut before = step.computed[request] - step.scheduled[request];
+        if is_active(Defect::RecoveryWithoutSubtraction) {
+            before = step.computed[request];
+        }
         let mut affected = false;
         let mut cut = None;
         for (at, id) in (0..before.div_ceil(step.block_size)).zip(ids) {

@@ -7,6 +7,7 @@
 
 use std::mem;
 
+use crate::defect::{Defect, is_active};
 use crate::{Error, Result};
 
 /// Words of one operation: handle, direction (0 load, 1 store), first token, token after the last,
@@ -427,7 +428,12 @@ impl Trackers {
         let Tracker { tokens, limit, scheduled, local_hit, external_hit, stored, .. } = *tracker;
         // The greater of the hits, not their sum: both count the same leading tokens. Nor the external hit
         // alone, which ends at a chunk: blocks between the two would never be stored.
-        let computed = u64::from(scheduled) + u64::from(local_hit.max(external_hit));
+        let hit = match () {
+            () if is_active(Defect::SumForMax) => local_hit.saturating_add(external_hit),
+            () if is_active(Defect::ExternalHitAlone) => external_hit,
+            () => local_hit.max(external_hit),
+        };
+        let computed = u64::from(scheduled) + u64::from(hit);
         let groups = self.layout.groups.iter().enumerate().filter(|(_, block)| **block > 0);
         let allocated =
             groups.map(|(group, block)| allocated(group) as u64 * u64::from(*block)).min();

@@ -15,4 +15,6 @@ mod parallel;
 mod promise;
 mod recovery;
 mod server;
+#[cfg(feature = "simulator")]
+mod simulator;
 mod tracker;

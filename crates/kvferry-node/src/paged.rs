@@ -184,6 +184,13 @@ impl PagedScheduler {
         begin(env, async move { inner.release(which, until).await })
     }
 
+    /// Drops what is stored and not in use.
+    #[napi(catch_unwind)]
+    pub fn clear<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, ()>> {
+        let (inner, until) = (Arc::clone(&self.inner), deadline(timeout_ms));
+        begin(env, async move { inner.clear(until).await })
+    }
+
     /// Ends a request's session.
     #[napi(catch_unwind)]
     pub fn end_session<'env>(

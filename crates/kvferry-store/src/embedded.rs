@@ -7,6 +7,7 @@ use std::time::Instant;
 use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
 use kvferry_core::key::{Key, Layout};
 
+use crate::clock::now;
 use crate::store::{Departure, Owner, Store};
 
 /// A peer of a store in the same process. Dropping it gives back what it held.
@@ -49,11 +50,11 @@ impl Cache for Embedded {
     }
 
     fn lookup<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, u64> {
-        Box::pin(ready(self.store.lookup(self.owner, key, 1, Instant::now())))
+        Box::pin(ready(self.store.lookup(self.owner, key, 1, now())))
     }
 
     fn release<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, ()> {
-        Box::pin(ready(self.store.release(key, 1, Instant::now())))
+        Box::pin(ready(self.store.release(key, 1, now())))
     }
 
     fn end_session<'a>(&'a self, request_id: &'a str, _deadline: Instant) -> CacheFuture<'a, ()> {
@@ -67,7 +68,7 @@ impl Cache for Embedded {
         instance: u64,
         _deadline: Instant,
     ) -> CacheFuture<'a, StoreGrant> {
-        let reserved = self.store.prepare_store(self.owner, key, instance, Instant::now());
+        let reserved = self.store.prepare_store(self.owner, key, instance, now());
         Box::pin(ready(reserved.map(|reserved| StoreGrant {
             slots: reserved.slots,
             chunk_indices: reserved.chunk_indices,
@@ -100,9 +101,14 @@ impl Cache for Embedded {
         instance: u64,
         _deadline: Instant,
     ) -> CacheFuture<'a, Option<RetrieveGrant>> {
-        let slots = self.store.prepare_retrieve(self.owner, key, instance, Instant::now());
+        let slots = self.store.prepare_retrieve(self.owner, key, instance, now());
         let memory = self.store.memory();
         Box::pin(ready(slots.map(|slots| slots.map(|slots| RetrieveGrant { slots, memory }))))
+    }
+
+    fn clear(&self, _deadline: Instant) -> CacheFuture<'_, ()> {
+        self.store.clear();
+        Box::pin(ready(Ok(())))
     }
 
     fn discard<'a>(

@@ -22,10 +22,10 @@ pub(crate) struct ObjectId {
 }
 
 /// A reference to an object that notices when the object is gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Handle {
-    index: u32,
     generation: u64,
+    index: u32,
 }
 
 #[derive(Debug)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_copy::POOL_STEP;
+use kvferry_core::defect::{Defect, is_active};
 use kvferry_core::key::{Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 
@@ -256,7 +257,13 @@ impl State {
         if let Some(belongings) = self.owners.get_mut(&session.owner) {
             belongings.sessions.remove(request_id);
         }
-        for (handle, count) in session.leases {
+        if is_active(Defect::SessionKept) {
+            return;
+        }
+        // In an order that does not depend on the map: what is evicted next must not be left to chance.
+        let mut leases: Vec<_> = session.leases.into_iter().collect();
+        leases.sort_unstable_by_key(|(handle, _)| std::cmp::Reverse(*handle));
+        for (handle, count) in leases {
             for _ in 0..count {
                 self.index.unpin(handle);
             }
@@ -318,6 +325,10 @@ impl State {
             let grants: Vec<_> =
                 objects.filter_map(|handle| self.index.remove_reserved(*handle)).collect();
             self.counters.abandoned_chunks += grants.len() as u64;
+            if is_active(Defect::LateSlotReused) {
+                grants.into_iter().for_each(|grant| self.pool.give_back(grant));
+                continue;
+            }
             known.apart.push(Apart { owner: reservation.owner, range, grants });
         }
     }

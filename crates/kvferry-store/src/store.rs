@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_copy::PrivateRegion;
 use kvferry_core::cache::{Memory, Slot};
+use kvferry_core::defect::{Defect, is_active};
 use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, Result};
@@ -260,7 +261,8 @@ impl Store {
                         state.index.get_visible(&id)
                     })
                     .collect::<Vec<_>>();
-                if found.len() < key.world_size as usize {
+                let enough = if is_active(Defect::AnyRankHits) { 1 } else { key.world_size };
+                if found.len() < enough as usize {
                     break;
                 }
                 if let Some(parents) = hit.len().checked_sub(found.len()) {
@@ -271,7 +273,10 @@ impl Store {
                 hit.extend(found);
             }
         }
-        let hit_chunks = hit.len() as u64 / u64::from(key.world_size);
+        let mut hit_chunks = hit.len() as u64 / u64::from(key.world_size);
+        if is_active(Defect::AnyRankHits) {
+            hit_chunks = (hit.len() as u64).div_ceil(u64::from(key.world_size));
+        }
         let held = state.sessions.get(&key.request_id).map(|session| &session.leases);
         let most = held.and_then(|leases| hit.iter().filter_map(|handle| leases.get(handle)).max());
         if most.is_some_and(|most| most + readers > LEASES_MAX) {
@@ -282,6 +287,9 @@ impl Store {
         }
         let session = state.session(owner, &key.request_id, prompt, now);
         session.hit = Some(hit_chunks);
+        if is_active(Defect::LeaseNotTaken) {
+            hit.clear();
+        }
         for handle in &hit {
             *session.leases.entry(*handle).or_default() += readers;
         }

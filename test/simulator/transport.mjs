@@ -1,0 +1,320 @@
+// Between connectors and store: replies that are late or lost, restarts, and what must hold of every answer.
+
+/** @typedef {import("../../ts/native-binding.js")} Native */
+/** @typedef {import("./random.mjs").Random} Random */
+
+/** What must never be. */
+export class Violation extends Error {}
+
+/** A failure of the transport, as a client's. */
+function lost() {
+	return Object.assign(new Error("TIMEOUT: the simulated reply was lost"), { code: "TIMEOUT" });
+}
+
+/**
+ * A server as adapters see it (`via`), that can be restarted, with the faults of a network.
+ */
+export class Transport {
+	/** Counts restarts. */
+	epoch = 0;
+	/** Counts jumps of the clock that end leases. */
+	jumps = 0;
+	/**
+	 * Chunks, and of each the ranks that surely have it, that may have it, and that were ever given room for it.
+	 *
+	 * @type {Map<string, { ranks: Set<number>, maybe: Set<number>, granted: Set<number>, evicted: number }>}
+	 */
+	#stored = new Map();
+	/** When each request's leases were taken. @type {Map<string, { epoch: number, jumps: number, chunks: number }>} */
+	#leased = new Map();
+	#server;
+	#world;
+
+	/**
+	 * @param {import("../../ts/index.js").Server} server
+	 * @param {import("./world.mjs").World} world
+	 */
+	constructor(server, world) {
+		this.#server = server;
+		this.#world = world;
+		this.chunkSize = server.chunkSize;
+	}
+
+	get server() {
+		return this.#server;
+	}
+
+	/** @param {import("../../ts/index.js").Server} server */
+	restart(server) {
+		this.#server = server;
+		this.epoch++;
+		this.#stored.clear();
+	}
+
+	/** What is in use stays; nobody knows here what that is. */
+	forget() {
+		for (const { ranks } of this.#stored.values()) {
+			ranks.clear();
+		}
+	}
+
+	#evicted() {
+		return Number(this.#server.status().evicted_objects);
+	}
+
+	/**
+	 * Does something now and tells its result later, or never: then it is undone, as a client does it.
+	 *
+	 * @template T
+	 * @param {() => Promise<T>} work
+	 * @param {(result: T) => unknown} undo
+	 * @returns {Promise<T>}
+	 */
+	async #call(work, undo) {
+		const { random, faults } = this.#world;
+		if (random.chance(faults.lostRequest)) {
+			await this.#world.ticks(random.integer(1, 6));
+			throw lost();
+		}
+		const result = await work();
+		if (random.chance(faults.stall)) {
+			this.#world.jump();
+			await this.#world.ticks(random.integer(5, 15));
+		} else if (random.chance(faults.late)) {
+			await this.#world.ticks(random.integer(1, 6));
+		}
+		if (random.chance(faults.lostReply)) {
+			await undo(result);
+			throw lost();
+		}
+		return result;
+	}
+
+	/** @param {import("../../ts/native-binding.js").PagedPlace} place */
+	openScheduler(place) {
+		/** @type {{ epoch: number, native: import("../../ts/native-binding.js").PagedScheduler } | undefined} */
+		let opened;
+		const native = () => {
+			if (opened?.epoch !== this.epoch) {
+				opened = { epoch: this.epoch, native: this.#server.openScheduler(place) };
+			}
+			return opened.native;
+		};
+		native();
+		return {
+			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
+			lookup: (tokens, range) => {
+				const sequence = this.#world.sequenceOf(range.requestId);
+				return this.#call(
+					async () => {
+						const expected = this.#expect(place, range, sequence);
+						const { epoch, jumps } = this;
+						const lookups = this.#world.random.chance(this.#world.faults.duplicate) ? 2 : 1;
+						let chunks = 0;
+						for (let i = 0; i < lookups; i++) {
+							chunks = await native().lookup(tokens, range, 1000);
+						}
+						this.#check(range, chunks, expected);
+						this.#leased.set(range.requestId, { epoch, jumps, chunks });
+						this.#world.counts.hitChunks += chunks;
+						this.#world.hit(range.requestId, chunks * this.chunkSize);
+						return chunks;
+					},
+					() => native().endSession(range.requestId, 1000),
+				);
+			},
+			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
+			release: (tokens, range) => native().release(tokens, range, 1000),
+			/** @param {string} requestId */
+			endSession: (requestId) => native().endSession(requestId, 1000),
+			clear: () => {
+				this.forget();
+				return native().clear(1000);
+			},
+		};
+	}
+
+	/**
+	 * Leading chunks that are stored by the plain model: surely, and perhaps.
+	 *
+	 * @param {import("../../ts/native-binding.js").PagedPlace} place
+	 * @param {import("../../ts/native-binding.js").PagedRange} range
+	 * @param {import("./content.mjs").Sequence} sequence
+	 */
+	#expect(place, range, sequence) {
+		const evicted = this.#evicted();
+		let [surely, perhaps] = [true, true];
+		const expected = { least: 0, most: 0 };
+		for (let end = this.chunkSize; end <= range.end && perhaps; end += this.chunkSize) {
+			const known = this.#stored.get(`${place.modelName} ${sequence.key(end - 1)}`);
+			const all = (/** @type {Set<number> | undefined} */ ranks) =>
+				ranks?.size === place.kvWorldSize;
+			perhaps &&= all(known?.maybe);
+			surely &&= all(known?.ranks) && known?.evicted === evicted;
+			expected.most += perhaps ? 1 : 0;
+			expected.least += surely ? 1 : 0;
+		}
+		return expected;
+	}
+
+	/** @param {string} key */
+	#known(key) {
+		const known = this.#stored.get(key);
+		if (known !== undefined) {
+			return known;
+		}
+		const unknown = { ranks: new Set(), maybe: new Set(), granted: new Set(), evicted: 0 };
+		this.#stored.set(key, unknown);
+		return unknown;
+	}
+
+	/**
+	 * Room is given for all that nobody stored, unless it is refused.
+	 *
+	 * @param {import("../../ts/native-binding.js").PagedRange} range
+	 * @param {import("../../ts/native-binding.js").PagedStore} store
+	 * @param {string[]} keys
+	 * @param {number} workerId
+	 */
+	#checkGrant(range, store, keys, workerId) {
+		const known = keys.map((key) => this.#known(key));
+		const there = known.filter(({ granted }) => granted.has(workerId)).length;
+		if (store.refused === 0 && store.chunks < keys.length - there) {
+			throw this.#world.fail(
+				`${range.requestId}: rank ${workerId} was given room for ${store.chunks} of ${keys.length} chunks, ` +
+					`where only ${there} can be there`,
+			);
+		}
+		for (const { granted } of known) {
+			granted.add(workerId);
+		}
+	}
+
+	/** @param {import("../../ts/native-binding.js").PagedRange} range @param {number} chunks @param {{ least: number, most: number }} expected */
+	#check(range, chunks, { least, most }) {
+		if (chunks > most) {
+			throw this.#world.fail(
+				`${range.requestId} hit ${chunks} chunks where at most ${most} were ever stored for its tenant`,
+			);
+		}
+		if (chunks < least) {
+			throw this.#world.fail(
+				`${range.requestId} hit ${chunks} chunks where ${least} are stored, and nothing was evicted`,
+			);
+		}
+	}
+
+	/**
+	 * @param {import("../../ts/native-binding.js").PagedPlace} place
+	 * @param {number} workerId
+	 * @param {import("../../ts/native-binding.js").PagedLayout} layout
+	 */
+	async openWorker(place, workerId, layout) {
+		const open = () => this.#server.openWorker(place, workerId, layout, 1000);
+		let worker = await open();
+		let epoch = this.epoch;
+		/** @type {Promise<void> | undefined} */
+		let opening;
+		/** As a client does after a restart: it registers again. */
+		const current = async () => {
+			while (epoch !== this.epoch) {
+				const now = this.epoch;
+				opening ??= open().then((opened) => {
+					[worker, epoch, opening] = [opened, now, undefined];
+				});
+				await opening;
+			}
+			return worker;
+		};
+		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[] }>} */
+		const grants = new WeakMap();
+		const of = (/** @type {object} */ grant) => {
+			const known = grants.get(grant);
+			if (known === undefined) {
+				throw new Error("a grant of another worker");
+			}
+			return known;
+		};
+		return {
+			arrayBytes: worker.arrayBytes,
+			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
+			load: (tokens, range) =>
+				this.#call(
+					async () => {
+						const native = await current();
+						const load = await native.load(tokens, range, 1000);
+						grants.set(load, { worker: native, epoch });
+						const leased = this.#leased.get(range.requestId);
+						if (load.chunks === 0 && leased?.epoch === this.epoch && leased.jumps === this.jumps) {
+							throw this.#world.fail(
+								`${range.requestId}: a chunk of ${range.start}..${range.end} is gone between lookup and load`,
+							);
+						}
+						return load;
+					},
+					(load) => of(load).worker.finish(load, 1000),
+				),
+			/** @type {Native["PagedWorker"]["prototype"]["copyIn"]} */
+			copyIn: (load, arrays, blocks, skip) => of(load).worker.copyIn(load, arrays, blocks, skip),
+			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
+			finish: async (load) => {
+				const grant = of(load);
+				const held = await grant.worker.finish(load, 1000);
+				// What a connection granted that has ended may have been used anew.
+				return held && grant.epoch === this.epoch;
+			},
+			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
+			store: (tokens, range) => {
+				const sequence = this.#world.sequenceOf(range.requestId);
+				/** @type {string[]} */
+				const keys = [];
+				for (let end = range.start + this.chunkSize; end <= range.end; end += this.chunkSize) {
+					keys.push(`${place.modelName} ${sequence.key(end - 1)}`);
+				}
+				return this.#call(
+					async () => {
+						const native = await current();
+						const store = await native.store(tokens, range, 1000);
+						grants.set(store, { worker: native, epoch, keys });
+						this.#checkGrant(range, store, keys, workerId);
+						this.#world.counts.refusedChunks += store.refused ?? 0;
+						return store;
+					},
+					(store) => of(store).worker.abandon(store, 1000),
+				);
+			},
+			/** @type {Native["PagedWorker"]["prototype"]["copyOut"]} */
+			copyOut: (store, arrays, blocks) => of(store).worker.copyOut(store, arrays, blocks),
+			/** @param {import("../../ts/native-binding.js").PagedStore} store */
+			commit: async (store) => {
+				const grant = of(store);
+				const whole = store.refused === 0;
+				if (grant.epoch !== this.epoch) {
+					await grant.worker.commit(store, 1000);
+					return 0;
+				}
+				for (const key of grant.keys ?? []) {
+					this.#known(key).maybe.add(workerId);
+				}
+				const evicted = this.#evicted();
+				const chunks = await grant.worker.commit(store, 1000);
+				this.#world.counts.storedChunks += chunks;
+				for (const key of grant.keys ?? []) {
+					const known = this.#stored.get(key);
+					// Of a range that did not fit, or that another one is storing, nobody knows which are there.
+					if (known !== undefined && whole && chunks === grant.keys?.length) {
+						if (known.evicted !== evicted) {
+							known.ranks.clear();
+							known.evicted = evicted;
+						}
+						known.ranks.add(workerId);
+					}
+				}
+				return chunks;
+			},
+			/** @param {import("../../ts/native-binding.js").PagedStore} store */
+			abandon: (store) => of(store).worker.abandon(store, 1000),
+			close: () => worker.close(1000),
+		};
+	}
+}
