@@ -31,6 +31,6 @@ mod messagepack;
 mod operation;
 pub mod zmtp;
 
-pub use message::{Dialect, Header, MessageError, Reply, Request, RequestKey};
+pub use message::{Header, MessageError, Reply, Request, RequestKey};
 pub use messagepack::{Malformed, Problem};
-pub use operation::Operation;
+pub use operation::{Dialect, Operation};

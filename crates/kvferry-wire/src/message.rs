@@ -16,9 +16,9 @@ use bytes::Bytes;
 
 use crate::messagepack::{Malformed, Problem, Reader, Result, Writer, frame, within};
 pub use crate::operation::EXTENSION;
-use crate::operation::Operation;
+use crate::operation::{Dialect, Operation};
 pub use reply::{Hello, Reply, Slots, StoreSlots, Value};
-pub use request::{BlockAllocation, Dialect, Request, RequestKey};
+pub use request::{BlockAllocation, Request, RequestKey};
 
 /// Why a message is refused. [`MessageError::label`] is the name to count it under.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,11 +94,19 @@ pub struct Header {
 impl Header {
     /// Splits a message into its header and the frames after it.
     pub fn decode(frames: &[Bytes]) -> Result<(Self, &[Bytes]), MessageError> {
+        Self::decode_in(Dialect::Current, frames)
+    }
+
+    /// The same, of a message between a server of `dialect` and its client.
+    pub fn decode_in(
+        dialect: Dialect,
+        frames: &[Bytes],
+    ) -> Result<(Self, &[Bytes]), MessageError> {
         let [uid, operation_frame, payload @ ..] = frames else {
             return Err(MessageError::TooFewFrames(frames.len()));
         };
         frame(uid, Reader::integer::<i128>).map_err(MessageError::Uid)?;
-        let operation = decode_operation(operation_frame)?;
+        let operation = decode_operation(operation_frame, dialect)?;
         let header = Self { uid: uid.clone(), operation_frame: operation_frame.clone(), operation };
         Ok((header, payload))
     }
@@ -111,13 +119,13 @@ impl Header {
     }
 }
 
-fn decode_operation(bytes: &[u8]) -> Result<Operation, MessageError> {
+fn decode_operation(bytes: &[u8], dialect: Dialect) -> Result<Operation, MessageError> {
     // What is quoted of an unknown name, in characters.
     const QUOTED: usize = 64;
     let by_id = |id: i128| {
         u64::try_from(id)
             .ok()
-            .and_then(Operation::from_id)
+            .and_then(|id| Operation::from_id(id, dialect))
             .ok_or_else(|| MessageError::UnknownOperation(id.to_string()))
     };
     let by_name = |name: &str| {
@@ -134,8 +142,8 @@ fn decode_operation(bytes: &[u8]) -> Result<Operation, MessageError> {
     }
 }
 
-fn encode_operation(operation: Operation) -> Bytes {
-    one(|w| match operation.id() {
+fn encode_operation(operation: Operation, dialect: Dialect) -> Bytes {
+    one(|w| match operation.id(dialect) {
         Some(id) => w.uint(id),
         None => w.str(operation.name()),
     })

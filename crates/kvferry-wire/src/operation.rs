@@ -1,8 +1,57 @@
 //! The operations, by LMCache's integer ids and by name.
 
-/// What a message asks for. LMCache's ids are those of LMCache 0.5.3 and later; operations whose
-/// name begins with `kvferry.` have no id, and are sent only to a server whose `get_experimental`
-/// reply holds [`EXTENSION`].
+/// The releases of LMCache that number their operations alike; frames and results are the same in
+/// all of them. kvferry's server speaks [`Dialect::Current`].
+///
+/// A server does not say its release, and answers what it does not know with silence. This much
+/// tells them apart, and asks none of them for anything that changes it:
+///
+/// | asked, without parameters | 0.4.7 | 0.5.0 to 0.5.2 | 0.5.3, 0.5.4 | since 0.5.5 |
+/// | --- | --- | --- | --- | --- |
+/// | 21 | nothing | `noop`: "OK" | `get_chunk_size`: an integer | the same |
+/// | 17, if 21 is not answered | `get_chunk_size`: an integer | nothing | nothing | nothing |
+/// | 32 | nothing | nothing | nothing | `get_experimental`: names |
+///
+/// "Nothing" is what an operation with parameters is answered that comes without them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Dialect {
+    /// LMCache 0.5.5 and 0.5.6, and kvferry.
+    #[default]
+    Current,
+    /// LMCache 0.5.3 and 0.5.4: the current ids, but for `get_experimental`.
+    Lmcache053,
+    /// LMCache 0.5.0 to 0.5.2.
+    Lmcache050,
+    /// LMCache 0.4.7.
+    Lmcache047,
+}
+
+impl Dialect {
+    /// All dialects, the newest first.
+    pub const ALL: [Self; 4] =
+        [Self::Current, Self::Lmcache053, Self::Lmcache050, Self::Lmcache047];
+    /// The releases, for a message.
+    pub const RELEASES: &'static str = "LMCache 0.4.7 and 0.5.0 to 0.5.6";
+
+    /// How many leases a lookup takes on each object that `readers` workers are going to read, told
+    /// of them in the key's `num_kv_readers` and in `tp_size` alike.
+    ///
+    /// Since 0.5.5 that many. Before, servers knew `tp_size` only and inferred: above the KV world
+    /// size it meant MLA, with `tp_size` readers, else one reader. So MLA with as many pipeline
+    /// stages as tensor-parallel ranks, or more, got a single lease, which the first reader ends
+    /// while others may still copy.
+    #[must_use]
+    pub const fn leases(self, readers: u32, world_size: u32) -> u32 {
+        match self {
+            Self::Current => readers,
+            _ if readers > world_size => readers,
+            _ => 1,
+        }
+    }
+}
+
+/// What a message asks for. Operations whose name begins with `kvferry.` have no id, and are sent
+/// only to a server whose `get_experimental` reply holds [`EXTENSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// Hashes a prompt, counts the leading chunks that are there, and leases them.
@@ -82,30 +131,37 @@ impl Operation {
         Self::Status,
     ];
 
-    /// LMCache's integer for the operation; `None` for those that are sent by name only.
-    pub const fn id(self) -> Option<u64> {
-        Some(match self {
-            Self::Lookup => 8,
-            Self::QueryPrefetchStatus => 9,
-            Self::WaitPrefetchStatus => 10,
-            Self::FreeLookupLocks => 12,
-            Self::EndSession => 13,
-            Self::Register => 14,
-            Self::Unregister => 15,
-            Self::PrepareStore => 16,
-            Self::CommitStore => 17,
-            Self::PrepareRetrieve => 18,
-            Self::CommitRetrieve => 19,
-            Self::Clear => 20,
-            Self::GetChunkSize => 21,
-            Self::Ping => 22,
-            Self::ReportBlockAllocation => 23,
-            Self::Noop => 24,
-            Self::GetExperimental => 32,
+    /// LMCache's integer for the operation; `None` for those that are sent by name only, and for
+    /// those that the dialect lacks or that are of no use in it.
+    #[must_use]
+    pub const fn id(self, dialect: Dialect) -> Option<u64> {
+        // In the order of the dialects; 0 is none.
+        let ids: [u64; 4] = match self {
+            Self::Lookup => [8, 8, 5, 5],
+            Self::QueryPrefetchStatus => [9, 9, 6, 6],
+            Self::WaitPrefetchStatus => [10, 10, 7, 0],
+            Self::FreeLookupLocks => [12, 12, 9, 8],
+            Self::EndSession => [13, 13, 10, 9],
+            Self::Register => [14, 14, 11, 10],
+            Self::Unregister => [15, 15, 12, 11],
+            Self::PrepareStore => [16, 16, 13, 12],
+            Self::CommitStore => [17, 17, 14, 13],
+            Self::PrepareRetrieve => [18, 18, 15, 14],
+            Self::CommitRetrieve => [19, 19, 16, 15],
+            Self::Clear => [20, 20, 17, 16],
+            Self::GetChunkSize => [21, 21, 18, 17],
+            Self::Ping => [22, 22, 19, 18],
+            Self::ReportBlockAllocation => [23, 23, 20, 19],
+            Self::Noop => [24, 24, 21, 20],
+            Self::GetExperimental => [32, 40, 0, 0],
             Self::Hello | Self::AbandonStore | Self::Confirm | Self::Discard | Self::Status => {
-                return None;
+                [0; 4]
             }
-        })
+        };
+        match ids[dialect as usize] {
+            0 => None,
+            id => Some(id),
+        }
     }
 
     /// The operation's name, as it may stand in a message instead of the id.
@@ -137,8 +193,8 @@ impl Operation {
     }
 
     /// The operation of this id.
-    pub fn from_id(id: u64) -> Option<Self> {
-        Self::ALL.into_iter().find(|operation| operation.id() == Some(id))
+    pub fn from_id(id: u64, dialect: Dialect) -> Option<Self> {
+        Self::ALL.into_iter().find(|operation| operation.id(dialect) == Some(id))
     }
 
     /// The operation of this name.
@@ -150,5 +206,34 @@ impl Operation {
 impl std::fmt::Display for Operation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_means_one_operation_in_each_dialect() {
+        for dialect in Dialect::ALL {
+            for operation in Operation::ALL {
+                if let Some(id) = operation.id(dialect) {
+                    assert_eq!(Operation::from_id(id, dialect), Some(operation), "{dialect:?} {id}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn older_servers_lease_for_several_readers_only_where_they_infer_them() {
+        for dialect in Dialect::ALL {
+            assert_eq!(dialect.leases(1, 1), 1);
+            assert_eq!(dialect.leases(1, 8), 1);
+            assert_eq!(dialect.leases(4, 1), 4);
+            assert_eq!(dialect.leases(4, 2), 4);
+        }
+        assert_eq!(Dialect::Current.leases(2, 2), 2);
+        assert_eq!(Dialect::Lmcache053.leases(2, 2), 1);
+        assert_eq!(Dialect::Lmcache047.leases(2, 4), 1);
     }
 }

@@ -5,18 +5,7 @@ use kvferry_core::key::{Dtype, Key, Layout};
 
 use super::{MessageError, Payload, encode_operation, one, refuse_data};
 use crate::messagepack::{Problem, Reader, Result, Writer, frame, once, required};
-use crate::operation::Operation;
-
-/// Which fields a server knows. All of them ignore fields that they do not know, as far as read
-/// from their sources; [`Dialect::Lmcache054`] is for those that turn out to be stricter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Dialect {
-    /// LMCache 0.5.5 and later: 10 fields in a key, 9 in a registration.
-    #[default]
-    Current,
-    /// LMCache before 0.5.5: no `request_configs`, `num_kv_readers`, `num_physical_slots`.
-    Lmcache054,
-}
+use crate::operation::{Dialect, Operation};
 
 /// A key with what LMCache sends beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,10 +70,10 @@ impl RequestKey {
         })
     }
 
-    fn encode(&self, dialect: Dialect) -> Bytes {
+    fn encode(&self) -> Bytes {
         let Key { model_name, world_size, worker_id, token_ids, start, end, .. } = &self.key;
         one(|w| {
-            w.map(if dialect == Dialect::Current { 10 } else { 8 });
+            w.map(10);
             w.str("model_name");
             w.str(model_name);
             w.str("world_size");
@@ -101,15 +90,13 @@ impl RequestKey {
             w.str(&self.key.request_id);
             w.str("cache_salt");
             w.str(&self.key.cache_salt);
-            if dialect == Dialect::Current {
-                w.str("request_configs");
-                match &self.configs {
-                    Some(map) => w.raw(map),
-                    None => w.nil(),
-                }
-                w.str("num_kv_readers");
-                w.uint(self.key.num_kv_readers);
+            w.str("request_configs");
+            match &self.configs {
+                Some(map) => w.raw(map),
+                None => w.nil(),
             }
+            w.str("num_kv_readers");
+            w.uint(self.key.num_kv_readers);
         })
     }
 }
@@ -289,22 +276,24 @@ impl Request {
         Ok(request)
     }
 
-    /// The message, with `uid` as its first frame. Operations of LMCache go by id, ours by name.
+    /// The message, with `uid` as its first frame. Operations of LMCache go by their id in `dialect`,
+    /// ours by name. The fields are those of the newest release: older servers ignore what they do
+    /// not know.
     pub fn encode(&self, uid: u64, dialect: Dialect) -> Vec<Bytes> {
-        let mut frames = vec![one(|w| w.uint(uid)), encode_operation(self.operation())];
+        let mut frames = vec![one(|w| w.uint(uid)), encode_operation(self.operation(), dialect)];
         match self {
             Self::Lookup { key, tp_size: number }
             | Self::FreeLookupLocks { key, tp_size: number } => {
-                frames.extend([key.encode(dialect), one(|w| w.uint(*number))]);
+                frames.extend([key.encode(), one(|w| w.uint(*number))]);
             }
             Self::PrepareStore { key, instance_id }
             | Self::PrepareRetrieve { key, instance_id }
             | Self::CommitRetrieve { key, instance_id }
             | Self::AbandonStore { key, instance_id } => {
-                frames.extend([key.encode(dialect), one(|w| w.uint(*instance_id))]);
+                frames.extend([key.encode(), one(|w| w.uint(*instance_id))]);
             }
             Self::CommitStore { key, instance_id } => frames.extend([
-                key.encode(dialect),
+                key.encode(),
                 one(|w| w.uint(*instance_id)),
                 one(|w| w.bytes(&[])),
             ]),
@@ -315,7 +304,7 @@ impl Request {
                 frames.extend([one(|w| w.str(request_id)), one(|w| w.float(*timeout_s))]);
             }
             Self::Register { instance_id, layout } => {
-                frames.push(encode_registration(*instance_id, layout, dialect));
+                frames.push(encode_registration(*instance_id, layout));
             }
             Self::Unregister { instance_id } => frames.push(one(|w| w.uint(*instance_id))),
             Self::Clear { force } => frames.push(one(|w| w.boolean(*force))),
@@ -438,9 +427,9 @@ fn decode_dtype(r: &mut Reader<'_>) -> Result<Dtype> {
         .ok_or(Problem::Dtype.into())
 }
 
-fn encode_registration(instance_id: u64, layout: &Layout, dialect: Dialect) -> Bytes {
+fn encode_registration(instance_id: u64, layout: &Layout) -> Bytes {
     one(|w| {
-        w.map(if dialect == Dialect::Current { 9 } else { 8 });
+        w.map(9);
         w.str("instance_id");
         w.uint(instance_id);
         w.str("model_name");
@@ -457,9 +446,7 @@ fn encode_registration(instance_id: u64, layout: &Layout, dialect: Dialect) -> B
         w.str(layout.dtype.name());
         w.str("use_mla");
         w.boolean(layout.single_plane);
-        if dialect == Dialect::Current {
-            w.str("num_physical_slots");
-            w.uint_or_nil(layout.num_physical_slots);
-        }
+        w.str("num_physical_slots");
+        w.uint_or_nil(layout.num_physical_slots);
     })
 }
