@@ -1,6 +1,6 @@
 //! Where a server listens.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
 
 use kvferry_core::{Error, ErrorCode, Result};
@@ -10,7 +10,12 @@ use kvferry_core::{Error, ErrorCode, Result};
 pub(crate) struct Address {
     host: String,
     port: u16,
+    /// Tokens of a chunk that a server there must have, for the command that starts one.
+    pub(crate) chunk_size: Option<u32>,
 }
+
+/// What `kvferry serve` has when it is not told.
+const CHUNK_SIZE: u32 = 256;
 
 impl Address {
     /// `tcp://host:port` or `host:port`. Only loopback hosts are offered: the protocol neither
@@ -40,7 +45,20 @@ impl Address {
                 ),
             ));
         }
-        Ok(Self { host: host.to_owned(), port })
+        Ok(Self { host: host.to_owned(), port, chunk_size: None })
+    }
+
+    /// What starts a server there.
+    pub(crate) fn command(&self) -> String {
+        let mut command = format!("npx kvferry serve --port {}", self.port);
+        if !matches!(&*self.host, "localhost" | "127.0.0.1") {
+            command.push_str(" --host ");
+            command.push_str(&self.host);
+        }
+        if let Some(chunk_size) = self.chunk_size.filter(|size| *size != CHUNK_SIZE) {
+            let _ = write!(command, " --chunk-size {chunk_size}"); // writing into a String cannot fail
+        }
+        command
     }
 
     /// The addresses to try, loopback whatever the resolver says.
@@ -72,6 +90,17 @@ mod tests {
             ("tcp://[::1]:5555", "tcp://[::1]:5555"),
         ] {
             assert_eq!(Address::parse(text).unwrap().to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn the_command_has_what_differs_from_its_defaults() {
+        for (text, chunk_size, command) in [
+            ("tcp://localhost:5555", None, "npx kvferry serve --port 5555"),
+            ("127.0.0.1:1", Some(256), "npx kvferry serve --port 1"),
+            ("[::1]:7", Some(64), "npx kvferry serve --port 7 --host ::1 --chunk-size 64"),
+        ] {
+            assert_eq!(Address { chunk_size, ..Address::parse(text).unwrap() }.command(), command);
         }
     }
 

@@ -26,9 +26,9 @@ impl Cache for Client {
         Box::pin(async move {
             layout.object_bytes(self.chunk_size())?;
             let deadline = self.deadline(deadline);
-            let session = self.session()?;
             // Remembered first: a connection that begins meanwhile registers it too.
-            let instance_id = self.remember(layout.clone());
+            let (instance_id, session) = self.remember(layout.clone())?;
+            let Some(session) = session else { return Ok(instance_id) };
             let forget = Forget { client: self, instance_id, armed: true };
             let undo = Undo::new(Arc::clone(&session), Some(Request::Unregister { instance_id }));
             let reply =
@@ -52,10 +52,11 @@ impl Cache for Client {
         Box::pin(async move {
             let chunks = self.chunks(key)?;
             let (session, deadline) = (self.session()?, self.deadline(deadline));
+            let (all, tp_size) = self.all_ranks(key, &session)?;
             // Whoever gives up waiting must not leave leases.
             let end = Request::EndSession { request_id: key.request_id.clone() };
             let undo = Undo::new(Arc::clone(&session), Some(end));
-            let lookup = Request::Lookup { key: all_ranks(key), tp_size: 1 };
+            let lookup = Request::Lookup { key: all, tp_size };
             let query = Request::QueryPrefetchStatus { request_id: key.request_id.clone() };
             let mut reply = if session.hello.is_some() {
                 // Our server takes requests in their order, so the question needs not wait.
@@ -85,8 +86,10 @@ impl Cache for Client {
     fn release<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, ()> {
         Box::pin(async move {
             self.chunks(key)?;
-            let request = Request::FreeLookupLocks { key: all_ranks(key), tp_size: 1 };
-            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+            let session = self.session()?;
+            let (key, tp_size) = self.all_ranks(key, &session)?;
+            let request = Request::FreeLookupLocks { key, tp_size };
+            session.request(&request, self.deadline(deadline)).await.map(drop)
         })
     }
 
@@ -284,12 +287,28 @@ impl Client {
         }
         Ok((end - start) / chunk)
     }
-}
 
-/// The key of a scheduler's operation: of no rank, and with the number of readers said.
-fn all_ranks(key: &Key) -> RequestKey {
-    let num_kv_readers = key.num_kv_readers.max(1);
-    Key { worker_id: None, num_kv_readers, ..key.clone() }.into()
+    /// The key of a scheduler's operation, of no rank; and the number of readers, which servers before
+    /// LMCache 0.5.5 take from the operation's `tp_size`, later ones from the key.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Protocol`] when the server would take fewer leases than there are readers. The
+    /// first of them ends such a lease, and what the others then copy may be another object's.
+    fn all_ranks(&self, key: &Key, session: &Session) -> Result<(RequestKey, u64)> {
+        let readers = key.num_kv_readers.max(1);
+        if session.dialect.leases(readers, key.world_size) < readers {
+            return Err(Error::new(
+                ErrorCode::Protocol,
+                format!(
+                    "the server at {} is an LMCache before 0.5.5, which gives {readers} readers of \
+                     one object (MLA) a single lease when the KV world size is {}; update it",
+                    self.shared.address, key.world_size
+                ),
+            ));
+        }
+        let key = Key { worker_id: None, num_kv_readers: readers, ..key.clone() };
+        Ok((key.into(), readers.into()))
+    }
 }
 
 /// Slots of another size than the registered objects would be filled or read wrongly.

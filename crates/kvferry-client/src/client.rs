@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::key::Layout;
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::message::{EXTENSION, Value};
-use kvferry_wire::{Operation, Reply, Request};
+use kvferry_wire::message::Value;
+use kvferry_wire::{Dialect, Operation, Reply, Request};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout_at};
 
 use crate::address::Address;
 use crate::link::Link;
+use crate::release::{self, Release};
 use crate::session::{Outgoing, Session, lock};
 
 /// Between the end of a connection and the first try to have another.
@@ -22,6 +23,8 @@ const RECONNECT_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
 /// How long `close` waits for the server to hear of it.
 const GOODBYE: Duration = Duration::from_millis(500);
+/// From connecting to being ready, unless told.
+const CONNECT: Duration = Duration::from_secs(3);
 
 /// How to reach a server.
 #[derive(Debug, Clone)]
@@ -30,12 +33,15 @@ pub struct ConnectOptions {
     pub address: String,
     /// How long any request may take, beside the deadline that its caller gives; 5 s unless told.
     pub request_timeout: Duration,
-    /// From connecting to being ready, for the first connection and for later ones; 3 s unless
-    /// told.
+    /// From connecting to being ready; 3 s unless told. Later connections have at least 3 s.
     pub connect_timeout: Duration,
     /// Between two signs of life, sent from the first registration on; 5 s unless told. A server
     /// that is silent for a whole interval after one is given up, and connected to anew.
     pub heartbeat_interval: Duration,
+    /// Tokens of a chunk to count with when no server answers at first: the client begins without a
+    /// connection then, and has one as soon as a server is there whose chunks have this size. `None`,
+    /// unless told: no server is an error.
+    pub assumed_chunk_size: Option<u32>,
 }
 
 impl ConnectOptions {
@@ -44,8 +50,9 @@ impl ConnectOptions {
         Self {
             address: address.into(),
             request_timeout: Duration::from_secs(5),
-            connect_timeout: Duration::from_secs(3),
+            connect_timeout: CONNECT,
             heartbeat_interval: Duration::from_secs(5),
+            assumed_chunk_size: None,
         }
     }
 }
@@ -72,9 +79,20 @@ enum State {
     Closed,
 }
 
+impl State {
+    /// Whatever silence ended a connection or kept one from beginning, there is none now: a call that
+    /// fails for that has not waited.
+    fn disconnected(mut error: Error) -> Self {
+        if error.code == ErrorCode::Timeout {
+            error.code = ErrorCode::Unreachable;
+        }
+        Self::Disconnected(error)
+    }
+}
+
 /// What the client and its task share.
 pub(crate) struct Shared {
-    address: Address,
+    pub(crate) address: Address,
     options: ConnectOptions,
     state: watch::Sender<State>,
     info: Mutex<ServerInfo>,
@@ -86,7 +104,13 @@ pub(crate) struct Shared {
 /// A task on the tokio runtime that [`Client::connect`] ran on keeps the connection: it sends signs
 /// of life, connects anew when the connection ends, registers what was registered, and maps the
 /// pool again when the server was started anew. While there is no connection every request fails at
-/// once with [`ErrorCode::Unreachable`]; a server that does not answer is [`ErrorCode::Timeout`].
+/// once with [`ErrorCode::Unreachable`], or [`ErrorCode::Protocol`] when what is there cannot be used; a
+/// connected server that does not answer is [`ErrorCode::Timeout`].
+///
+/// Servers are LMCache 0.4.7, 0.5.0 to 0.5.6, and kvferry's; which one it is, each connection finds out.
+/// Before LMCache 0.5.5 a server knows the readers of an object (MLA: all tensor-parallel ranks) only
+/// when they outnumber the KV world size; where it does not, lookups for several readers fail with
+/// [`ErrorCode::Protocol`].
 ///
 /// Dropping a client ends its connection; [`Client::close`] says goodbye first.
 pub struct Client {
@@ -101,16 +125,28 @@ impl Client {
     ///
     /// # Errors
     /// [`ErrorCode::Unreachable`] when nothing listens at the address, [`ErrorCode::Timeout`] when
-    /// what listens does not answer, [`ErrorCode::Protocol`] when it is no such server,
+    /// what listens does not answer; neither with [`ConnectOptions::assumed_chunk_size`], see
+    /// [`Client::failure`]. [`ErrorCode::Protocol`] when it is no such server,
     /// [`ErrorCode::UnsupportedOption`] when the address is not loopback.
-    pub async fn connect(options: ConnectOptions) -> Result<Self> {
-        let address = Address::parse(&options.address)?;
-        let opened = within(&options, &address, open(&address, &[], None)).await?;
+    pub async fn connect(mut options: ConnectOptions) -> Result<Self> {
+        let mut address = Address::parse(&options.address)?;
+        address.chunk_size = options.assumed_chunk_size;
+        let opened = open(&address, options.connect_timeout, None).await;
+        let (state, info) = match (&opened, options.assumed_chunk_size) {
+            (Ok(opened), _) => (State::Connected(Arc::clone(&opened.1)), opened.3.clone()),
+            (Err(error), Some(chunk_size)) if is_absence(error) => {
+                let info = ServerInfo { chunk_size, version: None, boot_token: None, pid: None };
+                (State::disconnected(error.clone()), info)
+            }
+            (Err(error), _) => return Err(error.clone()),
+        };
+        address.chunk_size = Some(info.chunk_size);
+        options.connect_timeout = options.connect_timeout.max(CONNECT);
         let shared = Arc::new(Shared {
             address,
             options,
-            state: watch::Sender::new(State::Connected(Arc::clone(&opened.1))),
-            info: Mutex::new(opened.3.clone()),
+            state: watch::Sender::new(state),
+            info: Mutex::new(info),
             registrations: Mutex::default(),
         });
         let task = Arc::clone(&shared);
@@ -118,13 +154,14 @@ impl Client {
             let mut state = task.state.subscribe();
             tokio::select! {
                 _ = state.wait_for(|state| matches!(state, State::Closed)) => {}
-                () = keep_connected(&task, opened) => {}
+                () = keep_connected(&task, opened.ok()) => {}
             }
         });
         Ok(Self { shared })
     }
 
-    /// What the server said when it was last connected to.
+    /// What the server said when it was last connected to; before that, of the chunk size what
+    /// [`ConnectOptions::assumed_chunk_size`] says.
     pub fn server(&self) -> ServerInfo {
         lock(&self.shared.info).clone()
     }
@@ -136,8 +173,13 @@ impl Client {
     pub async fn connected(&self, deadline: Instant) -> Result<()> {
         let mut state = self.shared.state.subscribe();
         let settled = state.wait_for(|state| !matches!(state, State::Disconnected(_)));
-        let _ = tokio::time::timeout_at(deadline.into(), settled).await; // the state says more
+        let _ = timeout_at(deadline.into(), settled).await; // the state says more
         self.session().map(drop)
+    }
+
+    /// Why there is no connection now; `None` while there is one.
+    pub fn failure(&self) -> Option<Error> {
+        self.session().err()
     }
 
     /// Asks for a sign of life and says how long it took.
@@ -207,11 +249,19 @@ impl Client {
         deadline.min(Instant::now() + self.shared.options.request_timeout)
     }
 
-    /// Remembers a layout, under a new name for its instance.
-    pub(crate) fn remember(&self, layout: Layout) -> u64 {
+    /// Remembers a layout, under a new name for its instance; with the connection to register it over.
+    /// Without one, where that is no error, the next connection begins with it.
+    pub(crate) fn remember(&self, layout: Layout) -> Result<(u64, Option<Arc<Session>>)> {
+        let mut registrations = lock(&self.shared.registrations);
+        let session = match self.session() {
+            Ok(session) => Some(session),
+            Err(error) if error.code == ErrorCode::Closed => return Err(error),
+            Err(_) if self.shared.options.assumed_chunk_size.is_some() => None,
+            Err(error) => return Err(error),
+        };
         let instance = random() >> 1; // LMCache's are positive and signed
-        lock(&self.shared.registrations).push((instance, layout));
-        instance
+        registrations.push((instance, layout));
+        Ok((instance, session))
     }
 
     /// Forgets it.
@@ -275,32 +325,31 @@ impl Drop for InUse {
 }
 
 /// Serves requests over one connection after another.
-async fn keep_connected(shared: &Shared, opened: Opened) {
-    let (link, session, mut outgoing, _) = opened;
-    let mut in_use = InUse { session, link };
+async fn keep_connected(shared: &Shared, first: Option<Opened>) {
     let mut pause = RECONNECT_MIN;
+    let (mut next, mut last) = (first, None);
     loop {
+        let (link, session, mut outgoing, _) = match next.take() {
+            Some(opened) => opened,
+            None => loop {
+                sleep(pause.mul_f64(0.5 + 0.5 * random_fraction())).await;
+                pause = (pause * 2).min(RECONNECT_MAX);
+                match reopen(shared, last.as_deref()).await {
+                    Ok(opened) => break opened,
+                    Err(error) => shared.set(State::disconnected(error)),
+                }
+            },
+        };
+        let mut in_use = InUse { session, link };
         let began = Instant::now();
         let Err(error) = serve(shared, &mut in_use, &mut outgoing).await;
-        shared.set(State::Disconnected(error.clone()));
+        shared.set(State::disconnected(error.clone()));
         in_use.session.end(&error);
-        let last = Arc::clone(&in_use.session);
+        last = Some(Arc::clone(&in_use.session));
         drop(in_use); // a server that lives on shall see the end of this connection
         if began.elapsed() > RECONNECT_MAX {
             pause = RECONNECT_MIN;
         }
-        let (link, session, new_outgoing, info) = loop {
-            sleep(pause.mul_f64(0.5 + 0.5 * random_fraction())).await;
-            pause = (pause * 2).min(RECONNECT_MAX);
-            match reopen(shared, &last).await {
-                Ok(opened) => break opened,
-                Err(error) => shared.set(State::Disconnected(error)),
-            }
-        };
-        in_use = InUse { session, link };
-        outgoing = new_outgoing;
-        *lock(&shared.info) = info;
-        shared.set(State::Connected(Arc::clone(&in_use.session)));
     }
 }
 
@@ -351,57 +400,92 @@ async fn serve(
     }
 }
 
-/// Another connection after the end of one: what was registered is registered there too.
-async fn reopen(shared: &Shared, last: &Session) -> Result<Opened> {
-    let registrations = lock(&shared.registrations).clone();
-    let opening = open(&shared.address, &registrations, Some(last));
-    let opened = within(&shared.options, &shared.address, opening).await?;
-    let (was, is) = (lock(&shared.info).chunk_size, opened.3.chunk_size);
+/// Another connection, after the end of one or the lack of a first: what was registered is registered
+/// there too, then requests may go over it.
+async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
+    let Shared { address, options, .. } = shared;
+    let deadline = Instant::now() + options.connect_timeout;
+    let (mut link, session, outgoing, info) = open(address, options.connect_timeout, last).await?;
+    let (was, is) = (lock(&shared.info).chunk_size, info.chunk_size);
     if was != is {
         return Err(Error::new(
             ErrorCode::Protocol,
             format!(
-                "the server at {} was started anew with chunks of {is} tokens instead of {was}; \
-                 connect another client",
-                shared.address
+                "the server at {address} has chunks of {is} tokens, this client counts with {was}; \
+                 connect another client, or start the server with `{}`",
+                address.command()
             ),
         ));
     }
-    Ok(opened)
+    let mut registered = Vec::new();
+    loop {
+        let layouts: Vec<(u64, Layout)> = {
+            let registrations = lock(&shared.registrations);
+            let new = registrations.iter().filter(|(instance, _)| !registered.contains(instance));
+            let new: Vec<_> = new.cloned().collect();
+            if new.is_empty() {
+                *lock(&shared.info) = info.clone();
+                // Under the lock: whoever remembers another layout from now on has this connection.
+                shared.set(State::Connected(Arc::clone(&session)));
+                return Ok((link, session, outgoing, info));
+            }
+            new
+        };
+        for (instance_id, layout) in layouts {
+            let register = Request::Register { instance_id, layout };
+            let late = || silent(address, options.connect_timeout);
+            session.map(by(deadline, link.exchange(&register), late).await?)?;
+            registered.push(instance_id);
+        }
+    }
 }
 
-async fn within<T>(
-    options: &ConnectOptions,
-    address: &Address,
-    opening: impl Future<Output = Result<T>>,
+/// What `work` gives before `deadline`.
+async fn by<T>(
+    deadline: Instant,
+    work: impl Future<Output = Result<T>>,
+    late: impl FnOnce() -> Error,
 ) -> Result<T> {
-    timeout(options.connect_timeout, opening).await.unwrap_or_else(|_| {
-        Err(Error::new(
-            ErrorCode::Timeout,
-            format!("the server at {address} did not answer within {:?}", options.connect_timeout),
-        ))
-    })
+    timeout_at(deadline.into(), work).await.unwrap_or_else(|_| Err(late()))
 }
 
-/// Connects, learns what the server can, and registers.
-async fn open(
-    address: &Address,
-    registrations: &[(u64, Layout)],
-    last: Option<&Session>,
-) -> Result<Opened> {
-    let mut link = Link::open(address).await?;
-    let chunk_size = match link.exchange(&Request::GetChunkSize).await? {
-        Reply::Integer(size) => u32::try_from(size).ok().filter(|size| *size > 0),
-        _ => None,
+/// Whether this says that no server is there, rather than something else.
+fn is_absence(error: &Error) -> bool {
+    matches!(error.code, ErrorCode::Unreachable | ErrorCode::Timeout)
+}
+
+fn silent(address: &Address, waited: Duration) -> Error {
+    Error::new(
+        ErrorCode::Timeout,
+        format!(
+            "what listens at {address} did not answer within {waited:?}; end it, and start a server \
+             with `{}`",
+            address.command()
+        ),
+    )
+}
+
+/// Connects, and learns what the server can.
+async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Result<Opened> {
+    let deadline = Instant::now() + time;
+    let silent = || silent(address, time);
+    let unknown = || {
+        Error::new(
+            ErrorCode::Timeout,
+            format!(
+                "the server at {address} did not answer within {time:?}: it hangs, or its release is \
+                 none that kvferry knows ({}); start one with `{}`",
+                Dialect::RELEASES,
+                address.command()
+            ),
+        )
     };
-    let chunk_size =
-        chunk_size.ok_or_else(|| link.broken("its chunks have no size from 1 to 2^32 - 1"))?;
-    let extended = match link.exchange(&Request::GetExperimental).await? {
-        Reply::Names(names) => names.iter().any(|name| name == EXTENSION),
-        _ => false,
-    };
+    let mut link = by(deadline, Link::open(address), silent).await?;
+    let asking = release::find(&mut link, time / 4);
+    let Release { dialect, chunk_size, extended } = by(deadline, asking, unknown).await?;
+    link.dialect = dialect;
     let hello = match extended {
-        true => match link.exchange(&Request::Hello).await? {
+        true => match by(deadline, link.exchange(&Request::Hello), silent).await? {
             Reply::Hello(hello) => Some(hello),
             reply => return Err(unexpected(Operation::Hello, &reply)),
         },
@@ -419,11 +503,7 @@ async fn open(
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let (session, outgoing) = Session::new(address.clone(), hello, pool);
-    for (instance_id, layout) in registrations {
-        let register = Request::Register { instance_id: *instance_id, layout: layout.clone() };
-        session.map(link.exchange(&register).await?)?;
-    }
+    let (session, outgoing) = Session::new(address.clone(), dialect, link.uid(), hello, pool);
     Ok((link, Arc::new(session), outgoing, info))
 }
 

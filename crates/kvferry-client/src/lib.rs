@@ -9,6 +9,7 @@ mod client;
 mod gate;
 mod link;
 mod pool;
+mod release;
 mod session;
 
 pub use client::{Client, ConnectOptions, ServerInfo};

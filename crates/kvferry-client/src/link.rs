@@ -3,7 +3,7 @@
 use bytes::{Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
-use kvferry_wire::{Dialect, Header, Reply, Request};
+use kvferry_wire::{Dialect, MessageError, Reply, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -18,7 +18,7 @@ const WRITE: usize = 256 << 10;
 pub(crate) fn unreachable(address: &Address, reason: impl std::fmt::Display) -> Error {
     Error::new(
         ErrorCode::Unreachable,
-        format!("no server at {address}: {reason}; start one with `npx kvferry serve`"),
+        format!("no server at {address}: {reason}; start one with `{}`", address.command()),
     )
 }
 
@@ -29,6 +29,9 @@ pub(crate) struct Link {
     zmtp: Connection,
     input: BytesMut,
     output: BytesMut,
+    uids: u64,
+    /// Whose ids the server knows.
+    pub(crate) dialect: Dialect,
 }
 
 impl Link {
@@ -40,8 +43,15 @@ impl Link {
         let _ = stream.set_nodelay(true); // without it requests go late, and still go
         let mut output = BytesMut::new();
         let zmtp = Connection::new(Config::null(SocketType::Dealer), &mut output);
-        let mut link =
-            Self { address: address.clone(), stream, zmtp, input: BytesMut::new(), output };
+        let mut link = Self {
+            address: address.clone(),
+            stream,
+            zmtp,
+            input: BytesMut::new(),
+            output,
+            uids: 0,
+            dialect: Dialect::Current,
+        };
         loop {
             let event = link.zmtp.receive(&mut link.input, &mut link.output);
             match event.map_err(|error| link.broken(error))? {
@@ -51,21 +61,41 @@ impl Link {
         }
     }
 
-    /// Sends a request and waits for its reply; for the time before requests are told apart by uid.
+    /// Sends a request and waits for its reply; for the time before the connection is in use.
     pub(crate) async fn exchange(&mut self, request: &Request) -> Result<Reply> {
-        let frames = request.encode(0, Dialect::Current);
+        let uid = self.ask(request, self.dialect)?;
+        let (_, payload) = self.answer(&[&uid]).await?;
+        Reply::decode(request.operation(), &payload).map_err(|error| self.broken(error))
+    }
+
+    /// Sends a request, and gives its uid.
+    pub(crate) fn ask(&mut self, request: &Request, dialect: Dialect) -> Result<Bytes> {
+        let mut frames = request.encode(self.uid(), dialect);
         self.send(&frames)?;
+        Ok(frames.swap_remove(0))
+    }
+
+    /// Waits for the reply to one of these requests: its uid, and what comes after its header. Replies
+    /// to others are dropped. May be dropped and called again.
+    pub(crate) async fn answer(&mut self, uids: &[&Bytes]) -> Result<(Bytes, Vec<Bytes>)> {
         loop {
-            while let Some(reply) = self.next_message()? {
-                let (header, payload) =
-                    Header::decode(&reply).map_err(|error| self.broken(error))?;
-                if header.uid == frames[0] && header.operation == request.operation() {
-                    let reply = Reply::decode(header.operation, payload);
-                    return reply.map_err(|error| self.broken(error));
+            while let Some(mut reply) = self.next_message()? {
+                if reply.len() < 2 {
+                    return Err(self.broken(MessageError::TooFewFrames(reply.len())));
+                }
+                if uids.contains(&&reply[0]) {
+                    let payload = reply.split_off(2);
+                    return Ok((reply.swap_remove(0), payload));
                 }
             }
             self.progress().await?;
         }
+    }
+
+    /// A uid that none of the requests so far had.
+    pub(crate) fn uid(&mut self) -> u64 {
+        self.uids += 1;
+        self.uids
     }
 
     /// A message that has arrived whole.

@@ -58,6 +58,8 @@ impl Granted {
 
 pub(crate) struct Session {
     address: Address,
+    /// Whose ids the server knows.
+    pub(crate) dialect: Dialect,
     /// `None` for a server without our operations.
     pub(crate) hello: Option<Hello>,
     uids: AtomicU64,
@@ -70,17 +72,20 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A session, and its requests to be sent.
+    /// A session, and its requests to be sent. Its uids begin with `uid`.
     pub(crate) fn new(
         address: Address,
+        dialect: Dialect,
+        uid: u64,
         hello: Option<Hello>,
         pool: Option<Pool>,
     ) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         let (queue, outgoing) = mpsc::unbounded_channel();
         let session = Self {
             address,
+            dialect,
             hello,
-            uids: AtomicU64::new(1),
+            uids: AtomicU64::new(uid),
             requests: Mutex::new(Ok(HashMap::new())),
             queue,
             queued_bytes: AtomicUsize::new(0),
@@ -115,7 +120,7 @@ impl Session {
     }
 
     fn enqueue(&self, request: &Request, waiting: Option<Waiting>) -> Result<Bytes> {
-        let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), Dialect::Current);
+        let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), self.dialect);
         let uid = frames[0].clone();
         let bytes = frames.iter().map(Bytes::len).sum();
         let awaited = waiting.is_some();
@@ -160,7 +165,7 @@ impl Session {
 
     /// Hands a reply to whoever waits for it. What nobody waits for is dropped.
     pub(crate) fn deliver(&self, message: &[Bytes]) {
-        let Ok((header, payload)) = Header::decode(message) else { return };
+        let Ok((header, payload)) = Header::decode_in(self.dialect, message) else { return };
         let Some(Waiting { operation, answer }) = self.take(&header.uid) else { return };
         let reply = if header.operation == operation {
             Reply::decode(operation, payload).map_err(Error::from)

@@ -3,6 +3,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
+mod releases;
 mod router;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use router::{
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 /// A pool as a server makes it, under a name of this test's own.
@@ -78,6 +80,133 @@ async fn a_listener_of_another_kind_is_told_apart() {
 async fn hosts_beyond_loopback_are_an_unsupported_option() {
     let error = connect_error(ConnectOptions::new("tcp://192.0.2.1:5555")).await;
     assert_eq!(error.code, ErrorCode::UnsupportedOption);
+}
+
+/// A client of nobody that counts with [`CHUNK`] meanwhile, and the listener's place.
+async fn early_client() -> (Client, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let options =
+        ConnectOptions { assumed_chunk_size: Some(CHUNK), ..ConnectOptions::new(&address) };
+    (Client::connect(options).await.unwrap(), address)
+}
+
+#[tokio::test]
+async fn a_server_that_comes_later_is_joined_with_all_that_was_registered() {
+    let (name, region) = pool("later");
+    let (client, address) = early_client().await;
+    assert_eq!(client.chunk_size(), CHUNK);
+    let failure = client.failure().unwrap();
+    assert_eq!(failure.code, ErrorCode::Unreachable);
+    let port = address.rsplit_once(':').unwrap().1;
+    let command = format!("npx kvferry serve --port {port} --chunk-size {CHUNK}");
+    for part in [&address, &command] {
+        assert!(failure.message.contains(part), "{failure}");
+    }
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let gone = client.register(layout(), soon()).await.unwrap();
+    assert_eq!(code(client.unregister(gone, soon()).await), Some(ErrorCode::Unreachable));
+    assert_eq!(code(client.lookup(&key(), soon()).await), Some(ErrorCode::Unreachable));
+    let store = client.prepare_store(&key(), instance, soon()).await;
+    assert_eq!(code(store), Some(ErrorCode::Unreachable));
+    assert_eq!(code(client.ping().await), Some(ErrorCode::Unreachable));
+    let invalid = client.lookup(&Key { end: 17, ..key() }, soon()).await;
+    assert_eq!(code(invalid), Some(ErrorCode::InvalidArgument), "mistakes are told all the same");
+
+    let listener = TcpListener::bind(&address).await.unwrap();
+    let mut router = Router::on(listener, &name, |_, _| None);
+    client.connected(soon()).await.unwrap();
+    assert_eq!(client.failure(), None);
+    let registered: Vec<_> = router
+        .so_far()
+        .into_iter()
+        .filter(|request| matches!(request, Request::Register { .. }))
+        .collect();
+    assert_eq!(registered, [Request::Register { instance_id: instance, layout: layout() }]);
+    let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+    grant.memory.write(0, b"joined").unwrap();
+    let mut seen = [0; 6];
+    region.read(0, &mut seen).unwrap();
+    assert_eq!(&seen, b"joined");
+    assert_eq!(client.lookup(&key(), soon()).await.unwrap(), 2);
+}
+
+#[tokio::test]
+async fn what_is_registered_while_a_connection_begins_is_registered_over_it() {
+    let (name, _region) = pool("begins");
+    let (client, address) = early_client().await;
+    client.register(layout(), soon()).await.unwrap();
+    let (go_on, gate) = oneshot::channel();
+    let mut gate = Some(gate);
+    let registered = Reply::Registered { shm_name: name.clone(), pool_size: POOL };
+    let listener = TcpListener::bind(&address).await.unwrap();
+    let mut router = Router::on(listener, &name, move |_, request| match request {
+        Request::Register { .. } => Some(Answer::After(gate.take()?, registered.clone())),
+        _ => None,
+    });
+    router.received(|request| matches!(request, Request::Register { .. })).await;
+    let instance = client.register(layout(), soon()).await.unwrap();
+    go_on.send(()).unwrap();
+    let register = Request::Register { instance_id: instance, layout: layout() };
+    let (connection, _) = router.received(|request| *request == register).await;
+    assert_eq!(connection, 0);
+    client.connected(soon()).await.unwrap();
+    client.prepare_store(&key(), instance, soon()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_comes_later_with_other_chunks_is_not_joined() {
+    let (client, address) = early_client().await;
+    client.register(layout(), soon()).await.unwrap();
+    let listener = TcpListener::bind(&address).await.unwrap();
+    let mut router = Router::on(listener, "", |_, request| {
+        matches!(request, Request::GetChunkSize).then_some(Answer::Reply(Reply::Integer(64)))
+    });
+    // The second connection shows what became of the first.
+    router.received(|request| matches!(request, Request::Hello)).await;
+    router.received(|request| matches!(request, Request::Hello)).await;
+    let error = client.lookup(&key(), soon()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Protocol);
+    for part in ["chunks of 64", "with 16", "npx kvferry serve", "--chunk-size 16"] {
+        assert!(error.message.contains(part), "{error}");
+    }
+    client.register(layout(), soon()).await.unwrap();
+    let asked = router.so_far();
+    assert!(!asked.iter().any(|request| matches!(request, Request::Register { .. })), "{asked:?}");
+    client.close().await;
+    assert_eq!(code(client.register(layout(), soon()).await), Some(ErrorCode::Closed));
+}
+
+#[tokio::test]
+async fn a_listener_that_says_nothing_counts_as_nobody() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let options = ConnectOptions {
+        connect_timeout: Duration::from_millis(30),
+        assumed_chunk_size: Some(CHUNK),
+        ..ConnectOptions::new(&address)
+    };
+    let client = Client::connect(options).await.unwrap();
+    let error = client.lookup(&key(), soon()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unreachable, "this call has waited for nothing");
+    assert!(error.message.contains(&address), "{error}");
+    assert!(error.message.contains("npx kvferry serve"), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_there_and_no_server_is_an_error_at_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let options = ConnectOptions {
+        assumed_chunk_size: Some(CHUNK),
+        ..ConnectOptions::new(listener.local_addr().unwrap().to_string())
+    };
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    assert_eq!(connect_error(options).await.code, ErrorCode::Protocol);
 }
 
 #[tokio::test]

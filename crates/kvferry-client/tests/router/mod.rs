@@ -12,7 +12,7 @@ use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Reply, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// Tokens of a chunk.
 pub(crate) const CHUNK: u32 = 16;
@@ -31,6 +31,8 @@ pub(crate) enum Answer {
     As(Request, Reply),
     /// Answered by this when the next request is, and before it.
     Late(Reply),
+    /// Answered by this once the sender is used.
+    After(oneshot::Receiver<()>, Reply),
     /// Not answered.
     Silence,
     /// The connection ends.
@@ -51,9 +53,17 @@ impl Router {
     /// it says `None` the request is answered as by a kvferry server with a pool of this name.
     pub(crate) async fn start(
         pool: &str,
+        script: impl FnMut(usize, &Request) -> Option<Answer> + Send + 'static,
+    ) -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").await.unwrap(), pool, script)
+    }
+
+    /// The same at an address of the test's choice.
+    pub(crate) fn on(
+        listener: TcpListener,
+        pool: &str,
         mut script: impl FnMut(usize, &Request) -> Option<Answer> + Send + 'static,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (sender, received) = mpsc::unbounded_channel();
         let pool = pool.to_owned();
@@ -127,6 +137,10 @@ async fn serve(mut stream: TcpStream, mut answer: impl FnMut(&Request) -> Answer
                     zmtp.send(&other.reply(&reply), &mut output).unwrap();
                 }
                 Answer::Late(reply) => late.extend(header.reply(&reply)),
+                Answer::After(gate, reply) => {
+                    gate.await.unwrap();
+                    zmtp.send(&header.reply(&reply), &mut output).unwrap();
+                }
                 Answer::Silence => {}
                 Answer::Close => return,
                 Answer::Stall => pending().await,
