@@ -58,6 +58,16 @@ describe("a process with open handles", () => {
 		expect(ended).toEqual({ code: 0, out: "4\n", err: "" });
 	});
 
+	it("ends by itself while it looks for a server", async () => {
+		const ended = await run(`
+			const url = "tcp://127.0.0.1:9"; // nobody listens there
+			const client = await Client.connect({ url, whenUnreachable: "warn", onWarning() {} });
+			const cache = await PrefixCache.open({ via: client, identity: "x", bytesPerChunk });
+			console.log((await cache.lookup(prompt(1))).failure.code);
+		`);
+		expect(ended).toEqual({ code: 0, out: "UNREACHABLE\n", err: "" });
+	});
+
 	it("ends by itself when it embeds a server that does not listen", async () => {
 		const ended = await run(`
 			const server = await Server.start({ listen: false, memory: 2 ** 26 });

@@ -45,8 +45,18 @@ export interface StoreResult {
 /** An object has at most 1 TiB, with its header, and rounded up to a multiple of the chunk's tokens. */
 const BYTES_PER_CHUNK_MAX = 2 ** 40 - 2 ** 24;
 
-/** Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". */
-const FAILURES: ReadonlySet<string> = new Set(["TIMEOUT", "UNREACHABLE", "PROTOCOL", "SYSTEM"]);
+/**
+ * Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". Unsupported is
+ * a server without shared memory, that came after the cache was opened.
+ */
+const FAILURES: ReadonlySet<string> = new Set([
+	"TIMEOUT",
+	"UNREACHABLE",
+	"PROTOCOL",
+	"SYSTEM",
+	"UNSUPPORTED_OPTION",
+	"UNSUPPORTED_PLATFORM",
+]);
 
 /** The failure of the cache that `error` is; anything else is thrown on. */
 export function failureOf(error: unknown): KvferryError {
@@ -89,7 +99,8 @@ export class PrefixCache implements AsyncDisposable {
 	/**
 	 * Registers with a cache.
 	 *
-	 * @throws {@link KvferryError} `UNREACHABLE` or `TIMEOUT` when a server does not answer.
+	 * @throws {@link KvferryError} `UNREACHABLE` or `TIMEOUT` when a server does not answer; not over a
+	 * client that was told to go on without one, see {@link ClientOptions.whenUnreachable}.
 	 */
 	static async open(options: PrefixCacheOptions): Promise<PrefixCache> {
 		const { via, identity, bytesPerChunk } = options;

@@ -1,5 +1,5 @@
-import { checkText } from "./arguments.js";
-import { KvferryError, wrap } from "./errors.js";
+import { checkInteger, checkText, invalid, named } from "./arguments.js";
+import { fromNative, KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
 import type {
 	Client as NativeClient,
@@ -16,13 +16,32 @@ import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 export interface ClientOptions extends WaitOptions {
 	/** `tcp://host:port` or `host:port`, on this machine. Default "tcp://127.0.0.1:5555". */
 	readonly url?: string;
+	/**
+	 * What happens when no server answers. `"throw"` (default): {@link Client.connect} fails. `"warn"`:
+	 * within `timeoutMs`, and 3,000 ms at most, it gives a client without a connection, with a warning of
+	 * the address and of the command that starts a server; whatever uses the client works as without a
+	 * cache, and joins the server when one is there.
+	 */
+	readonly whenUnreachable?: "throw" | "warn";
+	/**
+	 * Tokens of a chunk to count with until a server is there, 1 to 2^32 - 1; for `whenUnreachable:
+	 * "warn"`. A server whose chunks have another size is not joined then: calls fail with `PROTOCOL`.
+	 * Default 256, a server's own default.
+	 */
+	readonly chunkSize?: number;
+	/** Gets the warning. Default: `process.emitWarning(message, "KvferryWarning")`. */
+	readonly onWarning?: (message: string) => void;
 }
 
+/** How long a start may be held up by a server that does not answer. */
+const WARN_AFTER_MS = 3_000;
+
 /**
- * A connection to a cache server: kvferry's, or LMCache's in engine-driven mode with shared memory.
+ * A connection to a cache server: kvferry's, or LMCache's (0.4.7, 0.5.0 to 0.5.6) in engine-driven mode
+ * with shared memory. Which one it is, the client finds out.
  *
  * It heals itself: when the server goes away, calls fail at once with `UNREACHABLE` and caches miss;
- * when it is back, the client registers and maps its memory again.
+ * when it is back, the client registers and maps its memory again. It never keeps the process running.
  *
  * @example
  * ```ts
@@ -33,7 +52,7 @@ export interface ClientOptions extends WaitOptions {
 export class Client implements AsyncDisposable {
 	/** The address, as it was given. */
 	readonly url: string;
-	/** Tokens of one chunk at the server. */
+	/** Tokens of one chunk at the server; before there was one, {@link ClientOptions.chunkSize}. */
 	readonly chunkSize: number;
 	readonly #native: NativeClient;
 	#closing: Promise<void> | undefined;
@@ -47,19 +66,43 @@ export class Client implements AsyncDisposable {
 	/**
 	 * Connects to a server.
 	 *
-	 * @throws {@link KvferryError} `UNREACHABLE` when none listens, `TIMEOUT` when one does not answer,
-	 * `UNSUPPORTED_OPTION` for another machine's address.
+	 * @throws {@link KvferryError} `UNREACHABLE` when none listens, `TIMEOUT` when one does not answer or
+	 * is of an unknown release (neither with `whenUnreachable: "warn"`), `PROTOCOL` when something else
+	 * listens, `UNSUPPORTED_OPTION` for another machine's address.
 	 */
 	static async connect(options: ClientOptions = {}): Promise<Client> {
-		const { url = "tcp://127.0.0.1:5555", signal } = options;
+		const { url = "tcp://127.0.0.1:5555", whenUnreachable = "throw", chunkSize = 256 } = options;
+		const { onWarning = (message) => process.emitWarning(message, "KvferryWarning") } = options;
 		checkText("url", url);
+		checkInteger("chunkSize", chunkSize, 1, 2 ** 32 - 1);
+		if (whenUnreachable !== "throw" && whenUnreachable !== "warn") {
+			throw invalid(`whenUnreachable is ${named(whenUnreachable)}: it must be "throw" or "warn"`);
+		}
+		if (typeof onWarning !== "function") {
+			throw invalid("onWarning must be a function");
+		}
 		const timeoutMs = timeoutOf(options);
+		const warn = whenUnreachable === "warn";
 		const client = await waitFor(
-			() => native().Client.connect(url, timeoutMs),
-			signal,
+			() =>
+				warn
+					? native().Client.connect(url, Math.min(timeoutMs, WARN_AFTER_MS), chunkSize)
+					: native().Client.connect(url, timeoutMs),
+			options.signal,
 			(late) => late.close(timeoutMs),
 		);
-		return new Client(client, url);
+		const connected = new Client(client, url);
+		const { failure } = client;
+		if (warn && typeof failure === "string") {
+			const { message } = fromNative(new Error(failure));
+			onWarning(`${message}. Going on without a cache until one is there.`);
+		}
+		return connected;
+	}
+
+	/** Whether there is a connection now. Why there is none, the error of any call says. */
+	get connected(): boolean {
+		return typeof this.#native.failure !== "string";
 	}
 
 	/** Asks the server for a sign of life; resolves to the milliseconds that it took. */

@@ -23,10 +23,12 @@ export declare class ChunkHasher {
 
 /** A connection. */
 export declare class Client {
-  /** Connects to `tcp://host:port`. */
-  static connect(url: string, timeoutMs: number): Promise<Client>
+  /** Connects to `tcp://host:port`. With a chunk size, the lack of a server is no error. */
+  static connect(url: string, timeoutMs: number, assumedChunkSize?: number | undefined | null): Promise<Client>
   /** Tokens of one chunk. */
   get chunkSize(): number
+  /** Why there is no connection now, as `CODE: message`; absent while there is one. */
+  get failure(): string | null
   /** Milliseconds that a sign of life takes. */
   ping(timeoutMs: number): Promise<number>
   /** The server's figures, by name. */

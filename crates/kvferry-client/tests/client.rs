@@ -619,6 +619,8 @@ async fn without_a_connection_requests_fail_at_once() {
         assert_eq!(error.code, ErrorCode::Unreachable);
         assert!(error.message.contains("npx kvferry serve"), "{error}");
     }
+    let register = client.register(layout(), soon()).await;
+    assert_eq!(code(register), Some(ErrorCode::Unreachable), "unless told to wait for a server");
     let never = client.connected(shortly()).await;
     assert_eq!(code(never), Some(ErrorCode::Unreachable));
 }

@@ -25,13 +25,18 @@ type Figure = (String, Either<f64, String>);
 
 #[napi]
 impl Client {
-    /// Connects to `tcp://host:port`.
+    /// Connects to `tcp://host:port`. With a chunk size, the lack of a server is no error.
     #[napi(catch_unwind, ts_return_type = "Promise<Client>")]
-    pub fn connect(env: &Env, url: String, timeout_ms: u32) -> Result<PromiseRaw<'_, Client>> {
+    pub fn connect(
+        env: &Env,
+        url: String,
+        timeout_ms: u32,
+        assumed_chunk_size: Option<u32>,
+    ) -> Result<PromiseRaw<'_, Client>> {
         promise(env, async move {
             let mut options = ConnectOptions::new(url);
-            // The first connection has the caller's time; later ones have the default.
             options.connect_timeout = Duration::from_millis(timeout_ms.into());
+            options.assumed_chunk_size = assumed_chunk_size;
             let client = kvferry_client::Client::connect(options).await?;
             let chunk_size = client.server().chunk_size;
             Ok(Self { inner: Mutex::new(Some(Arc::new(client))), chunk_size })
@@ -42,6 +47,15 @@ impl Client {
     #[napi(getter, catch_unwind)]
     pub fn chunk_size(&self) -> u32 {
         self.chunk_size
+    }
+
+    /// Why there is no connection now, as `CODE: message`; absent while there is one.
+    #[napi(getter, catch_unwind)]
+    pub fn failure(&self) -> Option<String> {
+        match self.client() {
+            Ok(client) => client.failure().map(|error| error.to_string()),
+            Err(closed) => Some(closed.reason.clone()),
+        }
     }
 
     /// Milliseconds that a sign of life takes.

@@ -98,10 +98,7 @@ impl Header {
     }
 
     /// The same, of a message between a server of `dialect` and its client.
-    pub fn decode_in(
-        dialect: Dialect,
-        frames: &[Bytes],
-    ) -> Result<(Self, &[Bytes]), MessageError> {
+    pub fn decode_in(dialect: Dialect, frames: &[Bytes]) -> Result<(Self, &[Bytes]), MessageError> {
         let [uid, operation_frame, payload @ ..] = frames else {
             return Err(MessageError::TooFewFrames(frames.len()));
         };

@@ -218,7 +218,11 @@ mod tests {
         for dialect in Dialect::ALL {
             for operation in Operation::ALL {
                 if let Some(id) = operation.id(dialect) {
-                    assert_eq!(Operation::from_id(id, dialect), Some(operation), "{dialect:?} {id}");
+                    assert_eq!(
+                        Operation::from_id(id, dialect),
+                        Some(operation),
+                        "{dialect:?} {id}"
+                    );
                 }
             }
         }

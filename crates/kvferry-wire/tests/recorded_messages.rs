@@ -81,8 +81,10 @@ fn every_operation_of_lmcache_is_recorded() {
         .collect();
     seen.sort_by_key(|operation| operation.id(Dialect::Current));
     seen.dedup();
-    let all: Vec<Operation> =
-        Operation::ALL.into_iter().filter(|operation| operation.id(Dialect::Current).is_some()).collect();
+    let all: Vec<Operation> = Operation::ALL
+        .into_iter()
+        .filter(|operation| operation.id(Dialect::Current).is_some())
+        .collect();
     assert_eq!(seen, all);
 }
 

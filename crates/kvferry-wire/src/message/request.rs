@@ -292,11 +292,9 @@ impl Request {
             | Self::AbandonStore { key, instance_id } => {
                 frames.extend([key.encode(), one(|w| w.uint(*instance_id))]);
             }
-            Self::CommitStore { key, instance_id } => frames.extend([
-                key.encode(),
-                one(|w| w.uint(*instance_id)),
-                one(|w| w.bytes(&[])),
-            ]),
+            Self::CommitStore { key, instance_id } => {
+                frames.extend([key.encode(), one(|w| w.uint(*instance_id)), one(|w| w.bytes(&[]))]);
+            }
             Self::QueryPrefetchStatus { request_id } | Self::EndSession { request_id } => {
                 frames.push(one(|w| w.str(request_id)));
             }
