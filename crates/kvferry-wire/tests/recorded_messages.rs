@@ -124,7 +124,7 @@ fn request_configs_are_kept_verbatim() {
 }
 
 /// Operations in the order of their ids, and the first id of each run of ids without a gap; read from
-/// the sources of LMCache 0.4.7, 0.5.2, 0.5.4 and 0.5.6.
+/// the packages of LMCache 0.4.7, 0.5.2, 0.5.4 and 0.5.6.
 #[test]
 fn operations_have_the_ids_of_each_release() {
     let operations = ["lookup", "query_prefetch_status", "wait_prefetch_status"];

@@ -51,7 +51,7 @@ async fn serve(mut answer: impl FnMut(&[Bytes]) -> Answers + Send + 'static) -> 
     options
 }
 
-/// The ids of operations in one release, as they stand in its sources.
+/// The ids of operations in one release, read from its package.
 type Ids = &'static [(u8, Operation)];
 
 const IDS_047: Ids = &[
