@@ -11,6 +11,7 @@ pub mod llama_state;
 pub mod paged;
 pub mod parallel;
 pub mod prefix;
+pub mod prefix_index;
 pub mod recovery;
 pub mod tracker;
 
