@@ -77,6 +77,12 @@ export {
 	type WithParallelStrategy,
 } from "./parallel.js";
 export {
+	type HashList,
+	type InsertResult,
+	PrefixIndex,
+	type PrefixIndexOptions,
+} from "./prefix-index.js";
+export {
 	type EndedLoad,
 	type FailedRecving,
 	handleFailedRecving,

@@ -155,6 +155,24 @@ export declare class PrefixHit {
   get chunks(): number
 }
 
+/** Which hashes are known to be stored. */
+export declare class PrefixIndex {
+  /** An empty index of `capacity` hashes of `width` bytes. */
+  constructor(width: number, capacity: number)
+  /** Hashes that are there. */
+  get size(): number
+  /** Adds hashes, and writes those that went for them to `evicted`. */
+  insert(hashes: Uint8Array, evicted: Uint8Array): NativeInserted
+  /** Removes hashes; returns how many were there. */
+  remove(hashes: Uint8Array): number
+  /** Writes whether each hash is there; returns how many are. */
+  contains(hashes: Uint8Array, found: Uint8Array): number
+  /** Writes how many leading hashes of each request are there. */
+  matchPrefixes(hashes: Uint8Array, offsets: Uint32Array, counts: Uint32Array): void
+  /** Forgets all hashes. */
+  clear(): void
+}
+
 /** Chunks being loaded. */
 export declare class PrefixReading {
   /** Chunks that can be read; 0 when they went after the lookup. */
@@ -253,6 +271,14 @@ export interface Lora {
   name: string
   /** `lora_path`. */
   path: string
+}
+
+/** What an insertion did. */
+export interface NativeInserted {
+  /** Hashes that were not there. */
+  inserted: number
+  /** Hashes that went for them. */
+  evicted: number
 }
 
 /** What follows from a step's invalid blocks. */

@@ -12,6 +12,7 @@ mod hash;
 mod llama_state;
 mod paged;
 mod parallel;
+mod prefix_index;
 mod promise;
 mod recovery;
 mod server;
