@@ -42,15 +42,29 @@ impl Rows {
             pairs.sort_by(|a, b| of(a).total_cmp(&of(b)));
             of(&pairs[PAIRS / 2])
         };
+        let (ours, reference) = (median(|pair| pair.0), median(|pair| pair.1));
+        let ratio = median(|pair| pair.0 / pair.1);
+        self.add(name, ours / units, reference / units, ratio);
+    }
+
+    /// Prints the row of a limit: the median of `sample`, which gives nanoseconds for one unit of work.
+    pub fn limit(&mut self, name: &str, limit: f64, mut sample: impl FnMut() -> f64) {
+        let mut samples: Vec<f64> = (0..PAIRS).map(|_| sample()).collect();
+        samples.sort_by(f64::total_cmp);
+        let ours = samples[PAIRS / 2];
+        self.add(name, ours, limit, ours / limit);
+    }
+
+    fn add(&mut self, name: &str, ours: f64, reference: f64, ratio: f64) {
         let row = serde_json::json!({
             "name": name,
-            "ours": rounded(median(|pair| pair.0) / units),
-            "reference": rounded(median(|pair| pair.1) / units),
+            "ours": rounded(ours),
+            "reference": rounded(reference),
             "unit": "ns",
-            "ratio": rounded(median(|pair| pair.0 / pair.1)),
+            "ratio": rounded(ratio),
         });
         println!(
-            "{name:<44} ours {:>9} ns   reference {:>9} ns   ratio {:>6}",
+            "{name:<62} ours {:>9} ns   reference {:>9} ns   ratio {:>6}",
             row["ours"], row["reference"], row["ratio"]
         );
         self.0.push(row);
