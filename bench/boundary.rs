@@ -50,8 +50,7 @@ impl Hasher {
             block_size: 16,
             algorithm: BlockAlgorithm::from_name(algorithm)?,
             seed: Some("0".to_owned()),
-            cache_salt: None,
-            lora: None,
+            ..BlockHasherOptions::default()
         });
         hasher.map(Self::Block)
     }

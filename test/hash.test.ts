@@ -1,12 +1,15 @@
 import { readFileSync } from "node:fs";
 import { describe, expect, it } from "vitest";
 import {
+	type BlockAlgorithm,
 	BlockHasher,
+	type BlockHasherOptions,
 	blockHashes,
 	ChunkHasher,
 	chunkHashes,
 	eventHash,
 	Hashes,
+	type MmFeature,
 	objectKey,
 	packGroupId,
 	type Tokens,
@@ -17,9 +20,27 @@ interface Vectors {
 	vectors: { chunk_size: number; tokens: number[]; hashes: string[] }[];
 }
 
-const recorded: Vectors = JSON.parse(
-	readFileSync(new URL("./wire/chunk_hash_vectors.json", import.meta.url), "utf8"),
-);
+interface BlockVectors {
+	cases: {
+		PYTHONHASHSEED: string | null;
+		block_size: number;
+		token_ids: number[];
+		append_tokens: number[];
+		cache_salt: string | null;
+		lora: { name: string; path: string } | null;
+		mm_features: MmFeature[];
+		prompt_embeds: { dtype: string; shape: [number, number]; raw_hex: string } | null;
+		lookahead: number;
+		block_hashes: Record<string, string[]>;
+	}[];
+}
+
+function readJson(path: string) {
+	return JSON.parse(readFileSync(new URL(path, import.meta.url), "utf8"));
+}
+
+const recorded: Vectors = readJson("./wire/chunk_hash_vectors.json");
+const vllm: BlockVectors = readJson("./vectors/block_hash.json");
 const tokens = Uint32Array.from({ length: 100 }, (_, at) => at * 7919);
 
 function code(expected: string, message: RegExp) {
@@ -88,6 +109,101 @@ describe("block hashes", () => {
 	});
 });
 
+describe("keys that differ from block to block", () => {
+	const image = { identifier: "image", offset: 10, length: 20 };
+	const data = Uint8Array.from({ length: 100 * 4 }, (_, at) => at);
+	const promptEmbeds = { data, bytesPerToken: 4 };
+
+	it("are hashed as vLLM does", () => {
+		const keyed = vllm.cases.filter(
+			({ mm_features, prompt_embeds, lookahead }) =>
+				mm_features.length > 0 || prompt_embeds !== null || lookahead > 0,
+		);
+		expect(keyed.length).toBeGreaterThan(40);
+		for (const item of keyed) {
+			const embeds = item.prompt_embeds;
+			const bytes = embeds?.dtype === "float32" ? 4 : 2;
+			for (const [algorithm, hashes] of Object.entries(item.block_hashes)) {
+				const options: BlockHasherOptions = {
+					blockSize: item.block_size,
+					algorithm: algorithm as BlockAlgorithm,
+					seed: item.PYTHONHASHSEED ?? undefined,
+					cacheSalt: item.cache_salt ?? undefined,
+					lora: item.lora ?? undefined,
+					mmFeatures: item.mm_features,
+					promptEmbeds: embeds
+						? { data: Buffer.from(embeds.raw_hex, "hex"), bytesPerToken: embeds.shape[1] * bytes }
+						: undefined,
+					numHashLookaheadTokens: item.lookahead,
+				};
+				const tokens = [...item.token_ids, ...item.append_tokens];
+				expect(blockHashes(tokens, options).toHex()).toEqual(hashes);
+			}
+		}
+	});
+
+	it("change the blocks that they reach into, and so those after them", () => {
+		const plain = blockHashes(tokens).toHex();
+		const firstChanged = (options: BlockHasherOptions) =>
+			blockHashes(tokens, options)
+				.toHex()
+				.findIndex((hash, at) => hash !== plain[at]);
+		expect(firstChanged({ mmFeatures: [image] })).toBe(0);
+		expect(firstChanged({ mmFeatures: [{ ...image, offset: 16 }] })).toBe(1);
+		expect(firstChanged({ mmFeatures: [{ ...image, offset: 96 }] })).toBe(-1);
+		// One token ahead, the image of the next block is in sight.
+		const near = { ...image, offset: 32 };
+		const ahead = { numHashLookaheadTokens: 1 };
+		const looking = blockHashes(tokens, ahead).toHex();
+		const seen = blockHashes(tokens, { ...ahead, mmFeatures: [near] }).toHex();
+		expect(seen.findIndex((hash, at) => hash !== looking[at])).toBe(1);
+		expect(firstChanged({ promptEmbeds })).toBe(0);
+		expect(blockHashes(tokens, { mmFeatures: [] }).toHex()).toEqual(plain);
+	});
+
+	it("look ahead: a block has a hash once the tokens after it are there", () => {
+		const hasher = new BlockHasher({ numHashLookaheadTokens: 2 });
+		const counts = [17, 1, 15, 1, 0].map((count) => hasher.append(new Uint32Array(count)).length);
+		expect(counts).toEqual([0, 1, 0, 1, 0]);
+		expect(blockHashes([1, 2, 3], { blockSize: 1, numHashLookaheadTokens: 2 }).length).toBe(1);
+	});
+
+	it("are copied: what the caller does to them later changes nothing", () => {
+		const features = [{ ...image }];
+		const embeds = { data: data.slice(), bytesPerToken: 4 };
+		const options = { mmFeatures: features, promptEmbeds: embeds };
+		const expected = blockHashes(tokens, options);
+		const hasher = new BlockHasher(options);
+		embeds.data.fill(0);
+		features.length = 0;
+		expect(hasher.append(tokens)).toEqual(expected);
+	});
+
+	it.each<[string, object]>([
+		["mmFeatures must be an array", { mmFeatures: image }],
+		["mmFeatures\\[0\\] must be", { mmFeatures: [undefined] }],
+		["mmFeatures\\[1\\]\\.identifier must be", { mmFeatures: [image, { offset: 1, length: 1 }] }],
+		["identifier has half", { mmFeatures: [{ ...image, identifier: "\ud800" }] }],
+		[
+			"identifier has at most 4096 bytes",
+			{ mmFeatures: [{ ...image, identifier: "x".repeat(4097) }] },
+		],
+		["offset is 0\\.5", { mmFeatures: [{ ...image, offset: 0.5 }] }],
+		["offset is 9007199254740992", { mmFeatures: [{ ...image, offset: 2 ** 53 }] }],
+		["length is -1", { mmFeatures: [{ ...image, length: -1 }] }],
+		["promptEmbeds must be", { promptEmbeds: null }],
+		["promptEmbeds\\.data must be", { promptEmbeds: { data: [1], bytesPerToken: 1 } }],
+		["bytesPerToken is 0", { promptEmbeds: { data, bytesPerToken: 0 } }],
+		["400 bytes.*rows of 3 bytes", { promptEmbeds: { data, bytesPerToken: 3 } }],
+		["numHashLookaheadTokens is -1", { numHashLookaheadTokens: -1 }],
+		["numHashLookaheadTokens is 1\\.5", { numHashLookaheadTokens: 1.5 }],
+	])("are refused when they cannot be: %s", (message, options) => {
+		expect(() => blockHashes(tokens, options as BlockHasherOptions)).toThrow(
+			code("INVALID_ARGUMENT", new RegExp(message)),
+		);
+	});
+});
+
 describe("a growing sequence", () => {
 	it("gives only the hashes that the new tokens complete", () => {
 		for (const [hasher, whole] of [
@@ -100,6 +216,26 @@ describe("a growing sequence", () => {
 			expect(grown.map(({ length }) => length)).toEqual([0, 1, 0, 4, 7]);
 			expect(grown.flatMap((hashes) => hashes.toHex())).toEqual(whole.toHex());
 		}
+	});
+
+	it("hashes with every key like a whole one, less those that still look ahead", () => {
+		const options: BlockHasherOptions = {
+			blockSize: 8,
+			cacheSalt: "t",
+			lora: { name: "sql", path: "/loras/sql" },
+			mmFeatures: [
+				{ identifier: "a", offset: 5, length: 30 },
+				{ identifier: "b", offset: 35, length: 2 },
+			],
+			promptEmbeds: { data: new Uint8Array(50 * 4).fill(7), bytesPerToken: 4 },
+			numHashLookaheadTokens: 3,
+		};
+		const hasher = new BlockHasher(options);
+		const grown = [0, 10, 11, 12, 60].map((start, part, starts) =>
+			hasher.append(tokens.subarray(start, starts[part + 1])),
+		);
+		expect(grown.map(({ length }) => length)).toEqual([0, 1, 0, 6, 5]);
+		expect(grown.flatMap((hashes) => hashes.toHex())).toEqual(blockHashes(tokens, options).toHex());
 	});
 
 	it("can go on after a hash that was kept", () => {

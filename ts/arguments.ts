@@ -18,6 +18,13 @@ export function named(value: unknown): string {
 	return typeof value === "number" ? String(value) : `of type ${typeof value}`;
 }
 
+/** Checks for an object. */
+export function checkObject(name: string, value: unknown): void {
+	if (typeof value !== "object" || value === null || Array.isArray(value)) {
+		throw invalid(`${name} must be an object`);
+	}
+}
+
 /** Checks for a string without lone surrogates, which have no UTF-8. */
 export function checkText(name: string, text: unknown): asserts text is string {
 	if (typeof text !== "string") {

@@ -1,4 +1,4 @@
-import { checkInteger, checkText, invalid, named } from "./arguments.js";
+import { checkInteger, checkObject, checkText, invalid, named } from "./arguments.js";
 import { KvferryError } from "./errors.js";
 import type { KvLoadFailurePolicy } from "./recovery.js";
 
@@ -323,12 +323,6 @@ function warningsOf(
 		}
 	}
 	return warnings;
-}
-
-function checkObject(name: string, value: unknown): void {
-	if (typeof value !== "object" || value === null || Array.isArray(value)) {
-		throw invalid(`${name} must be an object`);
-	}
 }
 
 function checkOneOf(name: string, value: unknown, choices: readonly string[]): void {

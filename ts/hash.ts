@@ -1,5 +1,13 @@
 import { types } from "node:util";
-import { checkAttached, checkBytes, checkInteger, checkText, invalid, named } from "./arguments.js";
+import {
+	checkAttached,
+	checkBytes,
+	checkInteger,
+	checkObject,
+	checkText,
+	invalid,
+	named,
+} from "./arguments.js";
 import { KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
 
@@ -42,6 +50,36 @@ export interface Lora {
 	path: string;
 }
 
+/**
+ * A multimodal item by vLLM's names for it: part of the hash of each block that its placeholder tokens
+ * reach into, with its place there.
+ */
+export interface MmFeature {
+	/**
+	 * `identifier`: vLLM's hash of the item's content, behind the adapter's name where that matters. At
+	 * most 4096 bytes of UTF-8, as the other texts.
+	 */
+	identifier: string;
+	/**
+	 * `mm_position.offset`: the first placeholder, counted from the first token that is hashed; a safe
+	 * integer, negative for an item that began before `parent` ended.
+	 */
+	offset: number;
+	/** `mm_position.length`: how many placeholders, 0 to 2³² − 1. */
+	length: number;
+}
+
+/** Embeddings in the place of a prompt's token ids, vLLM's `prompt_embeds`: a row for each token. */
+export interface PromptEmbeds {
+	/**
+	 * The tensor's bytes: rows in order from that of the first token that is hashed on, elements little
+	 * endian as `model.dtype` has them. Read once, by the constructor.
+	 */
+	data: Uint8Array;
+	/** Bytes of a row, 1 to 2³² − 1: hidden size times bytes of an element. */
+	bytesPerToken: number;
+}
+
 /** Options of {@link BlockHasher}. */
 export interface BlockHasherOptions {
 	/** Tokens of a block, 1 to 2³² − 1. Default 16, as vLLM's. */
@@ -56,10 +94,26 @@ export interface BlockHasherOptions {
 	/** The tenant: part of the first block's hash and so of all. Default none, as is `""`. */
 	cacheSalt?: string | undefined;
 	/**
-	 * The adapter. Default none. Under `sha256` and `xxhash`, vLLM's hashes depend on whether equal name
-	 * and path are one Python object; here they are two. The `_cbor` algorithms have no such ambiguity.
+	 * The adapter. Default none. Under `sha256` and `xxhash`, vLLM's hashes depend on which of equal texts
+	 * (name, path, salt, identifiers) are one Python object; here none are, except single characters up to
+	 * U+00FF, which Python shares. The `_cbor` algorithms have no such ambiguity.
 	 */
 	lora?: Lora | undefined;
+	/**
+	 * The multimodal items of the whole request, sorted by offset and apart. Default none. vLLM takes
+	 * others too, but what it makes of them depends on how the tokens come in; here as well.
+	 */
+	mmFeatures?: readonly MmFeature[] | undefined;
+	/**
+	 * The embeddings of the whole prompt; tokens beyond them were generated. Default none. Pass 0 as the
+	 * id of each token that they stand for, as vLLM does.
+	 */
+	promptEmbeds?: PromptEmbeds | undefined;
+	/**
+	 * Tokens after a block that its hash covers, 0 to 2³² − 1: a block has a hash only once they are
+	 * there. Default 0. vLLM has another value only with EAGLE's kind of drafter and no KV connector.
+	 */
+	numHashLookaheadTokens?: number | undefined;
 	/** Start after the block that has this hash, instead of at the request's first token. */
 	parent?: Uint8Array | undefined;
 }
@@ -138,13 +192,19 @@ class Hasher {
 	readonly #size: number;
 	readonly #hashBytes: number;
 	readonly #native: NativeHasher;
-	/** Tokens since the last hash. */
-	#pending = 0;
+	/** Tokens since those of the last hash, less those that the next one looks ahead. */
+	#pending: number;
 
-	protected constructor(size: number, hashBytes: number, nativeHasher: NativeHasher) {
+	protected constructor(
+		size: number,
+		hashBytes: number,
+		nativeHasher: NativeHasher,
+		lookahead = 0,
+	) {
 		this.#size = size;
 		this.#hashBytes = hashBytes;
 		this.#native = nativeHasher;
+		this.#pending = -lookahead;
 	}
 
 	/**
@@ -159,7 +219,7 @@ class Hasher {
 	 */
 	append(tokens: Tokens, into?: Uint8Array): Hashes {
 		const ids = convert(tokens);
-		const count = Math.floor((this.#pending + ids.length) / this.#size);
+		const count = Math.max(0, Math.floor((this.#pending + ids.length) / this.#size));
 		const bytes = roomFor(count * this.#hashBytes, into, ids);
 		wrap(() =>
 			Array.isArray(ids)
@@ -194,23 +254,29 @@ export class BlockHasher extends Hasher {
 	 * algorithm without a seed.
 	 */
 	constructor(options: BlockHasherOptions = {}) {
-		const { blockSize = 16, algorithm = "sha256", seed, cacheSalt, lora, parent } = options;
+		const { blockSize = 16, algorithm = "sha256", seed, cacheSalt = "", lora, parent } = options;
+		const { mmFeatures = [], promptEmbeds, numHashLookaheadTokens = 0 } = options;
 		checkInteger("blockSize", blockSize, 1, U32_MAX);
 		checkText("algorithm", algorithm);
-		for (const [name, text] of Object.entries({ seed, cacheSalt })) {
-			if (text !== undefined) {
-				checkText(name, text);
-			}
+		checkText("cacheSalt", cacheSalt);
+		if (seed !== undefined) {
+			checkText("seed", seed);
 		}
 		if (lora !== undefined) {
 			checkText("lora.name", lora.name);
 			checkText("lora.path", lora.path);
 		}
+		checkMmFeatures(mmFeatures);
+		if (promptEmbeds !== undefined) {
+			checkObject("promptEmbeds", promptEmbeds);
+			checkBytes("promptEmbeds.data", promptEmbeds.data);
+			checkInteger("promptEmbeds.bytesPerToken", promptEmbeds.bytesPerToken, 1, U32_MAX);
+		}
+		checkInteger("numHashLookaheadTokens", numHashLookaheadTokens, 0, U32_MAX);
 		checkParent(parent);
-		const hasher = wrap(
-			() => new (native().BlockHasher)(algorithm, blockSize, parent, seed, cacheSalt, lora),
-		);
-		super(blockSize, algorithm.startsWith("xxhash") ? 16 : 32, hasher);
+		const needed = { blockSize, algorithm, cacheSalt, mmFeatures, numHashLookaheadTokens };
+		const hasher = wrap(() => new (native().BlockHasher)(needed, parent, seed, lora, promptEmbeds));
+		super(blockSize, algorithm.startsWith("xxhash") ? 16 : 32, hasher, numHashLookaheadTokens);
 	}
 }
 
@@ -350,6 +416,19 @@ function roomFor(
 		throw invalid("into must not share its buffer with tokens: pass an array of its own");
 	}
 	return into.length === bytes ? into : into.subarray(0, bytes);
+}
+
+function checkMmFeatures(features: unknown): asserts features is MmFeature[] {
+	if (!Array.isArray(features)) {
+		throw invalid("mmFeatures must be an array of { identifier, offset, length }");
+	}
+	for (const [at, feature] of features.entries()) {
+		checkObject(`mmFeatures[${at}]`, feature);
+		checkText(`mmFeatures[${at}].identifier`, feature.identifier);
+		const { MIN_SAFE_INTEGER, MAX_SAFE_INTEGER } = Number;
+		checkInteger(`mmFeatures[${at}].offset`, feature.offset, MIN_SAFE_INTEGER, MAX_SAFE_INTEGER);
+		checkInteger(`mmFeatures[${at}].length`, feature.length, 0, U32_MAX);
+	}
 }
 
 function checkParent(parent: unknown): void {

@@ -113,8 +113,7 @@ fn hash_blocks(algorithm: BlockAlgorithm, tokens: &[u32], hashes: &mut [u8]) -> 
         block_size: BLOCK as u32,
         algorithm,
         seed: Some(SEED.to_owned()),
-        cache_salt: None,
-        lora: None,
+        ..BlockHasherOptions::default()
     })?;
     hasher.append(tokens, hashes)
 }

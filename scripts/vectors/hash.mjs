@@ -1,7 +1,7 @@
 // block_hash.json and chunk_hash.json: hashes of tokens, and the keys of objects.
 
 import { isDeepStrictEqual } from "node:util";
-import { PENDING, UNREACHABLE } from "./outcome.mjs";
+import { UNREACHABLE } from "./outcome.mjs";
 
 /** @typedef {import("./outcome.mjs").Json} Json */
 
@@ -60,9 +60,6 @@ function refuses(/** @type {() => unknown} */ call, /** @type {string[]} */ ...c
 }
 
 function blockCase(/** @type {Json} */ item) {
-	if (item.mm_features?.length > 0 || item.prompt_embeds || item.lookahead > 0) {
-		return PENDING;
-	}
 	const given = forms(item.token_ids_str ?? item.token_ids);
 	const appended = forms(item.append_tokens_str ?? item.append_tokens ?? []);
 	return Object.entries(item.block_hashes).every(([algorithm, expected]) =>
@@ -74,6 +71,9 @@ function blockCase(/** @type {Json} */ item) {
 					seed: item.PYTHONHASHSEED ?? undefined,
 					cacheSalt: item.cache_salt ?? undefined,
 					lora: item.lora ?? undefined,
+					mmFeatures: item.mm_features ?? undefined,
+					promptEmbeds: embeds(item.prompt_embeds),
+					numHashLookaheadTokens: item.lookahead ?? undefined,
 				});
 				const before = hasher.append(tokens).toHex();
 				const all = [...before, ...hasher.append(more).toHex()];
@@ -82,6 +82,16 @@ function blockCase(/** @type {Json} */ item) {
 			}),
 		),
 	);
+}
+
+/** A tensor as the package takes it. */
+function embeds(/** @type {Json} */ tensor) {
+	if (!tensor) {
+		return undefined;
+	}
+	const data = bytes(tensor.raw_hex);
+	const [rows] = tensor.shape;
+	return { data, bytesPerToken: rows > 0 ? data.length / rows : 1 };
 }
 
 function noneHash(/** @type {Json} */ item) {
@@ -97,17 +107,35 @@ function noneHash(/** @type {Json} */ item) {
 }
 
 function serializedBlock(/** @type {Json} */ item) {
+	const keys = item.extra_keys ?? [];
+	// Behind a lookahead's keys stand its tokens.
+	const hasLookahead = keys.length > 1 && !Array.isArray(keys.at(-1));
+	/** @type {Json[]} */
+	const own = hasLookahead ? (keys[0] ?? []) : keys;
+	/** @type {number[]} */
+	const after = hasLookahead ? keys.slice(1) : [];
+	const tags = own.map(([tag]) => tag);
 	const blockSize = item.token_ids.length;
-	const keys = (item.extra_keys ?? []).map((/** @type {Json} */ key) => key?.[0]);
-	if (keys.includes("mm") || keys.includes("prompt_embeds")) {
-		return PENDING;
+	const first = item.parent_is_none_hash;
+	const salt = own.find(([tag]) => tag === "cache_salt");
+	if (blockSize === 0 || tags.includes("prompt_embeds") || (salt && !first)) {
+		return UNREACHABLE; // a block of no tokens, a digest without its rows, a salt after a known hash
 	}
-	if (keys.length > 0 || blockSize === 0) {
-		return UNREACHABLE; // a salt after a known hash, keys of no kind, a block of no tokens
-	}
-	const { algo: algorithm, PYTHONHASHSEED: seed } = item;
-	const options = { blockSize, algorithm, seed: seed ?? undefined, parent: bytes(item.parent_hex) };
-	return forms(item.token_ids).every((tokens) =>
+	const [, name, path] = own.find(([tag]) => tag === "lora") ?? [];
+	const options = {
+		blockSize,
+		algorithm: item.algo,
+		seed: item.PYTHONHASHSEED ?? undefined,
+		parent: first ? undefined : bytes(item.parent_hex),
+		cacheSalt: salt?.[1],
+		lora: name === undefined ? undefined : { name, path },
+		mmFeatures: own
+			.filter(([tag]) => tag === "mm")
+			// Into the block and not beyond, since that would be its last item.
+			.map(([, identifier, offset]) => ({ identifier, offset, length: Math.max(1, 1 - offset) })),
+		numHashLookaheadTokens: after.length,
+	};
+	return forms([...item.token_ids, ...after]).every((tokens) =>
 		isDeepStrictEqual(kvferry.blockHashes(tokens, options).toHex(), [item.hash]),
 	);
 }

@@ -1,8 +1,6 @@
 //! Hashing: `ts/hash.ts` checks what JavaScript passes and allocates what is written here.
 
-use kvferry_core::hash::{
-    self, BlockAlgorithm, BlockHasherOptions, ChunkAlgorithm, ChunkStream, Tokens,
-};
+use kvferry_core::hash::{self, BlockAlgorithm, ChunkAlgorithm, ChunkStream, Tokens};
 use kvferry_core::key;
 use napi::bindgen_prelude::{BigInt, Result, Uint8ArraySlice};
 use napi_derive::napi;
@@ -60,6 +58,41 @@ pub struct Lora {
     pub path: String,
 }
 
+/// A multimodal item by vLLM's names for it.
+#[napi(object)]
+pub struct MmFeature {
+    /// `identifier`.
+    pub identifier: String,
+    /// `mm_position.offset`.
+    pub offset: i64,
+    /// `mm_position.length`.
+    pub length: u32,
+}
+
+/// The embeddings of a prompt.
+#[napi(object, object_to_js = false)]
+pub struct PromptEmbeds<'a> {
+    /// A row for each token.
+    pub data: Uint8ArraySlice<'a>,
+    /// Bytes of a row.
+    pub bytes_per_token: u32,
+}
+
+/// What block hashes depend on in any case.
+#[napi(object, object_to_js = false)]
+pub struct BlockHasherOptions {
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// By vLLM's name for it.
+    pub algorithm: String,
+    /// The tenant; empty for none.
+    pub cache_salt: String,
+    /// The multimodal items.
+    pub mm_features: Vec<MmFeature>,
+    /// Tokens after a block that its hash covers.
+    pub num_hash_lookahead_tokens: u32,
+}
+
 /// The block hashes of one growing request.
 #[napi]
 pub struct BlockHasher {
@@ -71,16 +104,31 @@ impl BlockHasher {
     /// Starts at the request's first token, or after the block whose hash is `parent`.
     #[napi(constructor, catch_unwind)]
     pub fn new(
-        algorithm: String,
-        block_size: u32,
+        options: BlockHasherOptions,
         parent: Option<&[u8]>,
         seed: Option<String>,
-        cache_salt: Option<String>,
         lora: Option<Lora>,
+        prompt_embeds: Option<PromptEmbeds<'_>>,
     ) -> Result<Self> {
-        let algorithm = BlockAlgorithm::from_name(&algorithm).map_err(to_napi)?;
-        let lora = lora.map(|lora| hash::Lora { name: lora.name, path: lora.path });
-        let options = BlockHasherOptions { block_size, algorithm, seed, cache_salt, lora };
+        let options = hash::BlockHasherOptions {
+            block_size: options.block_size,
+            algorithm: BlockAlgorithm::from_name(&options.algorithm).map_err(to_napi)?,
+            seed,
+            cache_salt: Some(options.cache_salt),
+            lora: lora.map(|lora| hash::Lora { name: lora.name, path: lora.path }),
+            mm_features: (options.mm_features.into_iter())
+                .map(|MmFeature { identifier, offset, length }| hash::MmFeature {
+                    identifier,
+                    offset,
+                    length,
+                })
+                .collect(),
+            prompt_embeds: prompt_embeds.as_ref().map(|embeds| hash::PromptEmbeds {
+                data: &embeds.data,
+                bytes_per_token: embeds.bytes_per_token,
+            }),
+            num_hash_lookahead_tokens: options.num_hash_lookahead_tokens,
+        };
         let mut hasher = hash::BlockHasher::new(&options).map_err(to_napi)?;
         if let Some(parent) = parent {
             hasher.resume(parent).map_err(to_napi)?;

@@ -3,6 +3,7 @@
 
 use num_bigint::{BigInt, Sign};
 
+use super::extra::{Item, Key, Lookahead};
 use super::tokens::Buffer;
 
 const UNSIGNED: u8 = 0;
@@ -26,19 +27,30 @@ pub(super) const fn parent_at(parent_bytes: usize) -> usize {
     if parent_bytes < 24 { 2 } else { 3 }
 }
 
-/// Everything after the tokens: each of `extra` is an array of texts, none at all is None.
-pub(super) fn put_tail(extra: &[Vec<&str>], out: &mut Buffer) {
-    if extra.is_empty() {
+/// Everything after the tokens: an array of the keys' arrays or, if there is none, None. A lookahead
+/// makes that the first item of an array which its tokens follow.
+pub(super) fn put_tail(keys: &[Key<'_>], lookahead: Lookahead<'_>, out: &mut Buffer) {
+    if lookahead.count > 0 {
+        put_item(ARRAY, 1 + lookahead.count as u64, out);
+    }
+    if keys.is_empty() {
         out.put(&[NULL]);
-        return;
+    } else {
+        put_item(ARRAY, keys.len() as u64, out);
     }
-    put_item(ARRAY, extra.len() as u64, out);
-    for key in extra {
-        put_item(ARRAY, key.len() as u64, out);
-        for text in key {
-            put_text(text, out);
-        }
+    for key in keys {
+        key.with_items(|items| {
+            put_item(ARRAY, items.len() as u64, out);
+            for item in items {
+                match *item {
+                    Item::Tag(text) | Item::Text(text) => put_text(text, out),
+                    Item::Integer(value) => put_integer(&value.into(), out),
+                    Item::Bytes(bytes) => put_bytes(bytes, out),
+                }
+            }
+        });
     }
+    out.put(lookahead.bytes);
 }
 
 /// The head of an item: major type and argument, in the shortest form.

@@ -4,6 +4,7 @@
 use sha2::block_api::compress256;
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::extra::{Key, Lookahead};
 use super::tokens::{Buffer, Encoding, Tokens};
 use super::{cbor, pickle};
 use crate::{Error, Result};
@@ -96,7 +97,7 @@ impl Chain {
         digest: Digest,
         size: usize,
         seed: &str,
-        extra: [&[Vec<&str>]; 2],
+        extra: [&[Key<'_>]; 2],
     ) -> Self {
         let mut message = Buffer::default();
         match encoding {
@@ -113,17 +114,23 @@ impl Chain {
             Encoding::Cbor => cbor::put_head(parent, size, &mut message),
             Encoding::Pickle => pickle::put_head(parent, size, &mut message),
         }
-        let tails = extra.map(|extra| {
+        let tails = extra.map(|keys| {
             let mut tail = Buffer::default();
-            match encoding {
-                Encoding::BigEndian => {}
-                Encoding::Cbor => cbor::put_tail(extra, &mut tail),
-                Encoding::Pickle => pickle::put_tail(size, extra, &mut tail),
-            }
+            encoding.put_tail(size, keys, Lookahead::default(), &mut tail);
             tail.written().to_vec()
         });
         let head = message.len;
         Self { encoding, digest, size, tails, message, head, pending: 0, first: true }
+    }
+
+    /// How tokens are encoded.
+    pub(super) fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// Whether no link is done yet.
+    pub(super) fn is_first(&self) -> bool {
+        self.first
     }
 
     /// Tokens of a link.
@@ -184,13 +191,7 @@ impl Chain {
         }
         let size = self.hash_bytes();
         let count = self.completes(tokens.len());
-        let available = hashes.len();
-        if available / size < count {
-            return Err(Error::invalid(format!(
-                "{count} hashes need {} bytes, but there are {available}",
-                count * size
-            )));
-        }
+        self.check_room(count, hashes)?;
         let mut slots = hashes.chunks_exact_mut(size);
         self.append(tokens, |hash| {
             if let Some(slot) = slots.next() {
@@ -200,10 +201,41 @@ impl Chain {
         Ok(count)
     }
 
+    /// An error when `count` hashes do not fit into `hashes`.
+    pub(super) fn check_room(&self, count: usize, hashes: &[u8]) -> Result<()> {
+        let (size, available) = (self.hash_bytes(), hashes.len());
+        if available / size >= count {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{count} hashes need {} bytes, but there are {available}",
+            count * size
+        )))
+    }
+
+    /// The hash of the next link, whose tokens are encoded already and whose tail is its own. Not
+    /// inlined, so that [`Chain::append`] is.
+    #[inline(never)]
+    pub(super) fn link(
+        &mut self,
+        tokens: &[u8],
+        keys: &[Key<'_>],
+        lookahead: Lookahead<'_>,
+    ) -> [u8; 32] {
+        self.message.put(tokens);
+        self.encoding.put_tail(self.size, keys, lookahead, &mut self.message);
+        self.digest_message()
+    }
+
     #[inline]
     fn close(&mut self) -> [u8; 32] {
         let tail = &self.tails[usize::from(!self.first)];
         self.message.put(tail);
+        self.digest_message()
+    }
+
+    #[inline(always)]
+    fn digest_message(&mut self) -> [u8; 32] {
         if self.encoding == Encoding::Pickle {
             pickle::close(&mut self.message);
         }
@@ -217,6 +249,17 @@ impl Chain {
             Encoding::BigEndian => 0,
             Encoding::Cbor => cbor::parent_at(self.digest.size()),
             Encoding::Pickle => pickle::PARENT_AT,
+        }
+    }
+}
+
+impl Encoding {
+    /// What follows the tokens of a link.
+    fn put_tail(self, size: usize, keys: &[Key<'_>], lookahead: Lookahead<'_>, out: &mut Buffer) {
+        match self {
+            Self::BigEndian => {}
+            Self::Cbor => cbor::put_tail(keys, lookahead, out),
+            Self::Pickle => pickle::put_tail(size, keys, lookahead, out),
         }
     }
 }

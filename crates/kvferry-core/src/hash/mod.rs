@@ -6,9 +6,11 @@ mod block;
 mod cbor;
 mod chain;
 mod chunk;
+mod extra;
 mod pickle;
 mod tokens;
 
-pub use block::{BlockAlgorithm, BlockHasher, BlockHasherOptions, Lora};
+pub use block::{BlockAlgorithm, BlockHasher, BlockHasherOptions};
 pub use chunk::{ChunkAlgorithm, ChunkHasher, ChunkStream};
+pub use extra::{Lora, MmFeature, PromptEmbeds};
 pub use tokens::Tokens;

@@ -3,10 +3,12 @@
 //!
 //! Pickle refers back to an object that it has written before, so the bytes depend on the identity
 //! of objects: two equal strings give other bytes when they are one object. Here every string is an
-//! object of its own, except the empty one and single Latin-1 characters, which CPython shares.
+//! object of its own, except the empty one and single Latin-1 characters, which CPython shares, and
+//! the tags of vLLM's keys, each of which is one literal.
 
 use num_bigint::BigInt;
 
+use super::extra::{Item, Key, Lookahead};
 use super::tokens::Buffer;
 
 const BINBYTES_SHORT: u8 = 0x43;
@@ -18,6 +20,7 @@ const BININT2: u8 = 0x4d;
 const FRAME: u8 = 0x95;
 const LONG1: u8 = 0x8a;
 const LONG4: u8 = 0x8b;
+const LONG_BINGET: u8 = 0x6a;
 const MARK: u8 = 0x28;
 const MEMOIZE: u8 = 0x94;
 const NONE: u8 = 0x4e;
@@ -40,37 +43,45 @@ pub(super) fn put_head(parent: &[u8], tokens: usize, out: &mut Buffer) {
     out.put(&HEAD);
     put_sized(BINBYTES_SHORT, BINBYTES, parent, out);
     out.put(&[MEMOIZE]);
-    if tokens > 3 {
-        out.put(&[MARK]);
-    }
+    put_tuple_start(tokens, out);
 }
 
 /// Where the parent's bytes begin in what [`put_head`] writes.
 pub(super) const PARENT_AT: usize = HEAD.len() + 2;
 
-/// Everything after the tokens: `), extra)`, where each of `extra` is a tuple of texts and none at all
-/// is None.
-pub(super) fn put_tail(tokens: usize, extra: &[Vec<&str>], out: &mut Buffer) {
+/// Everything after the tokens: `), extra)`, where `extra` is a tuple of the keys' tuples or, if there
+/// is none, None. A lookahead makes that the first item of a tuple which its tokens follow.
+pub(super) fn put_tail(
+    tokens: usize,
+    keys: &[Key<'_>],
+    lookahead: Lookahead<'_>,
+    out: &mut Buffer,
+) {
     put_tuple_end(tokens, out);
-    if extra.is_empty() {
+    if lookahead.count > 0 {
+        put_tuple_start(1 + lookahead.count, out);
+    }
+    if keys.is_empty() {
         out.put(&[NONE]);
     } else {
         // The parent and the tuple of tokens are objects 0 and 1.
         let mut memo = Memo { next: 2, shared: Vec::new() };
-        if extra.len() > 3 {
-            out.put(&[MARK]);
-        }
-        for key in extra {
-            if key.len() > 3 {
-                out.put(&[MARK]);
-            }
-            for text in key {
-                memo.put_text(text, out);
-            }
-            put_tuple_end(key.len(), out);
+        put_tuple_start(keys.len(), out);
+        for key in keys {
+            key.with_items(|items| {
+                put_tuple_start(items.len(), out);
+                for item in items {
+                    memo.put_item(*item, out);
+                }
+                put_tuple_end(items.len(), out);
+            });
             memo.next += 1;
         }
-        put_tuple_end(extra.len(), out);
+        put_tuple_end(keys.len(), out);
+    }
+    if lookahead.count > 0 {
+        out.put(lookahead.bytes);
+        put_tuple_end(1 + lookahead.count, out);
     }
     put_tuple_end(3, out);
     out.put(&[STOP]);
@@ -79,7 +90,7 @@ pub(super) fn put_tail(tokens: usize, extra: &[Vec<&str>], out: &mut Buffer) {
 /// The pickle of one text: the input of vLLM's NONE_HASH.
 pub(super) fn put_seed(seed: &str, out: &mut Buffer) {
     out.put(&HEAD);
-    Memo::default().put_text(seed, out);
+    Memo::default().put_item(Item::Text(seed), out);
     out.put(&[STOP]);
     close(out);
 }
@@ -98,21 +109,42 @@ pub(super) fn close(message: &mut Buffer) {
 /// The objects that a pickle can refer back to.
 #[derive(Default)]
 struct Memo<'a> {
-    next: u8,
-    shared: Vec<(&'a str, u8)>,
+    next: u32,
+    /// Those that may come again, and whether each is a tag: an equal text is another object.
+    shared: Vec<(bool, &'a str, u32)>,
 }
 
 impl<'a> Memo<'a> {
-    fn put_text(&mut self, text: &'a str, out: &mut Buffer) {
-        if let Some((_, index)) = self.shared.iter().find(|(known, _)| *known == text) {
-            out.put(&[BINGET, *index]);
+    fn put_item(&mut self, item: Item<'a>, out: &mut Buffer) {
+        match item {
+            Item::Tag(text) => self.put_text(true, text, out),
+            Item::Text(text) => self.put_text(false, text, out),
+            Item::Integer(value) => put_integer(&value.into(), out),
+            Item::Bytes(bytes) => {
+                put_sized(BINBYTES_SHORT, BINBYTES, bytes, out);
+                out.put(&[MEMOIZE]);
+                self.next += 1;
+            }
+        }
+    }
+
+    fn put_text(&mut self, tag: bool, text: &'a str, out: &mut Buffer) {
+        let known = self.shared.iter().find(|known| (known.0, known.1) == (tag, text));
+        if let Some(&(_, _, index)) = known {
+            match u8::try_from(index) {
+                Ok(index) => out.put(&[BINGET, index]),
+                Err(_) => {
+                    out.put(&[LONG_BINGET]);
+                    out.put(&index.to_le_bytes());
+                }
+            }
             return;
         }
         put_sized(TEXT_SHORT, TEXT, text.as_bytes(), out);
         out.put(&[MEMOIZE]);
         let mut chars = text.chars();
-        if chars.next().is_none_or(|c| u32::from(c) <= 0xff && chars.next().is_none()) {
-            self.shared.push((text, self.next));
+        if tag || chars.next().is_none_or(|c| u32::from(c) <= 0xff && chars.next().is_none()) {
+            self.shared.push((tag, text, self.next));
         }
         self.next += 1;
     }
@@ -130,6 +162,12 @@ fn put_sized(short: u8, long: u8, bytes: &[u8], out: &mut Buffer) {
 fn put_long(opcode: u8, len: usize, out: &mut Buffer) {
     out.put(&[opcode]);
     out.put(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
+}
+
+fn put_tuple_start(items: usize, out: &mut Buffer) {
+    if items > 3 {
+        out.put(&[MARK]);
+    }
 }
 
 fn put_tuple_end(items: usize, out: &mut Buffer) {
@@ -202,7 +240,7 @@ fn split_frames(body: &[u8]) -> Buffer {
         at += match opcode {
             BININT1 | BINGET => 2,
             BININT2 => 3,
-            BININT => 5,
+            BININT | LONG_BINGET => 5,
             LONG1 | TEXT_SHORT | BINBYTES_SHORT => 2 + byte_len(),
             LONG4 | TEXT => 5 + word_len(),
             _ => 1,

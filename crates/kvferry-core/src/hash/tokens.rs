@@ -78,7 +78,7 @@ impl Tokens<'_> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn encode(self, encoding: Encoding, out: &mut Buffer) {
         match self {
             Self::U32(ids) => {
@@ -117,6 +117,49 @@ pub(super) enum Encoding {
     Pickle,
 }
 
+/// Encoded tokens, from whose front whole ones can be taken away.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Encoded {
+    bytes: Buffer,
+    /// Where each token ends.
+    ends: Vec<usize>,
+}
+
+impl Encoded {
+    /// How many tokens there are.
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Adds tokens at the end.
+    pub(super) fn push(&mut self, mut tokens: Tokens<'_>, encoding: Encoding) {
+        while !tokens.is_empty() {
+            tokens.take(1).encode(encoding, &mut self.bytes);
+            self.ends.push(self.bytes.len);
+        }
+    }
+
+    /// The bytes of the first `count` tokens, at most all, and those of the others.
+    pub(super) fn split(&self, count: usize) -> (&[u8], &[u8]) {
+        self.bytes.written().split_at(self.end_of(count))
+    }
+
+    /// Takes the first `count` tokens, at most all, away.
+    pub(super) fn drop_front(&mut self, count: usize) {
+        let cut = self.end_of(count);
+        self.bytes.drop_front(cut);
+        self.ends.drain(..count);
+        for end in &mut self.ends {
+            *end -= cut;
+        }
+    }
+
+    /// Where the first `count` tokens end.
+    fn end_of(&self, count: usize) -> usize {
+        count.checked_sub(1).map_or(0, |last| self.ends[last])
+    }
+}
+
 /// Bytes that are written at `len`, with room ahead so that encoders can store whole words.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Buffer {
@@ -139,6 +182,12 @@ impl Buffer {
     pub(super) fn put(&mut self, bytes: &[u8]) {
         self.room(bytes.len())[..bytes.len()].copy_from_slice(bytes);
         self.len += bytes.len();
+    }
+
+    /// Takes the first `count` bytes away.
+    pub(super) fn drop_front(&mut self, count: usize) {
+        self.bytes.copy_within(count..self.len, 0);
+        self.len -= count;
     }
 
     #[inline]
