@@ -163,8 +163,8 @@ describe("keys that differ from block to block", () => {
 
 	it("look ahead: a block has a hash once the tokens after it are there", () => {
 		const hasher = new BlockHasher({ numHashLookaheadTokens: 2 });
-		const counts = [17, 1, 15, 1, 0].map((count) => hasher.append(new Uint32Array(count)).length);
-		expect(counts).toEqual([0, 1, 0, 1, 0]);
+		const counts = [1, 16, 1, 15, 1, 0].map((count) => hasher.append(new Uint32Array(count)).length);
+		expect(counts).toEqual([0, 0, 1, 0, 1, 0]);
 		expect(blockHashes([1, 2, 3], { blockSize: 1, numHashLookaheadTokens: 2 }).length).toBe(1);
 	});
 
@@ -329,6 +329,7 @@ describe("arguments of the wrong kind", () => {
 		["blockSize is 4294967296", () => blockHashes(tokens, { blockSize: 2 ** 32 })],
 		["md5", () => blockHashes(tokens, { algorithm: "md5" as never })],
 		["seed must be a string", () => blockHashes(tokens, { seed: 0 as never })],
+		["lora must be", () => blockHashes(tokens, { lora: null as never })],
 		["lora.path must be", () => blockHashes(tokens, { lora: { name: "a" } as never })],
 		["cacheSalt has half", () => blockHashes(tokens, { cacheSalt: "\ud800" })],
 	])("are refused by name: %s", (message, call) => {

@@ -263,6 +263,7 @@ export class BlockHasher extends Hasher {
 			checkText("seed", seed);
 		}
 		if (lora !== undefined) {
+			checkObject("lora", lora);
 			checkText("lora.name", lora.name);
 			checkText("lora.path", lora.path);
 		}

@@ -298,6 +298,52 @@ fn keyed_requests(mut check: impl FnMut(&BlockHasherOptions<'_>)) {
     }
 }
 
+/// Recorded from vLLM 0.33.0's functions: the last hash, which covers those before it. The last blocks
+/// lie beyond the embeddings.
+#[test]
+fn all_keys_together_hash_as_in_vllm() {
+    let recorded = [
+        ("sha256", 0, "8a0c56666a946e2b188e0d9a3ac256bb2d11c11b938af5d42fb4addb021af25f"),
+        ("sha256", 1, "17917dedfc251ff14eb8f06ab99591e39375d574e913fbec34ff35ff82e9020c"),
+        ("sha256", 2, "45c616e7efb1c03cc4cda90ead0c4a15e2fcd2dc2f88f10fe85ce0a11857d453"),
+        ("sha256", 3, "012895b0cc4b9720a635a59304bef996af236e13345c7cdab5e36ce393171b7c"),
+        ("sha256", 20, "c13e9b0a450f7b5cbbdb43b830b2a5b5003db96af43facb681e3465aa49a42f0"),
+        ("sha256_cbor", 0, "f58b283b634931ec42fa7c3ee4af86de0f4697b41ab17d2d856890a307027e15"),
+        ("sha256_cbor", 1, "fd676bdf61ebd1d6f58cdbf7b0a64b0763c9809a53e6c32956bef1ae1fc9b16e"),
+        ("sha256_cbor", 2, "e47d06a2da2a2cb3b135f86d95c0757b05e9de34f581033f5ce16424c2afe4da"),
+        ("sha256_cbor", 3, "e4228c6f0d0ea127b342dce6b2d78733e303ab0cca8455589c1f50b4a75faeb4"),
+        ("sha256_cbor", 20, "e9987fcb1ed2e087d138d018c08924fc7b411ca3f8752fdbba489f7ae68636cc"),
+        ("xxhash", 0, "0230002aa458d87deff858e1ed9ac09f"),
+        ("xxhash", 1, "8275aeb22615c8be6b45d41087beebba"),
+        ("xxhash", 2, "6560edd777c44665579f8b56c2e905d0"),
+        ("xxhash", 3, "a320c436b9c3a1586f69f497ca6d52ab"),
+        ("xxhash", 20, "2de662031e3f2a41e830b9519ebf2b58"),
+        ("xxhash_cbor", 0, "b4cc9f4da90ead1e58e1d198977cdd4b"),
+        ("xxhash_cbor", 1, "7a2215182841f25a22da89a7475da362"),
+        ("xxhash_cbor", 2, "cd1deed35a11d926f91542af2e18cc18"),
+        ("xxhash_cbor", 3, "6130c79b6179a2f27a4d10e6c3c51940"),
+        ("xxhash_cbor", 20, "5cc2ce6378a76c973a9371f3e9b084f5"),
+    ];
+    let tokens: Vec<u32> = (0..100).map(|i: u32| i.pow(4)).collect();
+    let mut seen = 0;
+    keyed_requests(|options| {
+        let all = options.cache_salt.is_some()
+            && options.lora.is_some()
+            && !options.mm_features.is_empty()
+            && options.prompt_embeds.is_some();
+        if !all {
+            return;
+        }
+        let (name, lookahead, last) = recorded[seen];
+        assert_eq!(options.algorithm, BlockAlgorithm::from_name(name).unwrap());
+        assert_eq!(options.num_hash_lookahead_tokens, lookahead);
+        let hashes = hashes(BlockHasher::new(options).unwrap(), &[tokens[..].into()]);
+        assert_eq!(hashes.last().unwrap(), last, "{name}, {lookahead} ahead");
+        seen += 1;
+    });
+    assert_eq!(seen, recorded.len());
+}
+
 #[test]
 fn a_request_in_parts_of_any_length_hashes_like_one() {
     let tokens: Vec<u32> = (0..100).map(|i: u32| i.pow(4)).collect();
