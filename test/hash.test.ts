@@ -163,7 +163,9 @@ describe("keys that differ from block to block", () => {
 
 	it("look ahead: a block has a hash once the tokens after it are there", () => {
 		const hasher = new BlockHasher({ numHashLookaheadTokens: 2 });
-		const counts = [1, 16, 1, 15, 1, 0].map((count) => hasher.append(new Uint32Array(count)).length);
+		const counts = [1, 16, 1, 15, 1, 0].map(
+			(count) => hasher.append(new Uint32Array(count)).length,
+		);
 		expect(counts).toEqual([0, 0, 1, 0, 1, 0]);
 		expect(blockHashes([1, 2, 3], { blockSize: 1, numHashLookaheadTokens: 2 }).length).toBe(1);
 	});

@@ -1,7 +1,9 @@
 import { checkInteger, checkText, invalid, named } from "./arguments.js";
 import { fromNative, KvferryError, wrap } from "./errors.js";
+import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
 import type {
+	Explanation,
 	Client as NativeClient,
 	PrefixCache as NativePrefixCache,
 	PagedLayout,
@@ -35,6 +37,19 @@ export interface ClientOptions extends WaitOptions {
 
 /** How long a start may be held up by a server that does not answer. */
 const WARN_AFTER_MS = 3_000;
+
+/**
+ * Whose prompt is asked about.
+ *
+ * @internal
+ */
+export interface PromptQuestion {
+	readonly modelName: string;
+	readonly kvWorldSize: number;
+	readonly tokens: Uint32Array;
+	/** "" for none. */
+	readonly cacheSalt: string;
+}
 
 /**
  * A connection to a cache server: kvferry's, or LMCache's (0.4.7, 0.5.0 to 0.5.6) in engine-driven mode
@@ -115,13 +130,27 @@ export class Client implements AsyncDisposable {
 	/**
 	 * The server's figures, by name.
 	 *
-	 * @throws {@link KvferryError} `PROTOCOL` when the server is not kvferry's.
+	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION` when the server is not kvferry's.
 	 */
 	async status(options: WaitOptions = {}): Promise<Status> {
 		this.#checkOpen();
 		const timeoutMs = timeoutOf(options);
 		const figures = await waitFor(() => this.#native.status(timeoutMs), options.signal);
 		return Object.fromEntries(figures);
+	}
+
+	/**
+	 * What became visible in the cache and what went, for an index of one's own: ask again from
+	 * `nextCursor`. Another `incarnation`, or `lost`, means that the index is void: begin a new one,
+	 * without a cursor. Chunks whose events are no longer kept are not told of.
+	 *
+	 * **WARNING** Events name the tenants' salts.
+	 *
+	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION` when the server is not kvferry's.
+	 */
+	async events(options: EventsOptions = {}): Promise<KvEvents> {
+		this.#checkOpen();
+		return await askEvents((...asked) => this.#native.events(...asked), options);
 	}
 
 	/** Ends the connection. Calling it again does nothing. */
@@ -166,6 +195,36 @@ export class Client implements AsyncDisposable {
 			() => this.#native.openPrefixCache(identity, payloadBytes, timeoutMs),
 			options.signal,
 			(late) => late.close(timeoutMs),
+		);
+	}
+
+	/**
+	 * Why a prompt is no hit.
+	 *
+	 * @internal
+	 */
+	async explain(question: PromptQuestion, options: WaitOptions = {}): Promise<Explanation> {
+		this.#checkOpen();
+		const { modelName, kvWorldSize, tokens, cacheSalt } = question;
+		const timeoutMs = timeoutOf(options);
+		return await waitFor(
+			() => this.#native.explain(modelName, kvWorldSize, tokens, cacheSalt, timeoutMs),
+			options.signal,
+		);
+	}
+
+	/**
+	 * The leading chunks of a prompt that a lookup finds: all that LMCache's server can be asked.
+	 *
+	 * @internal
+	 */
+	async countHits(question: PromptQuestion, options: WaitOptions = {}): Promise<number> {
+		this.#checkOpen();
+		const { modelName, kvWorldSize, tokens, cacheSalt } = question;
+		const timeoutMs = timeoutOf(options);
+		return await waitFor(
+			() => this.#native.countHits(modelName, kvWorldSize, tokens, cacheSalt, timeoutMs),
+			options.signal,
 		);
 	}
 

@@ -50,6 +50,7 @@ export {
 } from "./connector/scheduler.js";
 export { WorkerConnector, type WorkerConnectorOptions } from "./connector/worker.js";
 export { type ErrorCode, ErrorCodes, KvferryError } from "./errors.js";
+export type { EventsOptions, KvEvent, KvEvents } from "./events.js";
 export {
 	type BlockAlgorithm,
 	BlockHasher,

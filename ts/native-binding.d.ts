@@ -4,7 +4,7 @@
 /** The block hashes of one growing request. */
 export declare class BlockHasher {
   /** Starts at the request's first token, or after the block whose hash is `parent`. */
-  constructor(algorithm: string, blockSize: number, parent?: Uint8Array | undefined | null, seed?: string | undefined | null, cacheSalt?: string | undefined | null, lora?: Lora | undefined | null)
+  constructor(options: BlockHasherOptions, parent?: Uint8Array | undefined | null, seed?: string | undefined | null, lora?: Lora | undefined | null, promptEmbeds?: PromptEmbeds | undefined | null)
   /** Adds tokens and writes the hashes that they complete to `hashes`. */
   append(tokens: Uint32Array, hashes: Uint8Array): void
   /** The same for integers of any size and sign. */
@@ -33,6 +33,12 @@ export declare class Client {
   ping(timeoutMs: number): Promise<number>
   /** The server's figures, by name. */
   status(timeoutMs: number): Promise<Array<[string, number | string]>>
+  /** Events from `cursor` on; 0 is the oldest. */
+  events(cursor: number, max: number, timeoutMs: number): Promise<KvEvents>
+  /** Why a prompt is no hit. */
+  explain(modelName: string, worldSize: number, tokens: Uint32Array, salt: string, timeoutMs: number): Promise<Explanation>
+  /** The leading chunks of a prompt that a lookup finds. */
+  countHits(modelName: string, worldSize: number, tokens: Uint32Array, salt: string, timeoutMs: number): Promise<number>
   /** A prefix cache at this server. */
   openPrefixCache(identity: Uint8Array, payloadBytes: number, timeoutMs: number): Promise<PrefixCache>
   /** The scheduler's side of a paged engine's cache at this server. */
@@ -201,6 +207,8 @@ export declare class Server {
   get shmName(): string
   /** Figures by name. */
   status(): Array<[string, number]>
+  /** Events from `cursor` on; 0 is the oldest. */
+  events(cursor: number, max: number): Promise<KvEvents>
   /** A prefix cache on this store, no socket between. */
   openPrefixCache(identity: Uint8Array, payloadBytes: number, timeoutMs: number): Promise<PrefixCache>
   /** The scheduler's side of a paged engine's cache on this store, no socket between. */
@@ -238,8 +246,68 @@ export declare class Trackers {
   plan(handles: Uint32Array, scheduled: Uint32Array, tokens: Uint32Array, blockOffsets: Uint32Array, blockIds: Uint32Array, operations: Uint32Array, operationBlocks: Uint32Array, operationBlockIds: Uint32Array, size: Uint32Array): boolean
 }
 
+/** What block hashes depend on in any case. */
+export interface BlockHasherOptions {
+  /** Tokens of a block. */
+  blockSize: number
+  /** By vLLM's name for it. */
+  algorithm: string
+  /** The tenant; empty for none. */
+  cacheSalt: string
+  /** The multimodal items. */
+  mmFeatures: Array<MmFeature>
+  /** Tokens after a block that its hash covers. */
+  numHashLookaheadTokens: number
+}
+
 /** Refuses a salt that no key can hold. */
 export declare function checkSalt(salt: string): void
+
+/** What there is of a prompt. */
+export interface Explanation {
+  /** Whole chunks of the prompt. */
+  chunks: number
+  /** Leading ones that all KV ranks have. */
+  hitChunks: number
+  /** Whether an engine is registered for the model and world size. */
+  registered: boolean
+  /** The first chunk that is no hit. */
+  missing?: MissingChunk
+}
+
+/** One of them. */
+export interface KvEvent {
+  /** Its number, from 1. */
+  sequence: number
+  /** What happened. */
+  kind: 'stored' | 'removed'
+  /** 32 bytes. */
+  chunkHash: Uint8Array
+  /** Those of the chunk before it. */
+  parentChunkHash?: Uint8Array
+  /** The model. */
+  modelName: string
+  /** KV shards of the model. */
+  kvWorldSize: number
+  /** The KV rank. */
+  kvWorkerId: number
+  /** The tenant, or "". */
+  cacheSalt: string
+  /** Milliseconds since 1970. */
+  atMs: number
+}
+
+/** Some events. */
+export interface KvEvents {
+  /** Random at each start of the cache, in hexadecimal. */
+  incarnation: string
+  /** Where to read on. */
+  nextCursor: number
+  /** Whether events before these are gone. */
+  lost: boolean
+  /** In their order. */
+  events: Array<KvEvent>
+}
 
 /** Bytes of one chunk's payload for a geometry. */
 export declare function llamaPayloadBytes(descriptor: Uint8Array, chunkSize: number): number
@@ -271,6 +339,38 @@ export interface Lora {
   name: string
   /** `lora_path`. */
   path: string
+}
+
+/** What is known of a chunk that is no hit. */
+export interface MissingChunk {
+  /** In hexadecimal. */
+  chunkHash: string
+  /** KV ranks that lack it although another one has it. */
+  missingRanks: Array<number>
+  /** KV ranks that are writing it. */
+  writingRanks: Array<number>
+  /** Under how many other salts it is stored. */
+  otherSalts: number
+  /** For which other models. */
+  otherModels: Array<string>
+  /** In which other world sizes. */
+  otherWorldSizes: Array<number>
+  /** In which other layouts. */
+  otherLayouts: Array<ObjectLayout>
+  /** How it went. */
+  removed?: Removal
+  /** Since when the log is complete, in milliseconds since 1970. */
+  logSinceMs: number
+}
+
+/** A multimodal item by vLLM's names for it. */
+export interface MmFeature {
+  /** `identifier`. */
+  identifier: string
+  /** `mm_position.offset`. */
+  offset: number
+  /** `mm_position.length`. */
+  length: number
 }
 
 /** What an insertion did. */
@@ -318,6 +418,14 @@ export interface NativeStrategy {
 /** LMCache's text form of an object's key. */
 export declare function objectKey(modelName: string, worldSize: number, rank: number, group: number, chunkHash: Uint8Array, cacheSalt: string): string
 
+/** The shape of an object. */
+export interface ObjectLayout {
+  /** Outermost first. */
+  shape: Array<number>
+  /** The element type. */
+  dtype: string
+}
+
 /** An engine's KV memory. */
 export interface PagedLayout {
   /** Layers of this rank. */
@@ -363,8 +471,24 @@ export interface PagedRange {
 /** Works out which piece of a chunk a worker has. */
 export declare function parallelStrategy(tensor: number, pipeline: number, rank: number, mla: boolean, servers: number, decodeContext: number): NativeStrategy
 
+/** The embeddings of a prompt. */
+export interface PromptEmbeds {
+  /** A row for each token. */
+  data: Uint8Array
+  /** Bytes of a row. */
+  bytesPerToken: number
+}
+
 /** Cuts every request at its first invalid block. */
 export declare function recover(blockSize: number, fails: boolean, computed: Uint32Array, scheduled: Uint32Array, asynchronous: Uint8Array, blockOffsets: Uint32Array, blockIds: Uint32Array, invalid: Uint32Array): NativeRecovery
+
+/** How a chunk went. */
+export interface Removal {
+  /** Why. */
+  cause: 'evicted' | 'cleared' | 'damaged'
+  /** Milliseconds since 1970. */
+  atMs: number
+}
 
 /** What `Server.start` needs; `ts/server.ts` has the defaults. */
 export interface ServerOptions {

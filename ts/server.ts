@@ -1,5 +1,6 @@
 import { checkInteger, checkText } from "./arguments.js";
 import { wrap } from "./errors.js";
+import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
 import type {
 	PrefixCache as NativePrefixCache,
@@ -134,6 +135,17 @@ export class Server implements AsyncDisposable {
 	/** Figures of the store, by name. */
 	status(): Status {
 		return Object.fromEntries(wrap(() => this.#native.status()));
+	}
+
+	/**
+	 * What became visible in the cache and what went, for an index of one's own: ask again from
+	 * `nextCursor`. Another `incarnation`, or `lost`, means that the index is void: begin a new one,
+	 * without a cursor. Chunks whose events are no longer kept are not told of.
+	 *
+	 * **WARNING** Events name the tenants' salts.
+	 */
+	async events(options: EventsOptions = {}): Promise<KvEvents> {
+		return await askEvents((cursor, max) => this.#native.events(cursor, max), options);
 	}
 
 	/** Ends all connections and drops the cache. Calling it again does nothing. */

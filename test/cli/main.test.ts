@@ -23,10 +23,12 @@ describe("kvferry", () => {
 	});
 
 	it("explains every command", () => {
-		for (const args of [[], ["--help"], ["-h"], ["serve", "--help"], ["serve", "-h"]]) {
+		for (const args of [[], ["help"], ["--help"], ["-h"], ["serve", "--help"], ["serve", "-h"]]) {
 			const { status, stdout } = kvferry(...args);
 			expect(status).toBe(0);
-			expect(stdout).toMatch(/serve[\s\S]*--memory[\s\S]*ping[\s\S]*status/);
+			expect(stdout).toMatch(
+				/serve[\s\S]*--memory[\s\S]*ping[\s\S]*status[\s\S]*doctor[\s\S]*--tokens/,
+			);
 		}
 	});
 
@@ -43,7 +45,7 @@ describe("kvferry", () => {
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, or --help.\n",
+			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, doctor, or --help.\n",
 		);
 	});
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { clientOptions, serveOptions } from "../../ts/cli/options.js";
+import { clientOptions, doctorOptions, serveOptions } from "../../ts/cli/options.js";
 
 describe("kvferry serve", () => {
 	it("has the documented defaults", () => {
@@ -83,5 +83,60 @@ describe("kvferry ping and status", () => {
 
 	it("refuse a deadline of nothing", () => {
 		expect(() => clientOptions(["--timeout-ms", "0"])).toThrow(/--timeout-ms 0/);
+	});
+});
+
+describe("kvferry doctor", () => {
+	it("examines the default server when nothing is given", () => {
+		expect(doctorOptions([])).toEqual({
+			url: "tcp://127.0.0.1:5555",
+			timeoutMs: 3000,
+			json: false,
+		});
+	});
+
+	it("takes each flag", () => {
+		const flags =
+			"--server localhost:1 --timeout-ms 9 --tokens f --model m --world-size 8 --salt s " +
+			"--chunk-size 16 --hash-algorithm sha256_cbor --hash-seed 7 --json";
+		expect(doctorOptions(flags.split(" "))).toEqual({
+			url: "localhost:1",
+			timeoutMs: 9,
+			prompt: { file: "f", modelName: "m", kvWorldSize: 8, cacheSalt: "s" },
+			chunkSize: 16,
+			hashAlgorithm: "sha256_cbor",
+			hashSeed: "7",
+			json: true,
+		});
+	});
+
+	it("names a PrefixCache's model by its identity", () => {
+		const { prompt } = doctorOptions(["--tokens", "f", "--identity", "abc"]);
+		expect(prompt).toEqual({
+			file: "f",
+			modelName: "kvferry/ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+			kvWorldSize: 1,
+			cacheSalt: "",
+		});
+	});
+
+	it.each([
+		["--tokens", ["--tokens=f"]],
+		["--model", ["--model=m"]],
+		["--identity", ["--identity=i"]],
+		["--salt", ["--salt=s"]],
+		["--world-size", ["--world-size=2"]],
+		["--identity", ["--tokens=f", "--model=m", "--identity=i"]],
+		["--world-size", ["--tokens=f", "--identity=i", "--world-size=2"]],
+		["--world-size", ["--tokens=f", "--model=m", "--world-size=256"]],
+		["--chunk-size", ["--chunk-size=0"]],
+		["--timeout-ms", ["--timeout-ms=x"]],
+	])("refuses a %s that has no use", (flag, args) => {
+		expect(() => doctorOptions(args)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(flag),
+			}),
+		);
 	});
 });

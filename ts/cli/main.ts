@@ -18,6 +18,17 @@ Commands
   status   tell what a server holds
              --url URL          the server (tcp://127.0.0.1:5555)
              --timeout-ms N     wait for it at most that long (3000)
+  doctor   tell why a prompt misses; exits with 1 when anything is found
+             --server URL       the server (tcp://127.0.0.1:5555)
+             --timeout-ms N     wait for each answer at most that long (3000)
+             --tokens FILE      the prompt's token ids, as JSON or separated by spaces; - is stdin
+             --model NAME       the model, as its engine registers it
+             --world-size N     its KV world size (1)
+             --identity TEXT    instead of a model: a PrefixCache's identity
+             --salt SALT        the tenant
+             --chunk-size N     tokens in a chunk, as the engine takes it
+             --hash-algorithm NAME, --hash-seed SEED
+                                how the engine hashes chunks
 
 Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
   --help     print this
@@ -29,10 +40,15 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
 	["status", async () => (await import("./query.js")).status],
+	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);
 
 async function main([name, ...args]: string[]): Promise<void> {
-	if (name === undefined || [name, ...args].some((arg) => arg === "--help" || arg === "-h")) {
+	if (
+		name === undefined ||
+		name === "help" ||
+		[name, ...args].some((arg) => arg === "--help" || arg === "-h")
+	) {
 		process.stdout.write(USAGE);
 		return;
 	}

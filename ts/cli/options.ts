@@ -1,5 +1,7 @@
+import { createHash } from "node:crypto";
 import { isIPv4, isIPv6 } from "node:net";
 import { type ParseArgsConfig, parseArgs } from "node:util";
+import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 
 /** What `kvferry serve` was asked for. */
@@ -20,6 +22,22 @@ export interface ClientOptions {
 	readonly url: string;
 	readonly timeoutMs: number;
 	readonly json: boolean;
+}
+
+/** What `kvferry doctor` was asked for. */
+export interface DoctorOptions extends ClientOptions {
+	/** Whose prompt misses. */
+	readonly prompt?: {
+		/** Where its token ids are; "-" is stdin. */
+		readonly file: string;
+		readonly modelName: string;
+		readonly kvWorldSize: number;
+		readonly cacheSalt: string;
+	};
+	/** What the engine takes the server's chunks to be, as far as it was told. */
+	readonly chunkSize?: number;
+	readonly hashAlgorithm?: string;
+	readonly hashSeed?: string;
 }
 
 /** Flags that a later version of `kvferry serve` takes. */
@@ -90,6 +108,68 @@ export function clientOptions(args: string[]): ClientOptions {
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
 		json: values.json,
 	};
+}
+
+/**
+ * Reads the flags of `kvferry doctor`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`.
+ */
+export function doctorOptions(args: string[]): DoctorOptions {
+	const values = parse(args, {
+		server: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"timeout-ms": { type: "string", default: "3000" },
+		tokens: { type: "string" },
+		model: { type: "string" },
+		identity: { type: "string" },
+		"world-size": { type: "string" },
+		salt: { type: "string" },
+		"chunk-size": { type: "string" },
+		"hash-algorithm": { type: "string" },
+		"hash-seed": { type: "string" },
+		json: { type: "boolean", default: false },
+	});
+	const { tokens: file, model, identity, salt } = values;
+	const { "chunk-size": chunkSize, "hash-algorithm": hashAlgorithm, "hash-seed": seed } = values;
+	const worldSize = values["world-size"];
+	const of = [model, identity].filter((name) => name !== undefined);
+	if (of.length > 1) {
+		throw invalid("--model and --identity: give one of them; an identity is a model's name.");
+	}
+	if (file !== undefined && of.length === 0) {
+		throw invalid(
+			`--tokens ${file}: say whose prompt it is, with --model NAME, or for a PrefixCache with ` +
+				"--identity TEXT.",
+		);
+	}
+	const idle = { model, identity, salt, "world-size": worldSize };
+	for (const [flag, value] of Object.entries(idle)) {
+		if (file === undefined && value !== undefined) {
+			throw invalid(`--${flag} ${value}: give the prompt too, with --tokens FILE.`);
+		}
+	}
+	if (identity !== undefined && worldSize !== undefined) {
+		throw invalid(`--world-size ${worldSize}: a PrefixCache has no ranks; leave it out.`);
+	}
+	const prompt = {
+		modelName: model ?? `kvferry/${sha256(identity ?? "")}`,
+		kvWorldSize: integer("world-size", worldSize ?? "1", 1, 255),
+		cacheSalt: checkSalt(salt),
+	};
+	return {
+		url: values.server,
+		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		...(file === undefined ? {} : { prompt: { file, ...prompt } }),
+		...(chunkSize === undefined ? {} : { chunkSize: integer("chunk-size", chunkSize, 1, 65_536) }),
+		...(hashAlgorithm === undefined ? {} : { hashAlgorithm }),
+		...(seed === undefined ? {} : { hashSeed: seed }),
+		json: values.json,
+	};
+}
+
+/** As `PrefixCache` names its model by its identity. */
+function sha256(text: string): string {
+	return createHash("sha256").update(text).digest("hex");
 }
 
 function parse<T extends NonNullable<ParseArgsConfig["options"]>>(args: string[], options: T) {

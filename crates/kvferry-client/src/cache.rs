@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::events::Events;
+use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::Slots;
@@ -264,9 +266,47 @@ impl Cache for Client {
             Ok(held? && ended?)
         })
     }
+
+    fn events(&self, cursor: u64, max: u32, deadline: Instant) -> CacheFuture<'_, Events> {
+        Box::pin(async move {
+            match self.ask_ours(&Request::Events { cursor, max }, deadline).await? {
+                Reply::Events(events) if events.events.len() <= max as usize => Ok(events),
+                Reply::Events(Events { events, .. }) => Err(Error::new(
+                    ErrorCode::Protocol,
+                    format!("the server answered with {} events, not {max} at most", events.len()),
+                )),
+                reply => Err(unexpected(Operation::Events, &reply)),
+            }
+        })
+    }
+
+    fn explain<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, Explanation> {
+        Box::pin(async move {
+            let chunks = self.chunks(key)?;
+            let key = Key { worker_id: None, ..key.clone() };
+            let request = Request::Explain { key: key.into() };
+            match self.ask_ours(&request, deadline).await? {
+                Reply::Explanation(explanation) if explanation.chunks == chunks => Ok(explanation),
+                reply => Err(unexpected(Operation::Explain, &reply)),
+            }
+        })
+    }
 }
 
 impl Client {
+    /// The answer to a question that only kvferry's server knows.
+    async fn ask_ours(&self, request: &Request, deadline: Instant) -> Result<Reply> {
+        let session = self.session()?;
+        if session.hello.is_none() {
+            let operation = request.operation();
+            return Err(Error::new(
+                ErrorCode::UnsupportedOption,
+                format!("the server is not kvferry's and has no {operation}: npx kvferry serve"),
+            ));
+        }
+        session.request(request, self.deadline(deadline)).await
+    }
+
     /// Checks what servers meet with silence, and counts the chunks of the key's range.
     fn chunks(&self, key: &Key) -> Result<u64> {
         check_model_name(&key.model_name)?;

@@ -12,6 +12,8 @@ use std::time::Duration;
 use kvferry_client::{Client, ConnectOptions};
 use kvferry_copy::SharedRegion;
 use kvferry_core::cache::{Cache, Memory};
+use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
+use kvferry_core::explain::{Explanation, count_hits};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{StoreSlots, Value};
@@ -706,6 +708,8 @@ async fn lmcache(pool: &str) -> Router {
         Request::Hello
         | Request::Confirm { .. }
         | Request::AbandonStore { .. }
+        | Request::Events { .. }
+        | Request::Explain { .. }
         | Request::Status => {
             panic!("LMCache was asked {request:?}")
         }
@@ -720,10 +724,14 @@ async fn lmcache(pool: &str) -> Router {
 #[tokio::test]
 async fn an_lmcache_server_is_asked_only_what_it_knows() {
     let (name, _region) = pool("lmcache");
-    let router = lmcache(&name).await;
+    let mut router = lmcache(&name).await;
     let client = Client::connect(router.options()).await.unwrap();
     assert_eq!(client.server().boot_token, None);
     assert_eq!(code(client.status().await), Some(ErrorCode::UnsupportedOption));
+    assert_eq!(code(client.events(0, 9, soon()).await), Some(ErrorCode::UnsupportedOption));
+    assert_eq!(code(client.explain(&key(), soon()).await), Some(ErrorCode::UnsupportedOption));
+    let hits = count_hits(&client, &key(), soon()).await.unwrap();
+    assert_eq!(hits, 2, "what it can be asked");
     let instance = client.register(layout(), soon()).await.unwrap();
     let store = client.prepare_store(&key(), instance, soon()).await.unwrap();
     assert_eq!((store.refused, store.slots[0].generation), (None, None));
@@ -731,6 +739,50 @@ async fn an_lmcache_server_is_asked_only_what_it_knows() {
     let load = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
     assert!(client.commit_retrieve(&key(), instance, &load.slots, soon()).await.unwrap());
     client.close().await;
+    let received = router.so_far();
+    let given_back = received.iter().filter_map(|request| match request {
+        Request::FreeLookupLocks { key, .. } => Some((key.key.end, key.key.num_kv_readers)),
+        _ => None,
+    });
+    assert!(given_back.eq([(key().end, 1)]), "the lookup's leases: {received:?}");
+}
+
+#[tokio::test]
+async fn events_and_explanations_are_asked_for_and_checked() {
+    let space = EventSpace { model_name: "m".into(), world_size: 1, cache_salt: String::new() };
+    let event = KvEvent {
+        kind: EventKind::Stored,
+        chunk: [1; 32],
+        parent: None,
+        rank: 0,
+        space: Arc::new(space),
+        at_ms: 1,
+    };
+    let events =
+        Events { incarnation: [1; 16], first: 5, events: vec![event.clone(), event], lost: false };
+    let explanation = Explanation { chunks: 2, hit_chunks: 2, registered: true, missing: None };
+    let (told, explained) = (events.clone(), explanation.clone());
+    let mut router = Router::start("", move |_, request| match request {
+        Request::Events { .. } => Some(Answer::Reply(Reply::Events(told.clone()))),
+        Request::Explain { .. } => Some(Answer::Reply(Reply::Explanation(explained.clone()))),
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    assert_eq!(client.events(5, 2, soon()).await.unwrap(), events);
+    let (_, request) = router.received(|it| matches!(it, Request::Events { .. })).await;
+    assert_eq!(request, Request::Events { cursor: 5, max: 2 });
+    let more = client.events(5, 1, soon()).await;
+    assert_eq!(code(more), Some(ErrorCode::Protocol), "more than was asked for");
+
+    assert_eq!(client.explain(&key(), soon()).await.unwrap(), explanation);
+    let (_, request) = router.received(|it| matches!(it, Request::Explain { .. })).await;
+    assert!(matches!(request, Request::Explain { key } if key.key.worker_id.is_none()));
+    let one = Key { end: CHUNK.into(), ..key() };
+    let other = client.explain(&one, soon()).await;
+    assert_eq!(code(other), Some(ErrorCode::Protocol), "of another range");
+    let salted = Key { cache_salt: "a@b".into(), ..key() };
+    assert_eq!(code(client.explain(&salted, soon()).await), Some(ErrorCode::InvalidSalt));
 }
 
 #[tokio::test]

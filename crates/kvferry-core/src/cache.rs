@@ -6,8 +6,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::Result;
+use crate::events::Events;
+use crate::explain::Explanation;
 use crate::key::{Key, Layout};
+use crate::{Error, ErrorCode, Result};
 
 /// A boxed future, so that [`Cache`] can be a trait object.
 pub type CacheFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
@@ -137,4 +139,26 @@ pub trait Cache: Send + Sync {
         slots: &'a [Slot],
         deadline: Instant,
     ) -> CacheFuture<'a, bool>;
+
+    /// Up to `max` events from `cursor` on, [`EVENTS_MAX`](crate::events::EVENTS_MAX) at most; 0 is the
+    /// oldest event that is still known.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedOption`] from a cache without a log of events.
+    fn events(&self, _cursor: u64, _max: u32, _deadline: Instant) -> CacheFuture<'_, Events> {
+        not_offered("log of events")
+    }
+
+    /// Why the key's range is no hit, or how much of it is; for all ranks, and without a lease.
+    ///
+    /// # Errors
+    /// [`ErrorCode::UnsupportedOption`] from a cache that does not know.
+    fn explain<'a>(&'a self, _key: &'a Key, _deadline: Instant) -> CacheFuture<'a, Explanation> {
+        not_offered("explanation of misses")
+    }
+}
+
+fn not_offered<'a, T: Send + 'a>(what: &str) -> CacheFuture<'a, T> {
+    let message = format!("this cache has no {what}; kvferry's own server and store have one");
+    Box::pin(std::future::ready(Err(Error::new(ErrorCode::UnsupportedOption, message))))
 }

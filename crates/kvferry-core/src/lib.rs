@@ -4,6 +4,8 @@
 pub mod cache;
 pub mod defect;
 pub mod error;
+pub mod events;
+pub mod explain;
 pub mod hash;
 pub mod key;
 pub mod kv_layout;

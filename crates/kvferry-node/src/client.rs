@@ -1,9 +1,14 @@
 //! A connection to a server.
 
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvferry_client::{ConnectOptions, Value};
+use kvferry_core::cache::Cache as _;
+use kvferry_core::explain::{count_hits, prompt_key};
+use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode};
 use napi::bindgen_prelude::{Either, PromiseRaw};
 use napi::{Env, Result};
@@ -11,8 +16,11 @@ use napi_derive::napi;
 
 use crate::cache::PrefixCache;
 use crate::error::to_napi;
+use crate::events::{KvEvents, number};
+use crate::explain::Explanation;
 use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::{deadline, promise, within};
+use crate::server::whole;
 
 /// A connection.
 #[napi]
@@ -88,6 +96,52 @@ impl Client {
         })
     }
 
+    /// Events from `cursor` on; 0 is the oldest.
+    #[napi(catch_unwind, ts_return_type = "Promise<KvEvents>")]
+    pub fn events<'env>(
+        &self,
+        env: &'env Env,
+        cursor: f64,
+        max: u32,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, KvEvents>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        let cursor = whole(cursor, "cursor").map_err(to_napi)?;
+        promise(env, async move { Ok(client.events(cursor, max, until).await?.into()) })
+    }
+
+    /// Why a prompt is no hit.
+    #[napi(catch_unwind, ts_return_type = "Promise<Explanation>")]
+    pub fn explain<'env>(
+        &self,
+        env: &'env Env,
+        model_name: String,
+        world_size: u32,
+        tokens: &[u32],
+        salt: String,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, Explanation>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        let key = self.question(model_name, world_size, tokens, salt);
+        promise(env, async move { Ok(client.explain(&key, until).await?.into()) })
+    }
+
+    /// The leading chunks of a prompt that a lookup finds.
+    #[napi(catch_unwind)]
+    pub fn count_hits<'env>(
+        &self,
+        env: &'env Env,
+        model_name: String,
+        world_size: u32,
+        tokens: &[u32],
+        salt: String,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, f64>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        let key = self.question(model_name, world_size, tokens, salt);
+        promise(env, async move { Ok(number(count_hits(&*client, &key, until).await?)) })
+    }
+
     /// A prefix cache at this server.
     #[napi(catch_unwind, ts_return_type = "Promise<PrefixCache>")]
     pub fn open_prefix_cache<'env>(
@@ -136,6 +190,12 @@ impl Client {
                 None => Ok(()),
             }
         })
+    }
+
+    fn question(&self, model_name: String, world_size: u32, tokens: &[u32], salt: String) -> Key {
+        let nonce = RandomState::new().hash_one(std::process::id());
+        let request_id = format!("kvferry-question-{nonce:016x}");
+        prompt_key(model_name, world_size, tokens.into(), salt, request_id, self.chunk_size)
     }
 
     fn client(&self) -> Result<Arc<kvferry_client::Client>> {

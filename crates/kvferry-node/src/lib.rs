@@ -7,6 +7,8 @@
 mod cache;
 mod client;
 mod error;
+mod events;
+mod explain;
 mod hash;
 #[cfg(target_os = "linux")]
 mod llama_state;

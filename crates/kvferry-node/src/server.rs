@@ -11,6 +11,7 @@ use napi_derive::napi;
 
 use crate::cache::PrefixCache;
 use crate::error::to_napi;
+use crate::events::KvEvents;
 use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::promise;
 
@@ -78,6 +79,18 @@ impl Server {
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())
+    }
+
+    /// Events from `cursor` on; 0 is the oldest.
+    #[napi(catch_unwind, ts_return_type = "Promise<KvEvents>")]
+    pub fn events<'env>(
+        &self,
+        env: &'env Env,
+        cursor: f64,
+        max: u32,
+    ) -> Result<PromiseRaw<'env, KvEvents>> {
+        let (store, cursor) = (self.store()?, whole(cursor, "cursor").map_err(to_napi)?);
+        promise(env, async move { Ok(store.events(cursor, max).into()) })
     }
 
     /// A prefix cache on this store, no socket between.
@@ -171,7 +184,7 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
     Ok(Server { running, address, shm_name })
 }
 
-/// A JavaScript number that counts bytes.
+/// A JavaScript number that counts something.
 pub(crate) fn whole(value: f64, name: &str) -> kvferry_core::Result<u64> {
     const LARGEST: f64 = 9_007_199_254_740_991.0;
     if (0.0..=LARGEST).contains(&value) && value.fract() == 0.0 {
@@ -183,6 +196,6 @@ pub(crate) fn whole(value: f64, name: &str) -> kvferry_core::Result<u64> {
         return Ok(value as u64);
     }
     Err(Error::invalid(format!(
-        "{name} is {value}, which is not a whole number of bytes from 0 to 2^53 - 1"
+        "{name} is {value}, which is not a whole number from 0 to 2^53 - 1"
     )))
 }

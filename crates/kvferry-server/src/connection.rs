@@ -110,7 +110,8 @@ async fn talk(
             match event {
                 Event::Message(frames) => {
                     ready = true;
-                    if let Some(reply) = service.answer(peer, &frames, std::time::Instant::now()) {
+                    let now = std::time::Instant::now();
+                    if let Some(reply) = service.answer(peer, &frames, now).await {
                         zmtp.send(&reply, &mut output).map_err(Malformed::io)?;
                     }
                 }
@@ -220,10 +221,11 @@ mod tests {
             (departure, begun.elapsed())
         }
 
-        fn dropped(&self, reason: &str) -> i64 {
+        async fn dropped(&self, reason: &str) -> i64 {
             let frames = Request::Status.encode(0, Default::default());
             let mut peer = Peer::new(self.store.connect());
-            let reply = self.service.answer(&mut peer, &frames, std::time::Instant::now()).unwrap();
+            let now = std::time::Instant::now();
+            let reply = self.service.answer(&mut peer, &frames, now).await.unwrap();
             let Ok(Reply::Status(status)) = Reply::decode(Operation::Status, &reply[2..]) else {
                 panic!("no status")
             };
@@ -279,7 +281,7 @@ mod tests {
             };
             let (ended, ()) = tokio::join!(host.serve(far), dragging);
             assert_eq!(ended, (Departure::GivenUp, HANDSHAKE), "after {sent} bytes");
-            assert_eq!(host.dropped("deadline"), 1);
+            assert_eq!(host.dropped("deadline").await, 1);
         }
     }
 
@@ -323,7 +325,7 @@ mod tests {
             };
             let (ended, ()) = tokio::join!(host.serve(far), dragging);
             assert_eq!(ended, (Departure::GivenUp, idle + MESSAGE), "after {cut} bytes");
-            assert_eq!(host.dropped("deadline"), 1);
+            assert_eq!(host.dropped("deadline").await, 1);
         }
     }
 
@@ -338,7 +340,7 @@ mod tests {
         };
         let ((departure, took), ()) = tokio::join!(host.serve(far), asking);
         assert_eq!((departure, took), (Departure::GivenUp, MESSAGE));
-        assert_eq!(host.dropped("deadline"), 1);
+        assert_eq!(host.dropped("deadline").await, 1);
         drop(reading);
     }
 
@@ -355,7 +357,7 @@ mod tests {
         for (sent, fits) in
             served.map(|sent| (sent, true)).into_iter().chain(refused.map(|sent| (sent, false)))
         {
-            let before = host.dropped("unfinished_messages");
+            let before = host.dropped("unfinished_messages").await;
             let (near, far) = duplex(4096);
             let (reading, mut writing) = tokio::io::split(near);
             let client = async {
@@ -368,7 +370,7 @@ mod tests {
             let ((departure, _), ()) = tokio::join!(host.serve(far), client);
             let expected = if fits { Departure::Ended } else { Departure::GivenUp };
             assert_eq!(departure, expected, "{} bytes", sent.len());
-            assert_eq!(host.dropped("unfinished_messages") - before, i64::from(!fits));
+            assert_eq!(host.dropped("unfinished_messages").await - before, i64::from(!fits));
             assert_eq!(host.unfinished.0.load(Ordering::Relaxed), others, "its part is given back");
         }
     }
@@ -398,6 +400,6 @@ mod tests {
         let (mut near, far) = duplex(4096);
         near.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
         assert_eq!(host.serve(far).await.0, Departure::GivenUp);
-        assert_eq!(host.dropped("zmtp_greeting"), 1);
+        assert_eq!(host.dropped("zmtp_greeting").await, 1);
     }
 }

@@ -45,11 +45,8 @@ impl Server {
         let cannot = |error: std::io::Error| Error::system("cannot serve", &error);
         let address = listener.local_addr().map_err(cannot)?;
         listener.set_nonblocking(true).map_err(cannot)?;
-        let mut boot_token = [0; 16];
-        getrandom::fill(&mut boot_token).map_err(|error| {
-            Error::new(ErrorCode::System, format!("no random numbers: {error}"))
-        })?;
         let store = store(address)?;
+        let boot_token = store.boot_token();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();

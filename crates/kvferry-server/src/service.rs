@@ -45,7 +45,7 @@ impl Service {
     }
 
     /// The reply to a message; `None` for one that LMCache would not answer either. It is counted.
-    pub(crate) fn answer(
+    pub(crate) async fn answer(
         &self,
         peer: &mut Peer,
         frames: &[Bytes],
@@ -59,7 +59,9 @@ impl Service {
             }
         };
         let reply = match Request::decode(header.operation, payload) {
-            Ok(request) => self.carry_out(peer, request, now).map_err(|error| error.code.as_str()),
+            Ok(request) => {
+                self.carry_out(peer, request, now).await.map_err(|error| error.code.as_str())
+            }
             Err(error) => Err(error.label()),
         };
         let reply = match reply {
@@ -78,7 +80,7 @@ impl Service {
         *dropped.entry(label).or_default() += 1;
     }
 
-    fn carry_out(&self, peer: &mut Peer, request: Request, now: Instant) -> Result<Reply> {
+    async fn carry_out(&self, peer: &mut Peer, request: Request, now: Instant) -> Result<Reply> {
         let (store, owner) = (&self.store, peer.owner);
         Ok(match request {
             Request::Lookup { key, tp_size } => {
@@ -146,6 +148,9 @@ impl Service {
                 Reply::Integer(store.discard(offsets.into_iter().zip(generations)))
             }
             Request::Status => Reply::Status(self.status(now)),
+            Request::Events { cursor, max } => Reply::Events(store.events(cursor, max)),
+            // Looks at all objects; other connections are served in between.
+            Request::Explain { key } => Reply::Explanation(store.explain(&key.key)?.await),
         })
     }
 

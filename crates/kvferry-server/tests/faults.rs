@@ -66,6 +66,8 @@ fn requests() -> Vec<Request> {
         Request::Confirm { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
         Request::Discard { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
         Request::Status,
+        Request::Events { cursor: 1, max: 9 },
+        Request::Explain { key: request_key() },
     ];
     assert_eq!(requests.len(), Operation::ALL.len());
     requests

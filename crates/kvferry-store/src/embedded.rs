@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::events::Events;
+use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, Layout};
 
 use crate::clock::now;
@@ -131,5 +133,13 @@ impl Cache for Embedded {
     ) -> CacheFuture<'a, bool> {
         // What was granted stays until this very call: there are no generations to compare.
         Box::pin(ready(self.store.commit_retrieve(key, instance)))
+    }
+
+    fn events(&self, cursor: u64, max: u32, _deadline: Instant) -> CacheFuture<'_, Events> {
+        Box::pin(ready(Ok(self.store.events(cursor, max))))
+    }
+
+    fn explain<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, Explanation> {
+        Box::pin(async move { Ok(self.store.explain(key)?.await) })
     }
 }

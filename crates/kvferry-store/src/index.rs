@@ -7,8 +7,13 @@
 //! both least recently used and children before parents, at the same cost however many there are.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
+use kvferry_core::explain::RemovalCause;
+
+use crate::events::{EventLog, Origin};
 use crate::pool::Grant;
+use crate::space::Space;
 
 const NONE: u32 = u32::MAX;
 
@@ -28,9 +33,9 @@ pub(crate) struct Handle {
     index: u32,
 }
 
-#[derive(Debug)]
 struct Object {
     id: ObjectId,
+    origin: Origin,
     grant: Grant,
     parent: Option<Handle>,
     visible: bool,
@@ -51,6 +56,16 @@ pub(crate) struct Index {
     oldest: Option<u32>,
     newest: Option<u32>,
     visible: u64,
+    /// What became visible and what went.
+    pub(crate) events: EventLog,
+}
+
+/// An object, as [`Index::find`] comes upon it.
+pub(crate) struct Seen<'a> {
+    pub(crate) id: &'a ObjectId,
+    pub(crate) space: &'a Space,
+    /// Else it is being written.
+    pub(crate) visible: bool,
 }
 
 impl Index {
@@ -74,11 +89,18 @@ impl Index {
     }
 
     /// Adds a reserved object: pinned once, seen by nobody.
-    pub(crate) fn reserve(&mut self, id: ObjectId, grant: Grant, parent: Option<Handle>) -> Handle {
+    pub(crate) fn reserve(
+        &mut self,
+        id: ObjectId,
+        origin: Origin,
+        grant: Grant,
+        parent: Option<Handle>,
+    ) -> Handle {
         let generation = grant.generation();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
         let object = Object {
             id,
+            origin,
             grant,
             parent,
             visible: false,
@@ -105,14 +127,25 @@ impl Index {
         handle
     }
 
-    /// Makes a reserved object visible and takes its reservation's pin away.
-    pub(crate) fn commit(&mut self, handle: Handle) {
-        if let Some(object) = self.object_mut(handle)
-            && !object.visible
-        {
-            object.visible = true;
-            self.visible += 1;
-            self.unpin(handle);
+    /// Makes reserved objects, parents first, visible and takes their reservations' pins away.
+    pub(crate) fn commit(&mut self, handles: &[Handle]) {
+        let mut committed = Vec::with_capacity(handles.len());
+        for handle in handles.iter().rev() {
+            if let Some(object) = self.object_mut(*handle)
+                && !object.visible
+            {
+                object.visible = true;
+                committed.push(*handle);
+                self.visible += 1;
+                self.unpin(*handle);
+            }
+        }
+        // Listeners hear of parents first.
+        for handle in committed.iter().rev() {
+            if let Some(object) = self.object(*handle) {
+                let (id, origin) = (object.id, object.origin.clone());
+                self.events.push(id.chunk, id.rank, origin, None);
+            }
         }
     }
 
@@ -174,7 +207,9 @@ impl Index {
             self.by_id.remove(id);
             let Some(object) = self.at(*index) else { continue };
             object.discarded = true;
-            if object.pins == 0 {
+            let (pins, origin) = (object.pins, object.origin.clone());
+            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
+            if pins == 0 {
                 self.unlink(*index);
                 self.link_oldest(*index);
             }
@@ -183,31 +218,54 @@ impl Index {
     }
 
     /// Takes the least recently used object out; `None` when all are pinned.
-    pub(crate) fn evict(&mut self) -> Option<Grant> {
+    pub(crate) fn evict(&mut self, cause: RemovalCause) -> Option<Grant> {
         let index = self.oldest?;
         self.unlink(index);
-        self.take(index)
+        let object = self.take(index)?;
+        if !object.discarded {
+            self.events.push(object.id.chunk, object.id.rank, object.origin, Some(cause));
+        }
+        Some(object.grant)
+    }
+
+    /// Shows objects of this chunk, whosever they are, among those in the places of `range`; the place
+    /// to go on from, `None` at the end. Discarded ones are gone.
+    pub(crate) fn find(
+        &self,
+        chunk: &[u8; 32],
+        range: Range<usize>,
+        mut show: impl FnMut(Seen<'_>),
+    ) -> Option<usize> {
+        let end = range.end.min(self.objects.len());
+        let places = self.objects.get(range.start..end).unwrap_or_default();
+        for object in places.iter().flatten() {
+            if object.id.chunk == *chunk && !object.discarded {
+                let (id, space) = (&object.id, &*object.origin.space);
+                show(Seen { id, space, visible: object.visible });
+            }
+        }
+        (end < self.objects.len()).then_some(end)
     }
 
     /// Takes a reserved object out, whatever else hangs on it.
     pub(crate) fn remove_reserved(&mut self, handle: Handle) -> Option<Grant> {
         let object = self.object(handle).filter(|object| !object.visible)?;
         let parent = object.parent;
-        let grant = self.take(handle.index);
+        let object = self.take(handle.index);
         if let Some(parent) = parent {
             self.unpin(parent);
         }
-        grant
+        object.map(|object| object.grant)
     }
 
-    fn take(&mut self, index: u32) -> Option<Grant> {
+    fn take(&mut self, index: u32) -> Option<Object> {
         let object = self.objects.get_mut(index as usize)?.take()?;
         self.unused.push(index);
         if !object.discarded {
             self.by_id.remove(&object.id); // else another may have the identity
         }
         self.visible -= u64::from(object.visible);
-        Some(object.grant)
+        Some(object)
     }
 
     fn object(&self, handle: Handle) -> Option<&Object> {
@@ -266,6 +324,7 @@ impl Index {
 mod tests {
     use super::*;
     use crate::pool::Pool;
+    use crate::space::test_space;
 
     struct Chains {
         pool: Pool,
@@ -282,7 +341,8 @@ mod tests {
         fn add(&mut self, name: u8, parent: Option<Handle>) -> Handle {
             let id = ObjectId { chunk: [name; 32], space: [0; 32], rank: 0 };
             let grant = self.pool.allocate(4096).unwrap();
-            self.index.reserve(id, grant, parent)
+            let origin = Origin { space: test_space(), parent: None };
+            self.index.reserve(id, origin, grant, parent)
         }
 
         /// A committed chain, named `first`, `first + 1`, …
@@ -292,7 +352,7 @@ mod tests {
                 handles.push(self.add(name, handles.last().copied()));
             }
             for handle in &handles {
-                self.index.commit(*handle);
+                self.index.commit(&[*handle]);
             }
             handles
         }
@@ -306,8 +366,10 @@ mod tests {
             let ids: HashMap<u64, u8> = (self.index.by_id.iter())
                 .map(|(id, handle)| (handle.generation, id.chunk[0]))
                 .collect();
-            std::iter::from_fn(|| self.index.evict().map(|grant| ids[&grant.generation()]))
-                .collect()
+            std::iter::from_fn(|| {
+                self.index.evict(RemovalCause::Evicted).map(|grant| ids[&grant.generation()])
+            })
+            .collect()
         }
     }
 
@@ -324,8 +386,8 @@ mod tests {
         let shared = store.chain(0, 2);
         let left = store.add(10, Some(shared[1]));
         let right = store.add(20, Some(shared[1]));
-        store.index.commit(left);
-        store.index.commit(right);
+        store.index.commit(&[left]);
+        store.index.commit(&[right]);
         store.use_chain(&[shared[0], shared[1], left]);
         assert_eq!(store.evict_all(), [20, 10, 1, 0]);
     }
@@ -360,9 +422,9 @@ mod tests {
         let first = store.add(0, None);
         let second = store.add(1, Some(first));
         store.index.remove_reserved(first);
-        store.index.commit(second); // its parent was abandoned
+        store.index.commit(&[second]); // its parent was abandoned
         let first = store.add(0, None);
-        store.index.commit(first);
+        store.index.commit(&[first]);
         store.index.adopt(first, second);
         assert_eq!(store.evict_all(), [1, 0]);
     }
@@ -375,7 +437,7 @@ mod tests {
         store.pool.give_back(grant);
         let new = store.add(5, None);
         assert_eq!(old.index, new.index, "the place is used again");
-        store.index.commit(old);
+        store.index.commit(&[old]);
         store.index.unpin(old);
         assert!(store.index.remove_reserved(old).is_none());
         assert!(store.index.grant(new).is_some());

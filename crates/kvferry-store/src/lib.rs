@@ -6,11 +6,15 @@ mod clock;
 #[cfg(feature = "simulator")]
 pub mod clock;
 mod embedded;
+mod events;
+mod explain;
 mod index;
 mod pool;
 mod prompt;
+mod space;
 mod state;
 mod store;
 
 pub use embedded::Embedded;
+pub use explain::Explaining;
 pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};

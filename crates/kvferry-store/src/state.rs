@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use kvferry_copy::POOL_STEP;
 use kvferry_core::defect::{Defect, is_active};
+use kvferry_core::explain::RemovalCause;
 use kvferry_core::key::{Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::index::{Handle, Index};
 use crate::pool::{Grant, Pool};
 use crate::prompt::Prompt;
+use crate::space::{Spaces, space};
 use crate::store::{Departure, Limits, Owner};
 
 pub(crate) struct State {
@@ -21,6 +23,7 @@ pub(crate) struct State {
     /// The layout that lookups of a (model, world size) mean: the latest that was registered.
     pub(crate) layouts: HashMap<(String, u32), Arc<Registered>>,
     pub(crate) instances: HashMap<u64, Instance>,
+    pub(crate) spaces: Spaces,
     pub(crate) sessions: HashMap<String, Session>,
     pub(crate) sessions_by_age: BTreeMap<(Instant, u64), String>,
     pub(crate) session_bytes: u64,
@@ -122,6 +125,7 @@ impl State {
             owners: HashMap::new(),
             layouts: HashMap::new(),
             instances: HashMap::new(),
+            spaces: Spaces::default(),
             sessions: HashMap::new(),
             sessions_by_age: BTreeMap::new(),
             session_bytes: 0,
@@ -160,7 +164,7 @@ impl State {
             if may_grow {
                 return None;
             }
-            let evicted = self.index.evict()?;
+            let evicted = self.index.evict(RemovalCause::Evicted)?;
             self.counters.evicted_objects += 1;
             self.counters.evicted_bytes += evicted.bytes();
             self.pool.give_back(evicted);
@@ -447,27 +451,12 @@ fn extract<T>(
     taken
 }
 
-/// What, besides its tokens, tells an object from others: model, shape and tenant.
-pub(crate) fn space(layout: &Layout, salt: &str) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    for text in [&layout.model_name, salt, layout.dtype.name()] {
-        hasher.update(&(text.len() as u64).to_le_bytes());
-        hasher.update(text.as_bytes());
-    }
-    let slots = layout.num_physical_slots.map_or(0, |slots| u64::from(slots) + 1);
-    let plane = u64::from(layout.single_plane);
-    for number in [layout.world_size, layout.num_layers, layout.hidden_dim_size].map(u64::from) {
-        hasher.update(&number.to_le_bytes());
-    }
-    hasher.update(&slots.to_le_bytes());
-    hasher.update(&plane.to_le_bytes());
-    *hasher.finalize().as_bytes()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::Origin;
     use crate::index::ObjectId;
+    use crate::space::test_space;
 
     #[test]
     fn free_space_in_holes_that_are_too_small_does_not_keep_others_from_being_evicted() {
@@ -480,8 +469,9 @@ mod tests {
                 state.pool.give_back(grant);
             } else {
                 let id = ObjectId { chunk: [number; 32], space: [0; 32], rank: 0 };
-                let object = state.index.reserve(id, grant, None);
-                state.index.commit(object);
+                let origin = Origin { space: test_space(), parent: None };
+                let object = state.index.reserve(id, origin, grant, None);
+                state.index.commit(&[object]);
             }
         }
         assert!(!state.should_grow(), "half of the step is free");

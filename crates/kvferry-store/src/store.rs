@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 use kvferry_copy::PrivateRegion;
 use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::defect::{Defect, is_active};
+use kvferry_core::explain::RemovalCause;
 use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
-use kvferry_core::{Error, Result};
+use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::events::Origin;
 use crate::index::{Handle, ObjectId};
 use crate::pool::{Pool, Region};
 use crate::prompt::Prompt;
-use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State, space};
+use crate::space::space;
+use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State};
 
 /// Readers of one object that a lookup may announce at most.
 const READERS_MAX: u32 = 255;
@@ -121,6 +124,7 @@ struct Inner {
     region: Region,
     hasher: ChunkHasher,
     chunk_size: u32,
+    boot_token: [u8; 16],
     growing: AtomicBool,
     state: Mutex<State>,
 }
@@ -131,6 +135,10 @@ impl Store {
     pub fn new(options: StoreOptions) -> Result<Self> {
         let StoreOptions { chunk_size, memory, shared_name, limits } = options;
         let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
+        let mut boot_token = [0; 16];
+        getrandom::fill(&mut boot_token).map_err(|error| {
+            Error::new(ErrorCode::System, format!("no random numbers: {error}"))
+        })?;
         let mut pool = Pool::new(memory)?;
         let region = match shared_name {
             Some(name) => shared(name, memory)?,
@@ -146,12 +154,18 @@ impl Store {
         }
         let growing = AtomicBool::new(false);
         let state = Mutex::new(State::new(pool, limits));
-        Ok(Self { inner: Arc::new(Inner { region, hasher, chunk_size, growing, state }) })
+        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Tokens of one chunk.
     pub fn chunk_size(&self) -> u32 {
         self.inner.chunk_size
+    }
+
+    /// Random at each start: tells this store from those before it under the same name.
+    pub fn boot_token(&self) -> [u8; 16] {
+        self.inner.boot_token
     }
 
     /// The segment's name, and the pool's bytes; the name is empty when it is not shared.
@@ -379,6 +393,7 @@ impl Store {
             kept.push(parent);
         }
         let mut objects = Vec::new();
+        let mut space = None;
         for (position, chunk) in (0u32..).zip(chunks.clone()) {
             if let Some(known) = state.index.get(&id(chunk)) {
                 if let Some(parent) = parent {
@@ -399,7 +414,11 @@ impl Store {
             };
             reserved.slots.push(grant.slot.clone());
             reserved.chunk_indices.push(position);
-            let handle = state.index.reserve(id(chunk), grant, parent);
+            let space = space
+                .get_or_insert_with(|| state.spaces.get(range.space, &registered, &key.cache_salt));
+            let before = chunk.checked_sub(1).map(|before| prompt.hashes[before]);
+            let origin = Origin { space: Arc::clone(space), parent: before };
+            let handle = state.index.reserve(id(chunk), origin, grant, parent);
             objects.push(handle);
             parent = Some(handle);
         }
@@ -424,9 +443,7 @@ impl Store {
             return Ok(false);
         };
         let Some(reservation) = state.take_reservation(instance, range) else { return Ok(false) };
-        for handle in reservation.objects.iter().rev() {
-            state.index.commit(*handle);
-        }
+        state.index.commit(&reservation.objects);
         state.counters.stored_chunks += reservation.objects.len() as u64;
         Ok(true)
     }
@@ -530,7 +547,7 @@ impl Store {
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         let mut cleared = 0;
-        while let Some(grant) = state.index.evict() {
+        while let Some(grant) = state.index.evict(RemovalCause::Cleared) {
             state.pool.give_back(grant);
             cleared += 1;
         }
@@ -588,7 +605,7 @@ impl Store {
     }
 
     /// The chunks of the key's range, checked.
-    fn chunks(&self, key: &Key) -> Result<std::ops::Range<usize>> {
+    pub(crate) fn chunks(&self, key: &Key) -> Result<std::ops::Range<usize>> {
         check_model_name(&key.model_name)?;
         check_salt(&key.cache_salt)?;
         if key.world_size == 0 || key.world_size > WORLD_SIZE_MAX {
@@ -609,7 +626,7 @@ impl Store {
     }
 
     /// The hashes of the key's tokens up to its end, those that its session knows reused.
-    fn prompt(&self, key: &Key) -> Arc<Prompt> {
+    pub(crate) fn prompt(&self, key: &Key) -> Arc<Prompt> {
         let known =
             self.lock().sessions.get(&key.request_id).map(|session| Arc::clone(&session.prompt));
         let end = usize::try_from(key.end).unwrap_or(usize::MAX).min(key.token_ids.len());
@@ -647,7 +664,7 @@ impl Store {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.inner.lock()
     }
 }
@@ -706,7 +723,7 @@ fn shared(name: String, bytes: u64) -> Result<Region> {
 #[cfg(not(target_os = "linux"))]
 fn shared(_name: String, _bytes: u64) -> Result<Region> {
     Err(Error::new(
-        kvferry_core::ErrorCode::UnsupportedPlatform,
+        ErrorCode::UnsupportedPlatform,
         "the shared-memory pool is for Linux; here, embed the store in the engine's process",
     ))
 }

@@ -9,6 +9,8 @@
 //! Only the grammar is checked here: types and integer ranges. What values mean (salts, model
 //! names, ranges of tokens, alignment) is for the store to judge.
 
+mod events;
+mod explain;
 mod reply;
 mod request;
 

@@ -288,6 +288,12 @@ impl<'a> Reader<'a> {
         self.take(length)
     }
 
+    /// Bytes of a known number.
+    pub(crate) fn fixed_bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let bytes = self.bytes()?.try_into();
+        bytes.map_err(|_| Problem::Inconsistent("tokens have 16 bytes and hashes 32").into())
+    }
+
     /// The length of an array; there are at least as many bytes left.
     pub(crate) fn array_len(&mut self) -> Result<usize> {
         let length = match self.marker()? {

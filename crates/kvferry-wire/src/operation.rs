@@ -99,6 +99,10 @@ pub enum Operation {
     Discard,
     /// kvferry: the server's counters.
     Status,
+    /// kvferry: what became visible and what went.
+    Events,
+    /// kvferry: why a prompt is no hit.
+    Explain,
 }
 
 /// The name in a `get_experimental` reply that announces the `kvferry.` operations.
@@ -106,7 +110,7 @@ pub const EXTENSION: &str = "kvferry.v1";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::Lookup,
         Self::QueryPrefetchStatus,
         Self::WaitPrefetchStatus,
@@ -129,6 +133,8 @@ impl Operation {
         Self::Confirm,
         Self::Discard,
         Self::Status,
+        Self::Events,
+        Self::Explain,
     ];
 
     /// LMCache's integer for the operation; `None` for those that are sent by name only, and for
@@ -154,9 +160,13 @@ impl Operation {
             Self::ReportBlockAllocation => [23, 23, 20, 19],
             Self::Noop => [24, 24, 21, 20],
             Self::GetExperimental => [32, 40, 0, 0],
-            Self::Hello | Self::AbandonStore | Self::Confirm | Self::Discard | Self::Status => {
-                [0; 4]
-            }
+            Self::Hello
+            | Self::AbandonStore
+            | Self::Confirm
+            | Self::Discard
+            | Self::Status
+            | Self::Events
+            | Self::Explain => [0; 4],
         };
         match ids[dialect as usize] {
             0 => None,
@@ -189,6 +199,8 @@ impl Operation {
             Self::Confirm => "kvferry.confirm",
             Self::Discard => "kvferry.discard",
             Self::Status => "kvferry.status",
+            Self::Events => "kvferry.events",
+            Self::Explain => "kvferry.explain",
         }
     }
 

@@ -7,10 +7,12 @@
 mod recorded;
 
 use std::ops::Range;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
+use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
+use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use proptest::collection::vec;
@@ -30,8 +32,55 @@ static RECORDED: LazyLock<Vec<Recorded>> = LazyLock::new(|| {
     // Long prompts only slow this down.
     messages.retain(|m| m.frames.iter().map(Bytes::len).sum::<usize>() < 4096);
     assert!(!messages.is_empty());
+    messages.extend(ours());
     messages
 });
+
+/// Replies of ours with lists in lists, which no recording has.
+fn ours() -> [Recorded; 2] {
+    let space = |name: &str| {
+        let (model_name, cache_salt) = (name.to_owned(), "tenant".to_owned());
+        Arc::new(EventSpace { model_name, world_size: 2, cache_salt })
+    };
+    let event =
+        |kind, parent, space| KvEvent { kind, chunk: [1; 32], parent, rank: 1, space, at_ms: 9 };
+    let events = Events {
+        incarnation: [7; 16],
+        first: 1,
+        events: vec![
+            event(EventKind::Stored, None, space("a")),
+            event(EventKind::Removed, Some([2; 32]), space("b")),
+        ],
+        lost: false,
+    };
+    let missing = MissingChunk {
+        chunk: [3; 32],
+        missing_ranks: vec![1],
+        writing_ranks: vec![3],
+        other_salts: 4,
+        other_models: vec!["n".to_owned()],
+        other_world_sizes: vec![2],
+        other_layouts: vec![ObjectLayout { shape: vec![2, 16], dtype: "half".to_owned() }],
+        removed: Some(Removal { cause: RemovalCause::Evicted, at_ms: 5 }),
+        log_since_ms: 4,
+    };
+    let explanation =
+        Explanation { chunks: 9, hit_chunks: 8, registered: true, missing: Some(missing) };
+    [
+        (&b"\xaekvferry.events"[..], Reply::Events(events)),
+        (b"\xafkvferry.explain", Reply::Explanation(explanation)),
+    ]
+    .map(|(operation, reply)| {
+        let frames = vec![
+            Bytes::from_static(b"\x01"),
+            Bytes::from_static(operation),
+            reply.encode().unwrap(),
+        ];
+        let (header, payload) = Header::decode(&frames).unwrap();
+        assert_eq!(Reply::decode(header.operation, payload).unwrap(), reply);
+        Recorded { file: "", step: 0, request: false, operation: String::new(), frames }
+    })
+}
 
 fn config() -> ProptestConfig {
     let cases = std::env::var("KVFERRY_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok());

@@ -5,9 +5,12 @@
 
 mod recorded;
 
+use std::sync::Arc;
+
 use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
-use kvferry_core::key::Key;
+use kvferry_core::events::{EVENT_SPACES_MAX, EVENTS_MAX, EventKind, EventSpace, Events, KvEvent};
+use kvferry_core::key::{Key, MODEL_NAME_BYTES_MAX, SALT_CHARS_MAX, WORLD_SIZE_MAX};
 use kvferry_wire::zmtp::{Config, Connection, Event, Limits, SocketType, ZmtpError};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Problem, Reply, Request};
 
@@ -359,6 +362,70 @@ fn names_and_counters_are_few() {
     assert_eq!(names.unwrap_err().label(), "too_long");
     let status = Reply::decode(Operation::Status, &[many(0xde, b"\xa0\x00")]);
     assert_eq!(status.unwrap_err().label(), "too_long");
+}
+
+#[test]
+fn the_longest_answer_of_events_fits_in_a_message() {
+    let spaces: Vec<_> = (0..EVENT_SPACES_MAX)
+        .map(|number| {
+            Arc::new(EventSpace {
+                model_name: format!("{number:0MODEL_NAME_BYTES_MAX$}"),
+                world_size: WORLD_SIZE_MAX,
+                cache_salt: "\u{10ffff}".repeat(SALT_CHARS_MAX),
+            })
+        })
+        .collect();
+    let event = |number: usize| KvEvent {
+        kind: EventKind::Removed,
+        chunk: [255; 32],
+        parent: Some([255; 32]),
+        rank: u32::MAX,
+        space: Arc::clone(&spaces[number % EVENT_SPACES_MAX]),
+        at_ms: u64::MAX,
+    };
+    let events = (0..EVENTS_MAX as usize).map(event).collect();
+    let events = Events { incarnation: [255; 16], first: u64::MAX >> 1, events, lost: true };
+    let reply = Reply::Events(events);
+    let frame = reply.encode().unwrap();
+    let longest = Limits::default().message_bytes_max - 1024; // the header's frames
+    assert!(frame.len() < longest, "{} bytes", frame.len());
+    assert_eq!(Reply::decode(Operation::Events, &[frame]).unwrap(), reply);
+}
+
+#[test]
+fn events_follow_their_grammar() {
+    let decode = |spaces: &[u8], events: &[u8]| {
+        let head = b"\x85\xabincarnation\xc4\x10................\xa5first\x01\xa4lost\xc2";
+        let reply = [head, spaces, b"\xa6events", events].concat();
+        let result = Reply::decode(Operation::Events, &[Bytes::from(reply)]);
+        result.map_err(|error| error.label())
+    };
+    let spaces = b"\xa6spaces\x91\x83\xaamodel_name\xa1m\xaaworld_size\x01\xaacache_salt\xa0";
+    let row = |chunk: &[u8], space: u8| {
+        [
+            &b"\x91\x96\xc2\xc4"[..],
+            &[u8::try_from(chunk.len()).unwrap()],
+            chunk,
+            &[0xc0, 0, space, 9],
+        ]
+        .concat()
+    };
+    let hash = [1; 32];
+    assert!(decode(spaces, &row(&hash, 0)).is_ok());
+    assert_eq!(decode(spaces, &row(&hash, 1)), Err("inconsistent"), "a space that is not there");
+    assert_eq!(decode(b"\xa6spaces\x90", &row(&hash, 0)), Err("inconsistent"));
+    assert_eq!(decode(spaces, &row(&[1; 33], 0)), Err("inconsistent"), "a hash of 33 bytes");
+    let mut five = row(&hash, 0);
+    five[1] = 0x95;
+    assert_eq!(decode(spaces, &five), Err("inconsistent"));
+    assert_eq!(decode(spaces, b"\xdd\x00\x01\x00\x00"), Err("truncated"), "65,536 of nothing");
+    let many = [&b"\xdd\x00\x01\x00\x00"[..], &[0; 1 << 16]].concat();
+    let info = measure(|| drop(decode(spaces, &many)));
+    assert!(info.bytes_total < 4 << 20, "{} bytes reserved for 64 KiB", info.bytes_total);
+    let cause = b"\x81\xa7removed\x82\xa5cause\xa4lost\xa5at_ms\x01";
+    let explained = [&b"\x81\xa7missing"[..], cause].concat();
+    let explained = Reply::decode(Operation::Explain, &[Bytes::from(explained)]);
+    assert_eq!(explained.unwrap_err().label(), "inconsistent");
 }
 
 #[test]

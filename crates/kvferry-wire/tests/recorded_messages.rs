@@ -5,9 +5,12 @@
 mod recorded;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
+use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
+use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request};
 use recorded::Recorded;
@@ -174,6 +177,50 @@ fn a_request_differs_between_releases_in_its_id_alone() {
     }
 }
 
+fn events() -> Events {
+    let space = |name: &str| {
+        let (model_name, cache_salt) = (name.to_owned(), "tenant".to_owned());
+        Arc::new(EventSpace { model_name, world_size: 2, cache_salt })
+    };
+    let event = |kind, byte, parent, rank, space: &Arc<EventSpace>| KvEvent {
+        kind,
+        chunk: [byte; 32],
+        parent,
+        rank,
+        space: Arc::clone(space),
+        at_ms: 1_800_000_000_000 + u64::from(byte),
+    };
+    let (a, b) = (space("a"), space("b"));
+    Events {
+        incarnation: [7; 16],
+        first: 1 << 33,
+        events: vec![
+            event(EventKind::Stored, 1, None, 0, &b),
+            event(EventKind::Stored, 2, Some([1; 32]), 254, &a),
+            event(EventKind::Removed, 1, None, 1, &b),
+        ],
+        lost: true,
+    }
+}
+
+fn missing() -> MissingChunk {
+    MissingChunk {
+        chunk: [3; 32],
+        missing_ranks: vec![1, 2],
+        writing_ranks: vec![3],
+        other_salts: 4,
+        other_models: vec!["n".to_owned(), "o".to_owned()],
+        other_world_sizes: vec![2, 8],
+        other_layouts: vec![ObjectLayout { shape: vec![2, 16], dtype: "half".to_owned() }],
+        removed: Some(Removal { cause: RemovalCause::Damaged, at_ms: 5 }),
+        log_since_ms: 4,
+    }
+}
+
+fn explanation(missing: Option<MissingChunk>) -> Explanation {
+    Explanation { chunks: 9, hit_chunks: 8, registered: true, missing }
+}
+
 /// Replies of the operations that no LMCache has, and what a hello adds to the others.
 #[test]
 fn our_own_messages_survive_the_wire() {
@@ -208,6 +255,9 @@ fn our_own_messages_survive_the_wire() {
         (Operation::AbandonStore, Reply::None),
         (Operation::Confirm, Reply::Boolean(false)),
         (Operation::Discard, Reply::Integer(1)),
+        (Operation::Events, Reply::Events(events())),
+        (Operation::Explain, Reply::Explanation(explanation(Some(missing())))),
+        (Operation::Explain, Reply::Explanation(explanation(None))),
     ];
     for (operation, reply) in replies {
         let payload: Vec<Bytes> = reply.encode().into_iter().collect();
@@ -219,6 +269,7 @@ fn our_own_messages_survive_the_wire() {
         Request::Status,
         Request::Confirm { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
         Request::Discard { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
+        Request::Events { cursor: 1 << 40, max: 1000 },
     ];
     for request in requests {
         let frames = request.encode(300, Dialect::Current);

@@ -2,8 +2,10 @@
 
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
+use kvferry_core::events::Events;
+use kvferry_core::explain::Explanation;
 
-use super::{MessageError, Payload, one, refuse_data};
+use super::{MessageError, Payload, events, explain, one, refuse_data};
 use crate::messagepack::{Kind, Problem, Reader, Result, Writer, once, required};
 use crate::operation::Operation;
 
@@ -36,6 +38,10 @@ pub enum Reply {
     Hello(Hello),
     /// Counters and settings, by name.
     Status(Vec<(String, Value)>),
+    /// What became visible and what went.
+    Events(Events),
+    /// Why a prompt is no hit.
+    Explanation(Explanation),
 }
 
 /// Slots of one layout.
@@ -156,6 +162,8 @@ impl Reply {
                 w.str("pid");
                 w.uint(hello.pid);
             }
+            Self::Events(events) => events::encode(events, w),
+            Self::Explanation(explanation) => explain::encode(explanation, w),
             Self::Status(entries) => {
                 w.map(entries.len());
                 for (name, value) in entries {
@@ -203,6 +211,8 @@ impl Reply {
             Operation::PrepareRetrieve => Self::RetrieveSlots(p.retrieve_slots()?),
             Operation::Hello => Self::Hello(p.next("result", Hello::decode)?),
             Operation::Status => Self::Status(p.next("result", decode_status)?),
+            Operation::Events => Self::Events(p.next("result", events::decode)?),
+            Operation::Explain => Self::Explanation(p.next("result", explain::decode)?),
         };
         p.end()?;
         Ok(reply)
@@ -400,7 +410,7 @@ impl Hello {
         let mut pid = None;
         for _ in 0..r.map_len()? {
             match r.str()? {
-                "boot_token" => once(&mut boot_token, "boot_token", decode_boot_token(r)),
+                "boot_token" => once(&mut boot_token, "boot_token", r.fixed_bytes()),
                 "version" => once(&mut version, "version", r.string()),
                 "pid" => once(&mut pid, "pid", r.integer()),
                 _ => r.skip().map(drop),
@@ -412,11 +422,6 @@ impl Hello {
             pid: required(pid, "pid")?,
         })
     }
-}
-
-fn decode_boot_token(r: &mut Reader<'_>) -> Result<[u8; 16]> {
-    let token = r.bytes()?.try_into();
-    token.map_err(|_| Problem::Inconsistent("a boot token has 16 bytes").into())
 }
 
 fn decode_status(r: &mut Reader<'_>) -> Result<Vec<(String, Value)>> {

@@ -166,6 +166,10 @@ pub enum Request {
     Discard { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64> },
     /// Answer: `Reply::Status`.
     Status,
+    /// Answer: `Reply::Events`, at most `max` from the one of sequence `cursor` on; 0 is the oldest.
+    Events { cursor: u64, max: u32 },
+    /// Answer: `Reply::Explanation`, for all ranks.
+    Explain { key: RequestKey },
 }
 
 impl Request {
@@ -194,6 +198,8 @@ impl Request {
             Self::Confirm { .. } => Operation::Confirm,
             Self::Discard { .. } => Operation::Discard,
             Self::Status => Operation::Status,
+            Self::Events { .. } => Operation::Events,
+            Self::Explain { .. } => Operation::Explain,
         }
     }
 
@@ -271,6 +277,10 @@ impl Request {
                 }
             }
             Operation::Status => Self::Status,
+            Operation::Events => {
+                Self::Events { cursor: p.uint("cursor")?, max: p.next("max", Reader::integer)? }
+            }
+            Operation::Explain => Self::Explain { key: p.key()? },
         };
         p.end()?;
         Ok(request)
@@ -321,6 +331,10 @@ impl Request {
                 one(|w| w.uints(offsets)),
                 one(|w| w.uints(generations)),
             ]),
+            Self::Events { cursor, max } => {
+                frames.extend([one(|w| w.uint(*cursor)), one(|w| w.uint(*max))]);
+            }
+            Self::Explain { key } => frames.push(key.encode()),
             Self::GetChunkSize
             | Self::Noop
             | Self::GetExperimental

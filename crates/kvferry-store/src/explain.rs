@@ -1,0 +1,312 @@
+//! Why a prompt is no hit. All objects and the log of events are looked at, in slices: the lock is let
+//! go between them, and other tasks of the same thread run.
+
+use std::collections::{BTreeSet, HashSet};
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use kvferry_core::Result;
+use kvferry_core::explain::{Explanation, LISTED_MAX, MissingChunk, ObjectLayout, Removal};
+use kvferry_core::key::Key;
+
+use crate::index::{ObjectId, Seen};
+use crate::prompt::Prompt;
+use crate::space::{Space, space};
+use crate::state::State;
+use crate::store::Store;
+
+/// Objects or events that are looked at under one lock: some tens of microseconds.
+const SLICE: usize = 4_096;
+
+impl Store {
+    /// Begins to look for what there is of the key's range, and for what is known of the first chunk
+    /// that not every rank has. Takes no lease and changes nothing.
+    pub fn explain(&self, key: &Key) -> Result<Explaining> {
+        let chunks = self.chunks(key)?;
+        let prompt = self.prompt(key);
+        let layout = {
+            let state = self.lock();
+            state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned()
+        };
+        let asked = Asked {
+            model_name: key.model_name.clone(),
+            world_size: key.world_size,
+            cache_salt: key.cache_salt.clone(),
+            space: layout.as_ref().map(|known| space(&known.layout, &key.cache_salt)),
+        };
+        let phase = match asked.space {
+            Some(space) => Phase::Hits(Hits::new(vec![space], chunks.start)),
+            None => Phase::Layouts { place: 0, found: Vec::new() },
+        };
+        let registered = layout.is_some();
+        Ok(Explaining { store: self.clone(), prompt, chunks, asked, registered, phase })
+    }
+}
+
+/// An explanation under way; awaiting it does the work.
+pub struct Explaining {
+    store: Store,
+    prompt: Arc<Prompt>,
+    chunks: Range<usize>,
+    asked: Asked,
+    registered: bool,
+    phase: Phase,
+}
+
+/// Whose objects the question is about.
+struct Asked {
+    model_name: String,
+    world_size: u32,
+    cache_salt: String,
+    /// `None` as long as the layout is not known.
+    space: Option<[u8; 32]>,
+}
+
+impl Asked {
+    /// The same for whatever layout.
+    fn is_for(&self, space: &Space) -> bool {
+        let event = &space.event;
+        event.model_name == self.model_name
+            && event.world_size == self.world_size
+            && event.cache_salt == self.cache_salt
+    }
+
+    fn is(&self, space: &Space) -> bool {
+        self.space.map_or_else(|| self.is_for(space), |id| id == space.id)
+    }
+}
+
+enum Phase {
+    /// No engine is registered: which layouts of the first chunk are stored?
+    Layouts { place: usize, found: Vec<[u8; 32]> },
+    /// How many leading chunks are there?
+    Hits(Hits),
+    /// Who has the chunk that is missing?
+    Objects { chunk: usize, place: usize, found: Found },
+    /// Was it there before?
+    Log { chunk: usize, before: u64, found: Found },
+}
+
+/// Leading chunks of one layout after the other; the longest prefix is the answer.
+struct Hits {
+    first: usize,
+    spaces: Vec<[u8; 32]>,
+    position: usize,
+    chunk: usize,
+    best: Option<(usize, [u8; 32])>,
+}
+
+impl Hits {
+    fn new(spaces: Vec<[u8; 32]>, first: usize) -> Self {
+        Self { first, spaces, position: 0, chunk: first, best: None }
+    }
+}
+
+/// Where the missing chunk was seen.
+struct Found {
+    present: Vec<bool>,
+    writing: Vec<bool>,
+    salts: HashSet<String>,
+    models: BTreeSet<String>,
+    world_sizes: BTreeSet<u32>,
+    layouts: BTreeSet<ObjectLayout>,
+}
+
+impl Found {
+    fn new(world_size: u32) -> Self {
+        let none = vec![false; world_size as usize];
+        Self {
+            present: none.clone(),
+            writing: none,
+            salts: HashSet::new(),
+            models: BTreeSet::new(),
+            world_sizes: BTreeSet::new(),
+            layouts: BTreeSet::new(),
+        }
+    }
+
+    fn add(&mut self, asked: &Asked, chunk_size: u32, seen: &Seen<'_>) {
+        let (event, rank) = (&seen.space.event, seen.id.rank as usize);
+        if Some(seen.id.space) == asked.space {
+            let ranks = if seen.visible { &mut self.present } else { &mut self.writing };
+            if let Some(rank) = ranks.get_mut(rank) {
+                *rank = true;
+            }
+        } else if !seen.visible {
+            // Nobody can find it yet, whatever was asked.
+        } else if event.cache_salt != asked.cache_salt {
+            // Names under other salts are other tenants'.
+            self.salts.insert(event.cache_salt.clone());
+        } else if event.model_name != asked.model_name {
+            list(&mut self.models, || event.model_name.clone());
+        } else if event.world_size != asked.world_size {
+            list(&mut self.world_sizes, || event.world_size);
+        } else {
+            let layout = &seen.space.registered.layout;
+            list(&mut self.layouts, || ObjectLayout {
+                shape: layout.shape(chunk_size),
+                dtype: layout.dtype.name().to_owned(),
+            });
+        }
+    }
+
+    fn explain(self, chunk: [u8; 32], removed: Option<Removal>, log_since_ms: u64) -> MissingChunk {
+        let any = self.present.contains(&true);
+        let ranks = |wanted: &dyn Fn(usize) -> bool| {
+            (0u32..).take(self.present.len()).filter(|rank| wanted(*rank as usize)).collect()
+        };
+        MissingChunk {
+            chunk,
+            missing_ranks: ranks(&|rank| any && !self.present[rank] && !self.writing[rank]),
+            writing_ranks: ranks(&|rank| self.writing[rank] && !self.present[rank]),
+            other_salts: self.salts.len() as u64,
+            other_models: self.models.into_iter().collect(),
+            other_world_sizes: self.world_sizes.into_iter().collect(),
+            other_layouts: self.layouts.into_iter().collect(),
+            removed,
+            log_since_ms,
+        }
+    }
+}
+
+fn list<T: Ord>(listed: &mut BTreeSet<T>, item: impl FnOnce() -> T) {
+    if listed.len() < LISTED_MAX {
+        listed.insert(item());
+    }
+}
+
+impl Explaining {
+    /// Looks at one slice; the explanation when it was the last.
+    fn step(&mut self) -> Option<Explanation> {
+        let store = self.store.clone();
+        let state = store.lock();
+        let done = Phase::Layouts { place: 0, found: Vec::new() };
+        match std::mem::replace(&mut self.phase, done) {
+            Phase::Layouts { place, found } => self.look_for_layouts(&state, place, found),
+            Phase::Hits(hits) => return self.count_hits(&state, hits),
+            Phase::Objects { chunk, place, found } => {
+                self.look_for_objects(&state, chunk, place, found);
+            }
+            Phase::Log { chunk, before, found } => {
+                return self.look_into_log(&state, chunk, before, found);
+            }
+        }
+        None
+    }
+
+    fn look_for_layouts(&mut self, state: &State, place: usize, mut found: Vec<[u8; 32]>) {
+        let next = self.prompt.hashes.get(self.chunks.start).and_then(|first| {
+            state.index.find(first, place..place + SLICE, |seen| {
+                let known = !seen.visible || found.contains(&seen.id.space);
+                if !known && found.len() < LISTED_MAX && self.asked.is_for(seen.space) {
+                    found.push(seen.id.space);
+                }
+            })
+        });
+        self.phase = match next {
+            Some(place) => Phase::Layouts { place, found },
+            None => Phase::Hits(Hits::new(found, self.chunks.start)),
+        };
+    }
+
+    fn count_hits(&mut self, state: &State, mut hits: Hits) -> Option<Explanation> {
+        let mut left = SLICE;
+        while let Some(space) = hits.spaces.get(hits.position).copied() {
+            while hits.chunk < self.chunks.end {
+                let id = |rank| ObjectId { chunk: self.prompt.hashes[hits.chunk], space, rank };
+                let visible = |rank| state.index.get_visible(&id(rank)).is_some();
+                if !(0..self.asked.world_size).all(visible) {
+                    break;
+                }
+                hits.chunk += 1;
+                left = left.saturating_sub(self.asked.world_size as usize);
+                if left == 0 {
+                    self.phase = Phase::Hits(hits);
+                    return None;
+                }
+            }
+            if hits.best.is_none_or(|(longest, _)| hits.chunk > longest) {
+                hits.best = Some((hits.chunk, space));
+            }
+            hits.position += 1;
+            hits.chunk = hits.first;
+        }
+        let chunk = hits.best.map_or(hits.first, |(chunk, _)| chunk);
+        self.asked.space = hits.best.map(|(_, space)| space);
+        if chunk == self.chunks.end {
+            return Some(self.explanation(chunk, None));
+        }
+        let found = Found::new(self.asked.world_size);
+        self.phase = Phase::Objects { chunk, place: 0, found };
+        None
+    }
+
+    fn look_for_objects(&mut self, state: &State, chunk: usize, place: usize, mut found: Found) {
+        let chunk_size = self.store.chunk_size();
+        let hash = &self.prompt.hashes[chunk];
+        let next = state.index.find(hash, place..place + SLICE, |seen| {
+            found.add(&self.asked, chunk_size, &seen);
+        });
+        self.phase = match (next, self.asked.space) {
+            (Some(place), _) => Phase::Objects { chunk, place, found },
+            // It was stored meanwhile: so it is no miss, and the next one is looked at.
+            (None, Some(space)) if !found.present.contains(&false) => {
+                let mut hits = Hits::new(vec![space], self.chunks.start);
+                hits.chunk = chunk + 1;
+                Phase::Hits(hits)
+            }
+            (None, _) => Phase::Log { chunk, before: u64::MAX, found },
+        };
+    }
+
+    fn look_into_log(
+        &mut self,
+        state: &State,
+        chunk: usize,
+        before: u64,
+        found: Found,
+    ) -> Option<Explanation> {
+        let log = &state.index.events;
+        let before = before.min(log.next());
+        let hash = self.prompt.hashes[chunk];
+        let removed = log.before(before).take(SLICE).find_map(|entry| {
+            let is_there = found.present.get(entry.rank as usize).copied().unwrap_or_default();
+            let same = entry.chunk == hash && !is_there && self.asked.is(&entry.origin.space);
+            let cause = entry.removed.filter(|_| same)?;
+            Some(Removal { cause, at_ms: entry.at_ms })
+        });
+        let rest = before.saturating_sub(SLICE as u64);
+        if removed.is_none() && rest > log.first() {
+            self.phase = Phase::Log { chunk, before: rest, found };
+            return None;
+        }
+        let missing = found.explain(hash, removed, log.since_ms());
+        Some(self.explanation(chunk, Some(missing)))
+    }
+
+    fn explanation(&self, chunk: usize, missing: Option<MissingChunk>) -> Explanation {
+        Explanation {
+            chunks: self.chunks.len() as u64,
+            hit_chunks: (chunk - self.chunks.start) as u64,
+            registered: self.registered,
+            missing,
+        }
+    }
+}
+
+impl Future for Explaining {
+    type Output = Explanation;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Explanation> {
+        match self.step() {
+            Some(explanation) => Poll::Ready(explanation),
+            None => {
+                context.waker().wake_by_ref(); // others first
+                Poll::Pending
+            }
+        }
+    }
+}

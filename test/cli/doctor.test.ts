@@ -1,0 +1,166 @@
+// The built program: what it finds wrong on servers where something is.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { text } from "node:stream/consumers";
+import { fileURLToPath } from "node:url";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { Client, PrefixCache, Server } from "../../ts/index.js";
+import { LmcacheServer } from "../lmcache-server.js";
+
+const MAIN = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
+const CHUNK = 16;
+const BYTES = 4000; // with its header just below a page
+
+interface Told {
+	code: number;
+	out: string;
+	err: string;
+}
+
+async function doctor(stdin: string, ...args: string[]): Promise<Told> {
+	const child = spawn(process.execPath, [MAIN, "doctor", ...args], { stdio: "pipe" });
+	child.stdin.on("error", () => {}); // it need not read
+	child.stdin.end(stdin);
+	const exit = once(child, "exit") as Promise<[number]>;
+	const [out, err, [code]] = await Promise.all([text(child.stdout), text(child.stderr), exit]);
+	return { code, out, err };
+}
+
+function prompt(chunks: number, first = 0): Uint32Array {
+	return Uint32Array.from({ length: chunks * CHUNK }, (_, at) => first + at);
+}
+
+describe("kvferry doctor", () => {
+	let server: Server;
+	let client: Client;
+	let url: string;
+
+	beforeAll(async () => {
+		server = await Server.start({ port: 0, memory: 4 * 4096, chunkSize: CHUNK });
+		url = `tcp://${server.address}`;
+		client = await Client.connect({ url });
+		const cache = await PrefixCache.open({ via: client, identity: "mine", bytesPerChunk: BYTES });
+		const store = (tokens: Uint32Array, cacheSalt = "") =>
+			cache.store(tokens, () => new Uint8Array(BYTES), { cacheSalt });
+		await store(prompt(1, 900)); // makes room for the last one
+		await store(prompt(2));
+		await store(prompt(1, 500), "secret");
+		await store(prompt(1, 700));
+	});
+
+	afterAll(async () => {
+		await client.close();
+		await server.close();
+	});
+
+	/** What is said of a prompt, one line for each check that is not ok. */
+	async function ask(
+		tokens: Uint32Array,
+		...args: string[]
+	): Promise<{ code: number; told: string }> {
+		const of = args.includes("--model") ? args : ["--identity", "mine", ...args];
+		const ids = JSON.stringify([...tokens]);
+		const { code, out, err } = await doctor(ids, "--server", url, "--tokens", "-", ...of);
+		expect(err).toBe("");
+		const told = out.split("\n").filter((line) => line !== "" && !line.startsWith("ok "));
+		return { code, told: told.join("\n") };
+	}
+
+	it("finds nothing wrong with a hit", async () => {
+		expect(await ask(prompt(2))).toEqual({ code: 0, told: "" });
+		expect(await ask(prompt(3).subarray(0, 2 * CHUNK + 3))).toEqual({ code: 0, told: "" });
+	});
+
+	it("finds nothing wrong with a server", async () => {
+		const { code, out } = await doctor("", "--server", url, "--chunk-size", String(CHUNK));
+		expect(code).toBe(0);
+		expect(out).toMatch(/^ok +server +tcp:.* is kvferry \d+\.\d+\.\d+, process \d+, up \d+ s\.\n/);
+		expect(out).toMatch(/\nok +chunk size +16 tokens\.\n/);
+		expect(out).toMatch(/\nok +hashing +.*blake3/);
+		expect(out).toMatch(/\nok +memory +/);
+	});
+
+	it.each<[string, Uint32Array, string[], RegExp]>([
+		[
+			"what was never stored",
+			prompt(3),
+			[],
+			/2 of 3 .*chunk 2 \(tokens 32 to 47\)[\s\S]*never stored/,
+		],
+		["what was evicted", prompt(1, 900), [], /0 of 1[\s\S]*evicted at \d{4}-\d\d-\d\dT/],
+		["another salt", prompt(2), ["--salt", "x"], /under another salt \(1 of them\)/],
+		["no salt", prompt(1, 500), [], /under another salt \(1 of them\)/],
+		[
+			"another model",
+			prompt(2),
+			["--model", "m"],
+			/note.*No engine[\s\S]*another model \(kvferry\//,
+		],
+		["another chunk size", prompt(2), ["--chunk-size", "256"], /have 16 tokens, not 256/],
+		["another algorithm", prompt(2), ["--hash-algorithm", "sha256_cbor"], /blake3.*sha256_cbor/],
+		["another seed", prompt(2), ["--hash-seed", "7"], /blake3 with seed 0.*seed 7/],
+		["a short prompt", prompt(1).subarray(1), [], /15 tokens, fewer than one chunk of 16/],
+	])("finds %s", async (_, tokens, args, words) => {
+		const { code, told } = await ask(tokens, ...args);
+		expect(told).toMatch(words);
+		expect(told).not.toContain("secret");
+		expect(code).toBe(1);
+	});
+
+	it("tells the same as one JSON object", async () => {
+		const args = ["--server", url, "--tokens", "-", "--identity", "mine", "--json"];
+		const { code, out, err } = await doctor([...prompt(1, 900)].join(" "), ...args);
+		expect([code, err]).toEqual([1, ""]);
+		const told = JSON.parse(out);
+		expect(told).toMatchObject({
+			url,
+			healthy: false,
+			explanation: { chunks: 1, hitChunks: 0, missing: { removed: { cause: "evicted" } } },
+		});
+		expect(told.checks).toContainEqual({
+			check: "prompt",
+			result: "finding",
+			message: expect.stringContaining("evicted"),
+		});
+		const hit = await doctor([...prompt(2)].join(" "), ...args);
+		expect([hit.code, JSON.parse(hit.out).healthy]).toEqual([0, true]);
+	});
+
+	it("takes no lease", async () => {
+		await ask(prompt(2));
+		expect(await client.status()).toMatchObject({ leases: 0, sessions: 0, lookups: 0 });
+	});
+
+	it("says what to start when no server is there", async () => {
+		const { code, out, err } = await doctor("", "--server", "tcp://127.0.0.1:1", "--json");
+		expect([code, err]).toEqual([1, ""]);
+		const { healthy, checks } = JSON.parse(out);
+		expect([healthy, checks.length]).toEqual([false, 1]);
+		expect(checks[0].message).toMatch(/127\.0\.0\.1:1.*npx kvferry serve/);
+	});
+
+	it("tells its own errors on stderr", async () => {
+		const { code, out, err } = await doctor("1 2 x", "--tokens", "-", "--model", "m");
+		expect([code, out]).toEqual([1, ""]);
+		expect(err).toMatch(/^INVALID_TOKEN: .*token 2/);
+	});
+});
+
+describe("kvferry doctor at LMCache's server", () => {
+	it.each([
+		[2, 0],
+		[1, 1],
+	])("tells what can be known: %i of 2 chunks", async (hits, expected) => {
+		await using lmcache = await LmcacheServer.start(CHUNK, hits);
+		const args = ["--server", lmcache.url, "--tokens", "-", "--model", "m"];
+		const { code, out, err } = await doctor([...prompt(2)].join(" "), ...args);
+		expect([code, err]).toEqual([expected, ""]);
+		expect(out).toMatch(/^note +server +.*LMCache's/);
+		expect(out).toMatch(/\nok +chunk size +16 tokens\.\n/);
+		expect(out).toMatch(/\nnote +hashing +LMCache's server does not tell its --hash-algorithm/);
+		expect(out).toMatch(hits === 2 ? /All 2 whole chunks/ : /finds 1 of 2.*does not tell/);
+		expect(lmcache.lookups).toBe(1);
+		expect(lmcache.asked).toContain(12); // free_lookup_locks: its leases are given back
+	});
+});

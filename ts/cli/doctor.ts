@@ -1,0 +1,213 @@
+import { failureOf } from "../cache.js";
+import { Client, type PromptQuestion } from "../client.js";
+import { KvferryError } from "../errors.js";
+import type { Explanation } from "../native-binding.js";
+import type { Status } from "../server.js";
+import { explainMiss } from "./miss.js";
+import { type DoctorOptions, doctorOptions } from "./options.js";
+import { readTokens } from "./tokens.js";
+
+/** What one step of the examination came to. */
+export interface Check {
+	readonly check: "server" | "chunk size" | "hashing" | "memory" | "prompt";
+	/** `finding`: a reason for misses. `note`: worth knowing, or cannot be known. */
+	readonly result: "ok" | "note" | "finding";
+	readonly message: string;
+}
+
+interface Examination {
+	readonly checks: Check[];
+	/** What a kvferry server says of the prompt. */
+	readonly explanation?: Explanation;
+}
+
+/** `kvferry doctor`: tells why a prompt misses. */
+export async function doctor(args: string[]): Promise<void> {
+	const options = doctorOptions(args);
+	const tokens = options.prompt && (await readTokens(options.prompt.file));
+	const { checks, explanation } = await examine(options, tokens);
+	const healthy = checks.every(({ result }) => result !== "finding");
+	if (options.json) {
+		const told = { url: options.url, healthy, checks, explanation };
+		process.stdout.write(`${JSON.stringify(told)}\n`);
+	} else {
+		for (const { check, result, message } of checks) {
+			process.stdout.write(`${result.padEnd(7)}  ${check.padEnd(10)}  ${message}\n`);
+		}
+	}
+	process.exitCode = healthy ? 0 : 1;
+}
+
+async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Examination> {
+	let client: Client;
+	try {
+		client = await Client.connect(options);
+	} catch (error) {
+		const { message } = failureOf(error);
+		return { checks: [{ check: "server", result: "finding", message }] };
+	}
+	try {
+		const status = await statusOf(client, options);
+		const checks = [
+			checkServer(options.url, status),
+			checkChunkSize(client.chunkSize, options.chunkSize),
+			checkHashing(status, options),
+			...checkMemory(status),
+		];
+		if (options.prompt === undefined || tokens === undefined) {
+			return { checks };
+		}
+		const question = { ...options.prompt, tokens };
+		const { checks: more, ...told } = await examinePrompt(client, question, status, options);
+		return { checks: [...checks, ...more], ...told };
+	} finally {
+		await client.close(options);
+	}
+}
+
+/** Undefined for a server that is not kvferry's. */
+async function statusOf(client: Client, options: DoctorOptions): Promise<Status | undefined> {
+	try {
+		return await client.status(options);
+	} catch (error) {
+		if (error instanceof KvferryError && error.code === "UNSUPPORTED_OPTION") {
+			return undefined;
+		}
+		throw error;
+	}
+}
+
+function checkServer(url: string, status: Status | undefined): Check {
+	if (status === undefined) {
+		return {
+			check: "server",
+			result: "note",
+			message:
+				`${url} is not kvferry's but LMCache's, or speaks as it does. It tells neither its ` +
+				"version nor why a prompt misses: only its chunk size and how much a lookup finds.",
+		};
+	}
+	const { version, pid, uptime_seconds: seconds } = status;
+	const message = `${url} is kvferry ${version}, process ${pid}, up ${Math.round(Number(seconds))} s.`;
+	return { check: "server", result: "ok", message };
+}
+
+function checkChunkSize(size: number, expected = size): Check {
+	const check = "chunk size";
+	return size === expected
+		? { check, result: "ok", message: `${size} tokens.` }
+		: {
+				check,
+				result: "finding",
+				message:
+					`The server's chunks have ${size} tokens, not ${expected}: start it with ` +
+					`--chunk-size ${expected}, or set up the engine for ${size}.`,
+			};
+}
+
+function checkHashing(status: Status | undefined, options: DoctorOptions): Check {
+	const check = "hashing";
+	if (status === undefined) {
+		const message =
+			"LMCache's server does not tell its --hash-algorithm, nor the PYTHONHASHSEED of its process.";
+		return { check, result: "note", message };
+	}
+	const { hashAlgorithm = "blake3", hashSeed = "0" } = options;
+	const rule = "The server hashes token ids itself, by blake3 with seed 0";
+	const others = [
+		...(hashAlgorithm === "blake3" ? [] : [`algorithm ${hashAlgorithm}`]),
+		...(hashSeed === "0" ? [] : [`seed ${hashSeed}`]),
+	];
+	return others.length === 0
+		? { check, result: "ok", message: `${rule}.` }
+		: {
+				check,
+				result: "finding",
+				message:
+					`${rule}: hashes made with ${others.join(" and ")} are never equal to its own. ` +
+					"Compare nothing with them, and send token ids.",
+			};
+}
+
+function checkMemory(status: Status | undefined): Check[] {
+	if (status === undefined) {
+		return [];
+	}
+	const figure = (name: string) => Number(status[name] ?? 0);
+	const mebibytes = (name: string) => `${(figure(name) / 2 ** 20).toFixed(1)} MiB`;
+	const finding = (message: string): Check => ({ check: "memory", result: "finding", message });
+	const findings: Check[] = [];
+	if (figure("growth_failed") > 0) {
+		findings.push(
+			finding(
+				`Shared memory ran out at ${mebibytes("reserved_bytes")} of a pool of ` +
+					`${mebibytes("pool_bytes")}: enlarge /dev/shm (in a container: --shm-size), or start the ` +
+					"server with less --memory.",
+			),
+		);
+	}
+	if (figure("slots_apart") > 0) {
+		findings.push(
+			finding(
+				`${figure("slots_apart")} slots (${mebibytes("slots_apart_bytes")} of writers) are set ` +
+					"apart: engines that the server gave up may still use them. Ending those engines gives " +
+					"them back.",
+			),
+		);
+	}
+	const message =
+		`${mebibytes("used_bytes")} used of ${mebibytes("pool_bytes")}; evicted since the start: ` +
+		`${figure("evicted_objects")}, refused for want of room: ${figure("refused_chunks")}.`;
+	return findings.length > 0 ? findings : [{ check: "memory", result: "ok", message }];
+}
+
+async function examinePrompt(
+	client: Client,
+	question: PromptQuestion,
+	status: Status | undefined,
+	options: DoctorOptions,
+): Promise<Examination> {
+	const { length } = question.tokens;
+	const { chunkSize } = client;
+	const of = (result: Check["result"], message: string): Check => ({
+		check: "prompt",
+		result,
+		message,
+	});
+	if (length < chunkSize) {
+		const message =
+			`It has ${length} tokens, fewer than one chunk of ${chunkSize}: only whole chunks are ` +
+			"stored, so it can never hit.";
+		return { checks: [of("finding", message)] };
+	}
+	const chunks = Math.floor(length / chunkSize);
+	const rest = length % chunkSize;
+	const after = rest === 0 ? "" : ` The last ${rest} tokens are no whole chunk and are computed.`;
+	const whole = `All ${chunks} whole chunks are there.${after}`;
+	if (status === undefined) {
+		const hits = await client.countHits(question, options);
+		const message =
+			`A lookup finds ${hits} of ${chunks} whole chunks. Why not more, LMCache's server does not ` +
+			"tell. It finds none at all while no engine is registered for the model.";
+		return { checks: [hits === chunks ? of("ok", whole) : of("finding", message)] };
+	}
+	const explanation = await client.explain(question, options);
+	const { missing, registered } = explanation;
+	const checks: Check[] = [];
+	if (!registered) {
+		checks.push(
+			of(
+				"note",
+				`No engine is registered now for model ${question.modelName} with world size ` +
+					`${question.kvWorldSize}: until one is, lookups find nothing.`,
+			),
+		);
+	}
+	if (missing === undefined) {
+		checks.push(of("ok", whole));
+	} else {
+		const reasons = explainMiss(explanation, missing, question, chunkSize, status);
+		checks.push(...reasons.map((reason) => of("finding", reason)));
+	}
+	return { checks, explanation };
+}

@@ -1,0 +1,88 @@
+import type { PromptQuestion } from "../client.js";
+import type { Explanation, MissingChunk, Removal } from "../native-binding.js";
+import type { Status } from "../server.js";
+
+/** Says in words why a prompt is no hit: first how much of it is, then each reason for the rest. */
+export function explainMiss(
+	explanation: Explanation,
+	missing: MissingChunk,
+	question: PromptQuestion,
+	chunkSize: number,
+	status: Status,
+): string[] {
+	const { chunks, hitChunks } = explanation;
+	const { modelName, kvWorldSize } = question;
+	const first = hitChunks * chunkSize;
+	const what =
+		`${hitChunks} of ${chunks} whole chunks hit. The first that does not is chunk ${hitChunks} ` +
+		`(tokens ${first} to ${first + chunkSize - 1}).`;
+	const reasons: string[] = [];
+	if (missing.writingRanks.length > 0) {
+		reasons.push(
+			`It is being written right now, by KV rank ${list(missing.writingRanks)}: it hits once all ` +
+				"ranks have committed it.",
+		);
+	}
+	if (missing.missingRanks.length > 0) {
+		reasons.push(
+			`KV rank ${list(missing.missingRanks)} of ${kvWorldSize} does not have it, others do: a hit ` +
+				"needs all of them. Look at the logs of those workers.",
+		);
+	}
+	if (missing.otherSalts > 0) {
+		reasons.push(
+			`It is stored under another salt (${missing.otherSalts} of them): ask with the --salt that it ` +
+				"was stored with, if that is yours.",
+		);
+	}
+	if (missing.otherModels.length > 0) {
+		reasons.push(
+			`It is stored for another model (${list(missing.otherModels)}), not for ${modelName}: the ` +
+				"engine that looks it up registers another name.",
+		);
+	}
+	if (missing.otherWorldSizes.length > 0) {
+		reasons.push(
+			`It is stored for a KV world size of ${list(missing.otherWorldSizes)}, not of ` +
+				`${kvWorldSize}: what is divided in another way cannot be shared.`,
+		);
+	}
+	if (missing.otherLayouts.length > 0) {
+		const layouts = missing.otherLayouts.map(({ shape, dtype }) => `${shape.join(" × ")} ${dtype}`);
+		reasons.push(
+			`It is stored in another layout (${list(layouts)}) than the engine registered last for ` +
+				`${modelName}: another element type, number of layers or width is another cache.`,
+		);
+	}
+	if (missing.removed !== undefined) {
+		reasons.push(howItWent(missing.removed));
+	}
+	if (reasons.length === 0) {
+		const refused = Number(status.refused_chunks ?? 0);
+		const room = `; ${refused} chunks were refused for want of room since it started`;
+		reasons.push(
+			"It was never stored, as far as the server knows: its log of events reaches back to " +
+				`${time(missing.logSinceMs)}${refused > 0 ? room : ""}.`,
+		);
+	}
+	return [what, ...reasons];
+}
+
+function howItWent({ cause, atMs }: Removal): string {
+	switch (cause) {
+		case "evicted":
+			return `It was evicted at ${time(atMs)}, to make room for others: a server with more --memory keeps more.`;
+		case "cleared":
+			return `It went at ${time(atMs)}, when the cache was cleared.`;
+		case "damaged":
+			return `It was dropped at ${time(atMs)}: a reader found other bytes than were stored. It is stored anew once it is computed.`;
+	}
+}
+
+function time(ms: number): string {
+	return new Date(ms).toISOString();
+}
+
+function list(items: readonly (number | string)[]): string {
+	return items.join(", ");
+}
