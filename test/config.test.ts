@@ -264,7 +264,9 @@ describe("createConnector", () => {
 				message: expect.stringMatching(new RegExp(`"${name}".*known: A, B`)),
 			});
 		}
-		await expect(createConnector(named("X"), {})).rejects.toThrow(/no connector "X"/);
+		await expect(createConnector(named("X"), { modelName: "m" })).rejects.toThrow(
+			/no connector "X".*known: LMCacheMPConnector, OffloadingConnector, SimpleCPU/,
+		);
 	});
 
 	it("lets a factory's own error through", async () => {

@@ -1,4 +1,5 @@
 import { checkInteger, checkObject, checkText, invalid, named } from "./arguments.js";
+import type { KvConnectors, PagedEngine } from "./connector/offloading.js";
 import { KvferryError } from "./errors.js";
 import type { KvLoadFailurePolicy } from "./recovery.js";
 
@@ -141,13 +142,36 @@ export function resolveOffloading(options: OffloadingOptions = {}): ResolvedOffl
 }
 
 /** The connectors of this package. */
-const CONNECTORS = {};
+const CONNECTORS: ConnectorRegistry<PagedEngine, KvConnectors> = {
+	LMCacheMPConnector: async () => (await import("./connector/offloading.js")).connectToServer,
+	OffloadingConnector: async () => (await import("./connector/offloading.js")).offloadHere,
+	SimpleCPUOffloadConnector: async () => (await import("./connector/offloading.js")).offloadHere,
+};
 
 /**
- * Makes the connector that {@link resolveOffloading} chose. Only its own code is loaded.
+ * Makes the connectors that {@link resolveOffloading} chose, for the scheduler and the workers of this process:
+ * `LMCacheMPConnector` with a server in another process, which may come later; `OffloadingConnector` and
+ * `SimpleCPUOffloadConnector` with memory of this process.
+ *
+ * @returns The connectors, or `undefined` when none is configured.
+ * @throws `UNSUPPORTED_OPTION` for a connector of another name; `INVALID_ARGUMENT` for an engine that cannot be.
+ *
+ * @example
+ * ```ts
+ * const offloading = resolveOffloading({ kvOffloadingSize: 8, kvOffloadingBackend: "lmcache" });
+ * const kv = await createConnector(offloading, { modelName: "llama-3.1-8b fp16", blockSize: 16 });
+ * kv?.scheduler.getNumNewMatchedTokens(request, 0);
+ * ```
+ */
+export async function createConnector(
+	offloading: ResolvedOffloading,
+	engine: PagedEngine,
+): Promise<KvConnectors | undefined>;
+/**
+ * Makes the connector that {@link resolveOffloading} chose, by loaders of one's own. Only its own code is loaded.
  *
  * @param engine What the connector's factory needs of the engine.
- * @param registry Default: the connectors of this package.
+ * @param registry The loaders.
  * @returns The connector, or `undefined` when none is configured.
  * @throws `UNSUPPORTED_OPTION` for a connector without a loader; the message names the known ones. Errors of
  * loaders and factories come as they are.
@@ -155,8 +179,13 @@ const CONNECTORS = {};
 export async function createConnector<Engine, Connector>(
 	offloading: ResolvedOffloading,
 	engine: Engine,
-	registry: ConnectorRegistry<Engine, Connector> = CONNECTORS,
-): Promise<Connector | undefined> {
+	registry: ConnectorRegistry<Engine, Connector>,
+): Promise<Connector | undefined>;
+export async function createConnector(
+	offloading: ResolvedOffloading,
+	engine: unknown,
+	registry: ConnectorRegistry<never, unknown> = CONNECTORS,
+): Promise<unknown> {
 	const name = offloading.kvTransferConfig?.kvConnector ?? null;
 	if (name === null) {
 		return undefined;
@@ -170,7 +199,7 @@ export async function createConnector<Engine, Connector>(
 		);
 	}
 	const create = await load();
-	return await create(offloading, engine);
+	return await create(offloading, engine as never);
 }
 
 /** As pydantic reads vLLM's `float | None`. */

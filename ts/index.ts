@@ -40,6 +40,7 @@ export {
 	createWorkerAdapter,
 } from "./connector/cache-adapter.js";
 export type { ConnectorMetadata, LoadStoreOp, RequestMetadata } from "./connector/metadata.js";
+export { KvConnectors, type PagedEngine } from "./connector/offloading.js";
 export {
 	type CachedRequest,
 	type ConnectorOutput,

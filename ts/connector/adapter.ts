@@ -1,3 +1,4 @@
+import type { KvEvents } from "../events.js";
 import type { LoadStoreOp } from "./metadata.js";
 
 /** Options of the calls that name tokens. */
@@ -50,6 +51,8 @@ export interface SchedulerAdapter {
 	endSession(requestId: string): void;
 	/** Tells which blocks a step gave out, for whoever routes requests by them. */
 	reportBlockAllocations?(allocations: readonly BlockAllocation[]): void;
+	/** What was stored and what went since the last call, as far as it is known here. */
+	takeEvents?(): KvEvents | undefined;
 	/** Drops everything that is stored and not in use. Resolves to whether it was done. */
 	resetCache?(): Promise<boolean>;
 }

@@ -1,6 +1,7 @@
 import { checkAttached, checkInteger, checkText, invalid } from "../arguments.js";
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
+import type { KvEvents } from "../events.js";
 import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
 import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
 import type { Server } from "../server.js";
@@ -84,9 +85,16 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 	/** The tokens found, or null while that is not known. */
 	readonly #lookups = new Map<string, { found: number | null }>();
 	#failure: KvferryError | undefined;
+	readonly #via: Client | Server;
+	/** Events that nobody took yet, and where to read on. */
+	#events: KvEvents | undefined;
+	#cursor = 0;
+	#incarnation = "";
+	#asking = false;
 
 	constructor(options: CacheAdapterOptions) {
 		const { strategy, place, timeoutMs } = read(options);
+		this.#via = options.via;
 		this.chunkSize = options.via.chunkSize;
 		this.#native = options.via.openScheduler(place(strategy));
 		this.#timeoutMs = timeoutMs;
@@ -157,6 +165,31 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 	endSession(requestId: string): void {
 		this.#lookups.delete(requestId);
 		this.#run(() => this.#native.endSession(requestId, this.#timeoutMs));
+	}
+
+	takeEvents(): KvEvents | undefined {
+		const taken = this.#events;
+		this.#events = undefined;
+		if (!this.#asking) {
+			this.#asking = true;
+			const asked = this.#via.events({ cursor: this.#cursor, timeoutMs: this.#timeoutMs });
+			asked.then(
+				(told) => {
+					const restarted = told.incarnation !== this.#incarnation;
+					this.#events = told.events.length > 0 || told.lost || restarted ? told : undefined;
+					[this.#cursor, this.#incarnation, this.#asking] = [
+						told.nextCursor,
+						told.incarnation,
+						false,
+					];
+				},
+				(error: KvferryError) => {
+					this.#failure = error;
+					this.#asking = error.code === "UNSUPPORTED_OPTION"; // LMCache's server never will
+				},
+			);
+		}
+		return taken;
 	}
 
 	async resetCache(): Promise<boolean> {

@@ -1,4 +1,5 @@
 import { checkInteger, invalid } from "../arguments.js";
+import type { KvEvents } from "../events.js";
 import {
 	type BlockIds,
 	blockLists,
@@ -335,6 +336,17 @@ export class SchedulerConnector {
 		this.#requests.delete(requestId);
 		this.#adapter.endSession(requestId);
 		return [true, params];
+	}
+
+	/**
+	 * What the cache stored and removed, for whoever routes requests by it: as far as it is known since the last
+	 * call, which asks for more. Never waits.
+	 *
+	 * @returns `undefined` when there is nothing new, or the adapter cannot tell. Events have sequence numbers
+	 * without gaps; `lost`, or another `incarnation`, means that some were missed: forget all, and begin anew.
+	 */
+	takeEvents(): KvEvents | undefined {
+		return this.#adapter.takeEvents?.();
 	}
 
 	/**

@@ -34,7 +34,8 @@ where
     let mut work = Box::pin(work);
     let mut context = Context::from_waker(Waker::noop());
     match within_runtime_if_available(|| work.as_mut().poll(&mut context)) {
-        Poll::Ready(result) => PromiseRaw::resolve(env, result.map_err(to_napi)?),
+        Poll::Ready(Ok(value)) => PromiseRaw::resolve(env, value),
+        Poll::Ready(Err(error)) => PromiseRaw::reject(env, to_napi(error)),
         Poll::Pending => promise(env, work),
     }
 }

@@ -1,0 +1,210 @@
+import { once } from "node:events";
+import { createServer } from "node:net";
+import { setImmediate } from "node:timers/promises";
+import { afterEach, describe, expect, it } from "vitest";
+import {
+	createConnector,
+	type EngineRequest,
+	type KvConnectors,
+	ParallelStrategy,
+	resolveOffloading,
+} from "../../ts/index.js";
+import { ServerProcess } from "../server-process.js";
+
+const CHUNK = 16;
+const BLOCK = 4;
+const BLOCKS = 32;
+const range = (from: number, to: number) => Array.from({ length: to - from }, (_, i) => from + i);
+
+const open: AsyncDisposable[] = [];
+
+afterEach(async () => {
+	for (const handle of open.splice(0).reverse()) {
+		await handle[Symbol.asyncDispose]();
+	}
+});
+
+const native = resolveOffloading({ kvOffloadingSize: 2 ** -8 });
+
+async function lmcache(port: number) {
+	return resolveOffloading({
+		kvOffloadingSize: 1,
+		kvOffloadingBackend: "lmcache",
+		kvTransferConfig: { kvConnectorExtraConfig: { "lmcache.mp.port": port } },
+	});
+}
+
+async function freePort(): Promise<number> {
+	const server = createServer().listen(0, "127.0.0.1");
+	await once(server, "listening");
+	const { port } = server.address() as { port: number };
+	server.close();
+	await once(server, "close");
+	return port;
+}
+
+/** An engine with one layer of KV in each worker, whose every element says which token it is of. */
+class Engine {
+	readonly kv: KvConnectors;
+	readonly memory: Uint32Array[];
+	#next = 0;
+
+	private constructor(kv: KvConnectors) {
+		this.kv = kv;
+		this.memory = kv.workers.map(() => new Uint32Array(BLOCKS * BLOCK * 2));
+	}
+
+	static async open(kv: KvConnectors | undefined): Promise<Engine> {
+		const engine = new Engine(kv as KvConnectors);
+		open.push(engine.kv);
+		for (const [rank, worker] of engine.kv.workers.entries()) {
+			await worker.registerKvCaches(
+				{ layer: engine.memory[rank] as Uint32Array },
+				{ numBlocks: BLOCKS, blockSize: BLOCK, numKvHeads: 1, headSize: 1, dtype: "int32" },
+			);
+		}
+		return engine;
+	}
+
+	async #step(requests: EngineRequest[], tokens: number): Promise<Set<string>> {
+		const { scheduler, workers } = this.kv;
+		const metadata = scheduler.buildConnectorMeta({
+			scheduledNewReqs: requests,
+			scheduledCachedReqs: [],
+			numScheduledTokens: Object.fromEntries(requests.map(({ requestId }) => [requestId, tokens])),
+		});
+		const loaded: Set<string>[] = [];
+		for (const worker of workers) {
+			worker.bindConnectorMetadata(metadata);
+			worker.startLoadKv();
+			await worker.waitForSave();
+			loaded.push(worker.getFinished(new Set())[1]);
+		}
+		const [first = new Set<string>(), ...others] = loaded;
+		return new Set([...first].filter((id) => others.every((other) => other.has(id))));
+	}
+
+	/** Runs a prompt through; says how many of its tokens were loaded. */
+	async run(tokens: number[], cacheSalt?: string): Promise<number> {
+		const { scheduler, workers } = this.kv;
+		const request = { requestId: `r${this.#next++}`, allTokenIds: tokens, cacheSalt };
+		let [found] = scheduler.getNumNewMatchedTokens(request, 0);
+		while (found === null) {
+			await setImmediate();
+			[found] = scheduler.getNumNewMatchedTokens(request, 0);
+		}
+		const blocks = range(0, Math.ceil(tokens.length / BLOCK));
+		scheduler.updateStateAfterAlloc(request, blocks, found);
+		if (found > 0) {
+			let loaded = await this.#step([], 0);
+			while (!loaded.has(request.requestId)) {
+				await setImmediate();
+				loaded = await this.#step([], 0);
+			}
+			scheduler.updateStateAfterAlloc(request, blocks, 0);
+		}
+		for (const [rank, memory] of this.memory.entries()) {
+			for (const at of range(0, found)) {
+				expect([memory[at], memory[BLOCKS * BLOCK + at]]).toEqual([tokens[at], (-1 - rank) >>> 0]);
+			}
+			memory.set(tokens);
+			memory.fill((-1 - rank) >>> 0, BLOCKS * BLOCK);
+		}
+		await this.#step([request], tokens.length - found);
+		scheduler.requestFinished(request, blocks);
+		let left = workers.length;
+		let ended = new Set([request.requestId]);
+		while (left > 0) {
+			await setImmediate();
+			left -= workers.filter((worker) => worker.getFinished(ended)[0].size > 0).length;
+			ended = new Set();
+		}
+		for (const memory of this.memory) {
+			memory.fill(0);
+		}
+		return found;
+	}
+}
+
+describe("createConnector", () => {
+	it("offloads to this process's memory, for all its workers", async () => {
+		const workers = [0, 1].map((rank) => ParallelStrategy.tensorParallel(2, rank));
+		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK, workers };
+		const engine = await Engine.open(await createConnector(native, options));
+		const tokens = range(1000, 1000 + 3 * CHUNK + 2);
+		expect(await engine.run(tokens)).toBe(0);
+		expect(await engine.run(tokens)).toBe(3 * CHUNK);
+		expect(await engine.run(tokens, "tenant")).toBe(0);
+		expect(await engine.kv.scheduler.resetCache()).toBe(true);
+		expect(await engine.run(tokens)).toBe(0);
+	});
+
+	it("tells routers what is stored and what goes, in order and without gaps", async () => {
+		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK };
+		const engine = await Engine.open(await createConnector(native, options));
+		await engine.run(range(0, 2 * CHUNK));
+		await engine.kv.scheduler.resetCache();
+		const told = [];
+		while (told.length < 4) {
+			told.push(...(engine.kv.scheduler.takeEvents()?.events ?? []));
+			await setImmediate();
+		}
+		expect(told.map(({ sequence, kind }) => [sequence, kind])).toEqual([
+			[1, "stored"],
+			[2, "stored"],
+			[3, "removed"],
+			[4, "removed"],
+		]);
+		expect(told[1]?.parentChunkHash).toEqual(told[0]?.chunkHash);
+		expect(engine.kv.scheduler.takeEvents()).toBeUndefined();
+	});
+
+	it("goes on without a server, says which one it misses, and joins it when it comes", async () => {
+		const port = await freePort();
+		const warnings: string[] = [];
+		const onWarning = (text: string) => warnings.push(text);
+		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK, onWarning };
+		const begin = performance.now();
+		const engine = await Engine.open(await createConnector(await lmcache(port), options));
+		expect(performance.now() - begin).toBeLessThan(10_000);
+		expect(warnings).toEqual([
+			expect.stringMatching(new RegExp(`localhost:${port}.*npx kvferry serve --port ${port}`)),
+		]);
+		const tokens = range(0, 2 * CHUNK + 1);
+		expect(await engine.run(tokens)).toBe(0);
+		const server = await ServerProcess.start("--port", String(port), "--chunk-size", String(CHUNK));
+		open.push(server);
+		const { via } = engine.kv;
+		while ("connected" in via && !via.connected) {
+			await setImmediate();
+		}
+		expect(await engine.run(tokens)).toBe(0);
+		expect(await engine.run(tokens)).toBe(2 * CHUNK);
+	});
+
+	it("hands stores of one process to another", async () => {
+		const server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		open.push(server);
+		const port = Number(new URL(server.url).port);
+		const options = { modelName: "m", blockSize: BLOCK };
+		const engines = await Promise.all(
+			[0, 1].map(async () => Engine.open(await createConnector(await lmcache(port), options))),
+		);
+		const tokens = range(0, 2 * CHUNK + 1);
+		expect(await engines[0]?.run(tokens, "tenant")).toBe(0);
+		expect(await engines[1]?.run(tokens, "tenant")).toBe(2 * CHUNK);
+		expect(await engines[1]?.run(tokens)).toBe(0);
+	});
+
+	it("says what an engine or a size lacks, and leaves nothing open", async () => {
+		const engine = { modelName: "m", blockSize: 5, chunkSize: CHUNK };
+		await expect(createConnector(native, engine)).rejects.toThrow(/blocks? of 5/);
+		await expect(createConnector(native, { modelName: "m", workers: [] })).rejects.toThrow(
+			/workers is empty/,
+		);
+		const tiny = resolveOffloading({ kvOffloadingSize: 0 });
+		await expect(createConnector(tiny, { modelName: "m" })).rejects.toThrow(
+			/cpu_bytes_to_use is 0/,
+		);
+	});
+});

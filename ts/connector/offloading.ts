@@ -1,0 +1,115 @@
+import { invalid } from "../arguments.js";
+import { Client } from "../client.js";
+import type { ResolvedOffloading } from "../config.js";
+import { ParallelStrategy } from "../parallel.js";
+import { Server } from "../server.js";
+import { createSchedulerAdapter, createWorkerAdapter } from "./cache-adapter.js";
+import { SchedulerConnector, type SchedulerConnectorOptions } from "./scheduler.js";
+import { WorkerConnector } from "./worker.js";
+
+/** What `createConnector` needs to know of an engine. */
+export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" | "blockSize"> {
+	/** See {@link CacheAdapterOptions.modelName}. */
+	readonly modelName: string;
+	/** Tokens of a block. Default 16. */
+	readonly blockSize?: number | undefined;
+	/** The workers of this process, one strategy each. Default: a single one that has all KV. */
+	readonly workers?: readonly ParallelStrategy[] | undefined;
+	/** Any worker's strategy, for a process with none of its own. Default: that of the first worker. */
+	readonly parallelStrategy?: ParallelStrategy | undefined;
+	/** Tokens of a chunk: of a cache in this process, or of a server that is not there yet. Default 256. */
+	readonly chunkSize?: number | undefined;
+	/** See {@link CacheAdapterOptions.timeoutMs}. */
+	readonly timeoutMs?: number | undefined;
+	/** Ends the wait for a server. */
+	readonly signal?: AbortSignal | undefined;
+}
+
+/** The connectors of one process, and the cache that they share. */
+export class KvConnectors implements AsyncDisposable {
+	readonly scheduler: SchedulerConnector;
+	/** In the order of {@link PagedEngine.workers}. */
+	readonly workers: readonly WorkerConnector[];
+	/** The server that they are connected to, or the one in this process. */
+	readonly via: Client | Server;
+	#closing: Promise<void> | undefined;
+
+	/** @internal */
+	constructor(via: Client | Server, engine: PagedEngine) {
+		const { modelName, timeoutMs, workers = [ParallelStrategy.single()], onWarning } = engine;
+		const parallelStrategy = engine.parallelStrategy ?? workers[0];
+		if (parallelStrategy === undefined) {
+			throw invalid(
+				"workers is empty: a process without workers of its own gives a parallelStrategy",
+			);
+		}
+		this.via = via;
+		const adapter = createSchedulerAdapter({ via, modelName, timeoutMs, parallelStrategy });
+		this.scheduler = new SchedulerConnector({ ...engine, adapter });
+		this.workers = workers.map((parallelStrategy) => {
+			const options = { via, modelName, timeoutMs, parallelStrategy };
+			const adapter = createWorkerAdapter(options);
+			return new WorkerConnector({ adapter, parallelStrategy, onWarning });
+		});
+	}
+
+	/** Shuts the workers down, then closes {@link KvConnectors.via}. Calling it again does nothing. */
+	async close(): Promise<void> {
+		this.#closing ??= Promise.all(this.workers.map((worker) => worker.shutdown())).then(() =>
+			this.via.close(),
+		);
+		await this.#closing;
+	}
+
+	/** The same as {@link KvConnectors.close}. */
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.close();
+	}
+}
+
+/** LMCacheMPConnector: a server in another process, which may come later. */
+export async function connectToServer(
+	{ serverAddress }: ResolvedOffloading,
+	engine: PagedEngine,
+): Promise<KvConnectors> {
+	const { chunkSize, signal, onWarning } = engine;
+	const via = await Client.connect({
+		url: serverAddress ?? "tcp://localhost:5555",
+		whenUnreachable: "warn",
+		...(chunkSize === undefined ? {} : { chunkSize }),
+		...(signal === undefined ? {} : { signal }),
+		...(onWarning === undefined ? {} : { onWarning }),
+	});
+	return await withVia(via, engine);
+}
+
+/** OffloadingConnector and SimpleCPUOffloadConnector: memory of this process. */
+export async function offloadHere(
+	{ kvTransferConfig }: ResolvedOffloading,
+	engine: PagedEngine,
+): Promise<KvConnectors> {
+	const bytes = kvTransferConfig?.kvConnectorExtraConfig.cpu_bytes_to_use;
+	if (typeof bytes !== "number" || !(bytes >= 4096)) {
+		throw invalid(
+			`cpu_bytes_to_use is ${String(bytes)}: it must be the bytes to offload to, 4096 or more; ` +
+				"kvOffloadingSize sets it, in GiB",
+		);
+	}
+	const { chunkSize = 256, signal } = engine;
+	const via = await Server.start({
+		listen: false,
+		memory: Math.floor(bytes),
+		chunkSize,
+		...(signal === undefined ? {} : { signal }),
+	});
+	return await withVia(via, engine);
+}
+
+async function withVia(via: Client | Server, engine: PagedEngine): Promise<KvConnectors> {
+	try {
+		return new KvConnectors(via, engine);
+	} catch (error) {
+		await via.close();
+		throw error;
+	}
+}
