@@ -243,6 +243,9 @@ describe("a worker's connector", () => {
 		fill(first, BLOCKS_OF_3);
 		const storing = await worker(via, first);
 		await run(storing, step("STORE", BLOCKS_OF_3));
+		for (const array of Object.values(first.kv)) {
+			array.fill(0); // the blocks are another's from here on
+		}
 		await sent(storing, "r");
 		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
 		const second = new Engine({ planes: "separate", kvLayout: "HND" });
@@ -280,6 +283,26 @@ describe("a worker's connector", () => {
 		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
 	});
 
+	it("uses nothing of a load whose slots were used anew while it copied", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "fused", kvLayout: "NHD" });
+		const connector = await worker(via, engine);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		const openWorker = via.openWorker.bind(via);
+		via.openWorker = async (...args) => {
+			const native = await openWorker(...args);
+			const finish = native.finish.bind(native);
+			native.finish = async (...rest) => (await finish(...rest)) && false;
+			return native;
+		};
+		const late = await worker(via, new Engine({ planes: "fused", kvLayout: "NHD" }));
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		await run(late, step("RETRIEVE", OTHER_BLOCKS, { requestId: "r2" }));
+		await received(late, "r2");
+		expect([...late.getBlockIdsWithLoadErrors()]).toEqual(OTHER_BLOCKS);
+	});
+
 	it("has loaded before the step computes where the scheduler wants it so, and does not tell it twice", async () => {
 		const via = await server();
 		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
@@ -304,11 +327,14 @@ describe("a worker's connector", () => {
 		fill(engine, BLOCKS_OF_3);
 		const ranks = [0, 1].map((rank) => ParallelStrategy.tensorParallel(2, rank, true));
 		const workers = await Promise.all(ranks.map((rank) => worker(via, engine, rank)));
-		for (const connector of workers) {
-			await run(connector, step("STORE", BLOCKS_OF_3));
-			await sent(connector, "r");
+		for (const [connector, stored] of [
+			[workers[1], 0],
+			[workers[0], 3],
+		] as const) {
+			await run(connector as WorkerConnector, step("STORE", BLOCKS_OF_3));
+			await sent(connector as WorkerConnector, "r");
+			expect(via.status().stored_chunks).toBe(stored);
 		}
-		expect(via.status().stored_chunks).toBe(3);
 		// One lease for each rank: the first to finish does not end the other's.
 		expect(await lookup(via, "r2", "", ranks[0])).toBe(3 * CHUNK);
 		for (const connector of workers) {

@@ -9,7 +9,7 @@ import { WorkerConnector } from "./worker.js";
 
 /** What `createConnector` needs to know of an engine. */
 export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" | "blockSize"> {
-	/** See {@link CacheAdapterOptions.modelName}. */
+	/** See {@link CacheAdapterOptions}. */
 	readonly modelName: string;
 	/** Tokens of a block. Default 16. */
 	readonly blockSize?: number | undefined;
@@ -19,7 +19,7 @@ export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" |
 	readonly parallelStrategy?: ParallelStrategy | undefined;
 	/** Tokens of a chunk: of a cache in this process, or of a server that is not there yet. Default 256. */
 	readonly chunkSize?: number | undefined;
-	/** See {@link CacheAdapterOptions.timeoutMs}. */
+	/** See {@link CacheAdapterOptions}. Default 5,000. */
 	readonly timeoutMs?: number | undefined;
 	/** Ends the wait for a server. */
 	readonly signal?: AbortSignal | undefined;
