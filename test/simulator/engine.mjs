@@ -429,6 +429,9 @@ export class Engine {
 		this.connector.updateConnectorOutput({ invalidBlockIds: invalid });
 		if (invalid.size > 0) {
 			world.counts.failedLoads++;
+			const blocks = this.#running.flatMap((request) => request.blocks);
+			const shared = [...invalid].some((id) => blocks.filter((block) => block === id).length > 1);
+			world.counts.sharedFailures += shared ? 1 : 0;
 			const view = (/** @type {Request} */ { id, blocks, computed, status }) => ({
 				requestId: id,
 				blockIds: blocks,
@@ -529,6 +532,9 @@ export class Engine {
 		this.#failedRecving.delete(request.id);
 		const [keep] = this.connector.requestFinished(request.view, request.blocks);
 		this.world.counts.ended++;
+		if (this.connector.tracker(request.id) !== undefined) {
+			this.world.fail(`${request.id} has ended and is tracked still`);
+		}
 		if (keep) {
 			this.#ending.set(request.id, { blocks: request.blocks, left: this.#workers.length });
 			this.#ended.add(request.id);

@@ -33,7 +33,7 @@ export class World {
 		...{ requests: 0, finished: 0, ended: 0, aborts: 0, errors: 0, preemptions: 0 },
 		...{ allocationFailures: 0, loads: 0, failedLoads: 0, tornLoads: 0, hitChunks: 0 },
 		...{ storeOperations: 0, storedChunks: 0, refusedChunks: 0, restarts: 0, clears: 0, jumps: 0 },
-		evictedChunks: 0,
+		...{ evictedChunks: 0, sharedFailures: 0 },
 	};
 	/** @type {Violation | undefined} */
 	violation;
