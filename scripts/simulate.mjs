@@ -15,6 +15,7 @@ import { addonOf, buildSimulator, simulatorRoot } from "./simulator-build.mjs";
 
 /** Requests of one seed. */
 const REQUESTS = 400;
+const SEED_LIMIT_MS = 60_000;
 
 /** @typedef {{ seed: number, message: string }} Violation */
 /** The seeds of one process: the clock and the defects are a process's own. */
@@ -106,18 +107,33 @@ function start(share, sum) {
 		const child = fork(fileURLToPath(import.meta.url));
 		/** @type {Violation | undefined} */
 		let violation;
+		let done = 0;
+		// A seed takes about a second; one that takes so long hangs or goes round in circles.
+		const late = () => {
+			const seed = share.from + done * share.step;
+			violation ??= { seed, message: `seed ${seed} has not ended after ${SEED_LIMIT_MS / 1000} s` };
+			child.kill("SIGKILL");
+		};
+		let timer = setTimeout(late, SEED_LIMIT_MS);
 		child.on("message", (/** @type {any} */ message) => {
+			clearTimeout(timer);
+			timer = setTimeout(late, SEED_LIMIT_MS);
 			if ("violation" in message) {
 				violation = { seed: message.seed, message: message.violation };
 				return;
 			}
+			done++;
 			for (const [name, count] of Object.entries(message.counts)) {
 				sum[name] = (sum[name] ?? 0) + /** @type {number} */ (count);
 			}
 		});
 		child.once("error", reject);
-		child.once("exit", (code, signal) => {
-			if (code === 0) {
+		child.once("close", (code, signal) => {
+			clearTimeout(timer);
+			const seed = share.from + done * share.step;
+			if (code === 0 && violation === undefined && done < share.seeds) {
+				resolve({ seed, message: `seed ${seed} never ended: something in it waits for ever` });
+			} else if (code === 0 || violation !== undefined) {
 				resolve(violation);
 			} else {
 				reject(

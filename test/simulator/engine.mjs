@@ -18,6 +18,7 @@ import { Memory, Sequence } from "./content.mjs";
  * @property {number} computed
  * @property {boolean} hasRun
  * @property {boolean} preempted
+ * @property {boolean} hasLoaded A load was begun for it.
  * @property {boolean} uncounted Nobody told the connector how much it has computed, where that mattered.
  * @property {number} recoverTo Tokens that it had before a failed load took some.
  * @property {number | undefined} wrongAt The first position that this step computed from wrong KV.
@@ -259,7 +260,8 @@ export class Engine {
 		for (let rank = 0; rank < config.tp * config.pp; rank++) {
 			const parallelStrategy = strategy(rank);
 			const shard = config.mla ? Math.floor(rank / config.tp) : rank;
-			const memory = new Memory({ ...config, numLayers: 2 }, shard);
+			const numLayers = /** @type {number} */ (config.layers[Math.floor(rank / config.tp)]);
+			const memory = new Memory({ ...config, numLayers }, shard);
 			const adapter = kvferry.createWorkerAdapter({ via, modelName, parallelStrategy });
 			const mayStore = !config.mla || rank % config.tp === 0;
 			const tearing = new Tearing(adapter, this, memory, mayStore);
@@ -294,6 +296,7 @@ export class Engine {
 			computed: 0,
 			hasRun: false,
 			preempted: false,
+			hasLoaded: false,
 			uncounted: false,
 			recoverTo: 0,
 			wrongAt: undefined,
@@ -616,12 +619,21 @@ export class Engine {
 				}
 				break;
 			}
-			const hits = world.hitTokens(request.id);
+			const asked = request.computed === 0;
+			const hits = asked ? (this.adapter.checkLookupResult(request.id) ?? 0) : 0;
 			this.connector.updateStateAfterAlloc(request.view, request.blocks, external);
 			for (let end = config.chunkSize; end <= hits; end += config.chunkSize) {
 				request.accounted.add(end);
 			}
+			// Leases of a load that failed stay until the request ends.
+			if (asked && !request.hasLoaded) {
+				// What the engine has whole, or computes after all, is held no longer.
+				const has = local.length * config.blockSize;
+				const first = external > 0 ? has - (has % config.chunkSize) : hits;
+				world.transport?.checkHeld(request.id, (hits - first) / config.chunkSize);
+			}
 			request.computed = before;
+			request.hasLoaded ||= external > 0;
 			if (loadAsync) {
 				request.status = "WAITING_FOR_REMOTE_KVS";
 				world.counts.loads++;
@@ -660,6 +672,7 @@ export class Engine {
 		if (loaded.freeBlocks) {
 			this.blocks.release(request.blocks);
 			request.blocks = [];
+			request.accounted.clear();
 		}
 		request.status = request.preempted ? "PREEMPTED" : "WAITING";
 		return true;
@@ -698,6 +711,7 @@ export class Engine {
 		request.blocks = [];
 		request.computed = 0;
 		request.recoverTo = 0;
+		request.accounted.clear();
 		request.status = "PREEMPTED";
 		request.preempted = true;
 		request.uncounted ||= !this.config.saysComputed;

@@ -25,8 +25,13 @@ export class Transport {
 	 * @type {Map<string, { ranks: Set<number>, maybe: Set<number>, granted: Set<number>, evicted: number }>}
 	 */
 	#stored = new Map();
-	/** When each request's leases were taken. @type {Map<string, { epoch: number, jumps: number, chunks: number }>} */
+	/**
+	 * The leases of each request, by a plain model: of each of its chunks so many.
+	 *
+	 * @type {Map<string, { epoch: number, jumps: number, lookups: number, each: number, chunks: number[] }>}
+	 */
 	#leased = new Map();
+	#busy = 0;
 	#server;
 	#world;
 
@@ -76,7 +81,7 @@ export class Transport {
 			await this.#world.ticks(random.integer(1, 6));
 			throw lost();
 		}
-		const result = await work();
+		const result = await this.#now(work);
 		if (random.chance(faults.stall)) {
 			this.#world.jump();
 			await this.#world.ticks(random.integer(5, 15));
@@ -84,10 +89,85 @@ export class Transport {
 			await this.#world.ticks(random.integer(1, 6));
 		}
 		if (random.chance(faults.lostReply)) {
-			await undo(result);
+			await this.#now(async () => undo(result));
 			throw lost();
 		}
 		return result;
+	}
+
+	/**
+	 * The server has done it at once; the model has, when this has ended.
+	 *
+	 * @template T
+	 * @param {() => Promise<T>} work
+	 * @returns {Promise<T>}
+	 */
+	async #now(work) {
+		this.#busy++;
+		try {
+			return await work();
+		} finally {
+			this.#busy--;
+		}
+	}
+
+	/**
+	 * Does something now that cannot be undone, and tells its result later, or never.
+	 *
+	 * @template T
+	 * @param {() => Promise<T>} work
+	 * @returns {Promise<T>}
+	 */
+	async #end(work) {
+		const { random, faults } = this.#world;
+		const result = await this.#now(work);
+		if (random.chance(faults.late)) {
+			await this.#world.ticks(random.integer(1, 6));
+		}
+		if (random.chance(faults.lostReply)) {
+			throw lost();
+		}
+		return result;
+	}
+
+	/** @param {string} id */
+	#leasesOf(id) {
+		const leased = this.#leased.get(id);
+		const held = leased?.epoch === this.epoch && leased.jumps === this.jumps ? leased : undefined;
+		return held?.chunks.reduce((sum, count) => sum + count, 0) ?? 0;
+	}
+
+	/** The server's leases are those of the model. */
+	#checkLeases() {
+		if (this.#busy > 0) {
+			return;
+		}
+		const expected = [...this.#leased.keys()].reduce((sum, id) => sum + this.#leasesOf(id), 0);
+		const { leases } = this.#server.status();
+		if (leases !== expected) {
+			throw this.#world.fail(
+				`the server has ${leases} leases, and ${expected} were taken and not ended`,
+			);
+		}
+	}
+
+	/** A request holds just so many chunks. @param {string} id @param {number} chunks */
+	checkHeld(id, chunks) {
+		this.#checkLeases();
+		const leased = this.#leased.get(id);
+		if (
+			this.#busy === 0 &&
+			leased?.lookups === 1 &&
+			leased.epoch === this.epoch &&
+			leased.jumps === this.jumps
+		) {
+			const leases = this.#leasesOf(id);
+			if (leases !== chunks * leased.each) {
+				throw this.#world.fail(
+					`${id} holds ${leases} leases, where ${chunks} chunks with ${leased.each} each are to be loaded`,
+				);
+			}
+		}
 	}
 
 	/** @param {import("../../ts/native-binding.js").PagedPlace} place */
@@ -111,27 +191,52 @@ export class Transport {
 						const { epoch, jumps } = this;
 						const lookups = this.#world.random.chance(this.#world.faults.duplicate) ? 2 : 1;
 						let chunks = 0;
+						const each = place.kvWorldSize * place.numKvReaders;
+						const before = this.#leased.get(range.requestId);
+						const held = before?.epoch === epoch && before.jumps === jumps ? before.chunks : [];
 						for (let i = 0; i < lookups; i++) {
 							chunks = await native().lookup(tokens, range, 1000);
+							for (let chunk = 0; chunk < chunks; chunk++) {
+								held[chunk] = (held[chunk] ?? 0) + each;
+							}
 						}
 						this.#check(range, chunks, expected);
-						this.#leased.set(range.requestId, { epoch, jumps, chunks });
+						const all = lookups + (before?.lookups ?? 0);
+						const leased = { epoch, jumps, lookups: all, each, chunks: held };
+						this.#leased.set(range.requestId, leased);
 						this.#world.counts.hitChunks += chunks;
-						this.#world.hit(range.requestId, chunks * this.chunkSize);
 						return chunks;
 					},
-					() => native().endSession(range.requestId, 1000),
+					() => this.#endSession(native(), range.requestId),
 				);
 			},
 			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
-			release: (tokens, range) => native().release(tokens, range, 1000),
+			release: (tokens, range) =>
+				this.#end(async () => {
+					const leased = this.#leased.get(range.requestId);
+					await native().release(tokens, range, 1000);
+					const last = Math.min(leased?.chunks.length ?? 0, range.end / this.chunkSize);
+					for (let chunk = range.start / this.chunkSize; chunk < last; chunk++) {
+						const chunks = /** @type {number[]} */ (leased?.chunks);
+						chunks[chunk] = Math.max(
+							0,
+							/** @type {number} */ (chunks[chunk]) - (leased?.each ?? 0),
+						);
+					}
+				}),
 			/** @param {string} requestId */
-			endSession: (requestId) => native().endSession(requestId, 1000),
+			endSession: (requestId) => this.#end(() => this.#endSession(native(), requestId)),
 			clear: () => {
 				this.forget();
 				return native().clear(1000);
 			},
 		};
+	}
+
+	/** @param {import("../../ts/native-binding.js").PagedScheduler} native @param {string} id */
+	async #endSession(native, id) {
+		await native.endSession(id, 1000);
+		this.#leased.delete(id);
 	}
 
 	/**
@@ -226,7 +331,8 @@ export class Transport {
 			}
 			return worker;
 		};
-		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[] }>} */
+		/** @typedef {{ arrays: Uint8Array[], blocks: Uint32Array }} Copied */
+		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], copied?: Copied }>} */
 		const grants = new WeakMap();
 		const of = (/** @type {object} */ grant) => {
 			const known = grants.get(grant);
@@ -234,6 +340,33 @@ export class Transport {
 				throw new Error("a grant of another worker");
 			}
 			return known;
+		};
+		/** @param {import("../../ts/native-binding.js").PagedStore} store */
+		const commit = async (store) => {
+			const grant = of(store);
+			const whole = store.refused === 0;
+			if (grant.epoch !== this.epoch) {
+				await grant.worker.commit(store, 1000);
+				return 0;
+			}
+			for (const key of grant.keys ?? []) {
+				this.#known(key).maybe.add(workerId);
+			}
+			const evicted = this.#evicted();
+			const chunks = await grant.worker.commit(store, 1000);
+			this.#world.counts.storedChunks += chunks;
+			for (const key of grant.keys ?? []) {
+				const known = this.#stored.get(key);
+				// Of a range that did not fit, or that another one is storing, nobody knows which are there.
+				if (known !== undefined && whole && chunks === grant.keys?.length) {
+					if (known.evicted !== evicted) {
+						known.ranks.clear();
+						known.evicted = evicted;
+					}
+					known.ranks.add(workerId);
+				}
+			}
+			return chunks;
 		};
 		return {
 			arrayBytes: worker.arrayBytes,
@@ -245,6 +378,11 @@ export class Transport {
 						const load = await native.load(tokens, range, 1000);
 						grants.set(load, { worker: native, epoch });
 						const leased = this.#leased.get(range.requestId);
+						const first = range.start / this.chunkSize;
+						for (let chunk = first; chunk < first + load.chunks; chunk++) {
+							const chunks = /** @type {number[]} */ (leased?.chunks);
+							chunks[chunk] = Math.max(0, /** @type {number} */ (chunks[chunk]) - 1);
+						}
 						if (load.chunks === 0 && leased?.epoch === this.epoch && leased.jumps === this.jumps) {
 							throw this.#world.fail(
 								`${range.requestId}: a chunk of ${range.start}..${range.end} is gone between lookup and load`,
@@ -255,14 +393,25 @@ export class Transport {
 					(load) => of(load).worker.finish(load, 1000),
 				),
 			/** @type {Native["PagedWorker"]["prototype"]["copyIn"]} */
-			copyIn: (load, arrays, blocks, skip) => of(load).worker.copyIn(load, arrays, blocks, skip),
-			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
-			finish: async (load) => {
-				const grant = of(load);
-				const held = await grant.worker.finish(load, 1000);
-				// What a connection granted that has ended may have been used anew.
-				return held && grant.epoch === this.epoch;
+			copyIn: (load, arrays, blocks, skip) => {
+				const filled = blocks.subarray(Math.floor(skip / layout.blockSize));
+				of(load).copied = { arrays, blocks: filled };
+				return of(load).worker.copyIn(load, arrays, blocks, skip);
 			},
+			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
+			finish: (load) =>
+				this.#end(async () => {
+					const grant = of(load);
+					const held = await grant.worker.finish(load, 1000);
+					const { random, faults, counts } = this.#world;
+					if (grant.copied !== undefined && random.chance(faults.reused)) {
+						counts.reusedSlots++;
+						overwrite(grant.copied, layout.numBlocks);
+						return false;
+					}
+					// What a connection granted that has ended may have been used anew.
+					return held && grant.epoch === this.epoch;
+				}),
 			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
 			store: (tokens, range) => {
 				const sequence = this.#world.sequenceOf(range.requestId);
@@ -286,35 +435,25 @@ export class Transport {
 			/** @type {Native["PagedWorker"]["prototype"]["copyOut"]} */
 			copyOut: (store, arrays, blocks) => of(store).worker.copyOut(store, arrays, blocks),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */
-			commit: async (store) => {
-				const grant = of(store);
-				const whole = store.refused === 0;
-				if (grant.epoch !== this.epoch) {
-					await grant.worker.commit(store, 1000);
-					return 0;
-				}
-				for (const key of grant.keys ?? []) {
-					this.#known(key).maybe.add(workerId);
-				}
-				const evicted = this.#evicted();
-				const chunks = await grant.worker.commit(store, 1000);
-				this.#world.counts.storedChunks += chunks;
-				for (const key of grant.keys ?? []) {
-					const known = this.#stored.get(key);
-					// Of a range that did not fit, or that another one is storing, nobody knows which are there.
-					if (known !== undefined && whole && chunks === grant.keys?.length) {
-						if (known.evicted !== evicted) {
-							known.ranks.clear();
-							known.evicted = evicted;
-						}
-						known.ranks.add(workerId);
-					}
-				}
-				return chunks;
-			},
+			commit: (store) => this.#end(() => commit(store)),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */
-			abandon: (store) => of(store).worker.abandon(store, 1000),
+			abandon: (store) => this.#end(() => of(store).worker.abandon(store, 1000)),
 			close: () => worker.close(1000),
 		};
+	}
+}
+
+/**
+ * What a copy got from slots that were used anew meanwhile.
+ *
+ * @param {{ arrays: Uint8Array[], blocks: Uint32Array }} copied
+ * @param {number} numBlocks
+ */
+function overwrite({ arrays, blocks }, numBlocks) {
+	for (const array of arrays) {
+		const size = array.length / numBlocks;
+		for (const block of blocks) {
+			array.fill(0xaa, block * size, (block + 1) * size);
+		}
 	}
 }

@@ -15,6 +15,7 @@ import { Transport, Violation } from "./transport.mjs";
  * @property {number} numBlocks
  * @property {number} blockSize
  * @property {number} chunkSize
+ * @property {number[]} layers Of each stage.
  * @property {number} maxTokens Of a step.
  * @property {number} maxRequests That run at once.
  * @property {boolean} loadAsync
@@ -33,7 +34,7 @@ export class World {
 		...{ requests: 0, finished: 0, ended: 0, aborts: 0, errors: 0, preemptions: 0 },
 		...{ allocationFailures: 0, loads: 0, failedLoads: 0, tornLoads: 0, hitChunks: 0 },
 		...{ storeOperations: 0, storedChunks: 0, refusedChunks: 0, restarts: 0, clears: 0, jumps: 0 },
-		...{ evictedChunks: 0, sharedFailures: 0 },
+		...{ evictedChunks: 0, sharedFailures: 0, reusedSlots: 0 },
 	};
 	/** @type {Violation | undefined} */
 	violation;
@@ -42,8 +43,6 @@ export class World {
 	#sleeping = [];
 	/** @type {Map<string, import("./content.mjs").Sequence>} */
 	#sequences = new Map();
-	/** @type {Map<string, number>} */
-	#hits = new Map();
 
 	/**
 	 * @param {typeof import("../../ts/index.js")} kvferry
@@ -60,17 +59,18 @@ export class World {
 		this.random = random;
 		const often = () => random.pick([0, 1, 1, 3]);
 		this.faults = {
-			lostRequest: 0.01 * often(),
-			lostReply: 0.01 * often(),
+			lostRequest: 0.005 * often(),
+			lostReply: 0.004 * often(),
 			late: 0.15 * often(),
 			duplicate: 0.05 * often(),
 			torn: 0.05 * often(),
+			reused: 0.01 * often(),
 			abort: 0.0005 * often(),
 			allocation: 0.03 * often(),
 			restart: 0.001 * often(),
 			clear: 0.003 * often(),
 			jump: 0.002 * often(),
-			stall: 0.004 * often(),
+			stall: 0.002 * often(),
 		};
 		this.chunkSize = random.pick([8, 16]);
 		/** @type {import("../../ts/index.js").ServerOptions} */
@@ -98,16 +98,6 @@ export class World {
 		return /** @type {import("./content.mjs").Sequence} */ (this.#sequences.get(id));
 	}
 
-	/** @param {string} id @param {number} tokens */
-	hit(id, tokens) {
-		this.#hits.set(id, tokens);
-	}
-
-	/** Tokens that the latest lookup of a request found. @param {string} id */
-	hitTokens(id) {
-		return this.#hits.get(id) ?? 0;
-	}
-
 	/** Resolves so many ticks from now. @param {number} count @returns {Promise<void>} */
 	ticks(count) {
 		return new Promise((resolve) => {
@@ -118,7 +108,7 @@ export class World {
 	/** @param {number} number @param {EngineConfig | undefined} like */
 	#engineConfig(number, like) {
 		const { random } = this;
-		const blockSize = random.pick([2, 4, 8].filter((size) => this.chunkSize % size === 0));
+		const blockSize = random.pick([1, 2, 4, 8].filter((size) => this.chunkSize % size === 0));
 		const mla = random.chance(0.4);
 		const [tp, pp] = random.pick([
 			/** @type {const} */ ([1, 1]),
@@ -133,6 +123,7 @@ export class World {
 			tp,
 			pp,
 			mla,
+			layers: Array.from({ length: pp }, () => random.integer(1, 3)),
 			planes: mla ? "latent" : random.pick(["separate", "fused"]),
 			kvLayout: random.pick(["NHD", "HND"]),
 			numBlocks: Math.ceil((random.integer(2, 8) * 64) / blockSize),
@@ -148,8 +139,8 @@ export class World {
 		};
 		// Engines of one model share what they store: in the same shards, and in whatever blocks.
 		const shared = like !== undefined && random.chance(0.7) ? like : config;
-		const { model, mla: sharedMla, planes, tp: sharedTp, pp: sharedPp } = shared;
-		return { ...config, model, mla: sharedMla, planes, tp: sharedTp, pp: sharedPp };
+		const { model, planes, layers } = shared;
+		return { ...config, model, planes, layers, mla: shared.mla, tp: shared.tp, pp: shared.pp };
 	}
 
 	async run() {

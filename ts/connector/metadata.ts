@@ -32,7 +32,8 @@ export interface ConnectorMetadata {
 /** The blocks that a load writes to: not those that the engine has whole itself. */
 export function blocksToFill({ start, end, blockIds, skipFirstNTokens }: LoadStoreOp): number[] {
 	return blockIds.flatMap((blocks) => {
-		const size = (end - start) / blocks.length;
+		// The last block may be missing: see `blockIds`.
+		const size = Math.floor((end - start) / blocks.length);
 		return blocks.slice(Math.floor(skipFirstNTokens / size));
 	});
 }

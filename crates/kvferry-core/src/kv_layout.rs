@@ -121,19 +121,21 @@ impl KvLayout {
         }
     }
 
-    /// Calls `visit` for the pieces of one chunk, whose tokens lie in `blocks` in this order, without its
-    /// first `skip` tokens. Blocks that follow each other make one piece where the order allows it.
+    /// Calls `visit` for the pieces of one chunk of `tokens` tokens, whose tokens lie in `blocks` in this order,
+    /// without its first `skip` tokens. With fewer blocks than it has, its end is left out. Blocks that follow
+    /// each other make one piece where the order allows it.
     ///
     /// # Errors
     /// A block beyond the engine's, before any piece is visited; what `visit` says.
     pub fn pieces(
         &self,
         blocks: &[u32],
+        tokens: u32,
         skip: u32,
         mut visit: impl FnMut(Piece) -> Result<()>,
     ) -> Result<()> {
         self.check_blocks(blocks)?;
-        let tokens = blocks.len() * self.block_size as usize;
+        let tokens = tokens as usize;
         let head = self.head_bytes();
         let hidden = head * self.num_kv_heads as usize;
         let runs = self.runs(blocks, skip as usize);
@@ -262,6 +264,7 @@ mod tests {
             blocks in Just((0u32..8).collect::<Vec<_>>()).prop_shuffle(),
             count in 1usize..6,
             skip in 0u32..24,
+            longer in 0usize..3,
         ) {
             let layout = layout(planes, order);
             layout.check(16).unwrap();
@@ -269,6 +272,7 @@ mod tests {
             let (size, bytes) = (layout.block_size as usize, layout.head_bytes());
             let heads = layout.num_kv_heads as usize;
             let tokens = count * size;
+            let chunk_tokens = tokens + longer * size;
             let mut expected = std::collections::HashMap::new();
             for array in 0..layout.arrays() {
                 let (layer, plane) = (array / layout.planes(), array % layout.planes());
@@ -277,7 +281,7 @@ mod tests {
                         for byte in 0..bytes {
                             // [planes, layers, tokens, heads, dimensions]
                             let plane_and_layer = plane * layout.num_layers as usize + layer;
-                            let object = ((plane_and_layer * tokens + token) * heads + head) * bytes + byte;
+                            let object = ((plane_and_layer * chunk_tokens + token) * heads + head) * bytes + byte;
                             let block = blocks[token / size] as usize;
                             let at = element(&layout, block, token % size, head, byte);
                             expected.insert((array, at), object as u64);
@@ -286,7 +290,7 @@ mod tests {
                 }
             }
             let mut found = std::collections::HashMap::new();
-            layout.pieces(blocks, skip, |piece| {
+            layout.pieces(blocks, u32::try_from(chunk_tokens).unwrap(), skip, |piece| {
                 for byte in 0..piece.length {
                     let twice = found.insert((piece.array, piece.at + byte), piece.object + byte as u64);
                     assert_eq!(twice, None);
@@ -305,14 +309,14 @@ mod tests {
             pieces.push(piece);
             Ok(())
         };
-        layout.pieces(&[2, 3, 4, 7], 0, visit).unwrap();
+        layout.pieces(&[2, 3, 4, 7], 16, 0, visit).unwrap();
         assert_eq!(pieces.len(), 6 * 2, "for each of six arrays");
     }
 
     #[test]
     fn a_block_beyond_the_engine_is_refused_before_anything_is_copied() {
         let layout = layout(Planes::Fused, Order::Hnd);
-        let error = layout.pieces(&[0, 8], 0, |_| panic!("nothing is visited")).unwrap_err();
+        let error = layout.pieces(&[0, 8], 8, 0, |_| panic!("nothing is visited")).unwrap_err();
         assert!(error.message.contains("block 8"), "{error}");
     }
 

@@ -173,11 +173,12 @@ impl Worker {
         })
     }
 
-    /// Copies the chunks into `blocks`, all but the first `skip` tokens, which the engine has itself.
+    /// Copies the chunks into `blocks`, all but the first `skip` tokens, which the engine has itself. The last
+    /// chunk may have fewer blocks: an engine computes a prompt's last token itself, and need not have its block.
     /// `false`: they are gone, and nothing was copied.
     ///
     /// # Errors
-    /// Blocks that are not just the range's, or beyond the engine's; arrays of other sizes than were
+    /// Blocks that are not the range's, or beyond the engine's; arrays of other sizes than were
     /// registered. Nothing was copied then.
     pub fn copy_in(
         &self,
@@ -188,10 +189,10 @@ impl Worker {
     ) -> Result<bool> {
         let lengths: Vec<usize> = (0..arrays.count()).map(|i| arrays.array(i).len()).collect();
         self.check_arrays(&lengths)?;
-        let of_chunk = self.check_range(&load.key, blocks)?;
+        let of_chunk = self.check_range(&load.key, blocks, true)?;
         let Some(memory) = &load.memory else { return Ok(false) };
         self.check_slots(&load.slots)?;
-        if load.slots.len() * of_chunk != blocks.len() {
+        if load.slots.len() != blocks.len().div_ceil(of_chunk) {
             return Err(Error::new(
                 ErrorCode::Protocol,
                 format!(
@@ -203,9 +204,14 @@ impl Worker {
         }
         for ((chunk, blocks), slot) in (0u32..).zip(blocks.chunks(of_chunk)).zip(&load.slots) {
             let skip = skip.saturating_sub(chunk.saturating_mul(self.chunk_size));
-            self.layout.pieces(blocks, skip, |Piece { array, at, object, length }| {
-                memory.read(slot.offset + object, &mut arrays.array(array)[at..at + length])
-            })?;
+            self.layout.pieces(
+                blocks,
+                self.chunk_size,
+                skip,
+                |Piece { array, at, object, length }| {
+                    memory.read(slot.offset + object, &mut arrays.array(array)[at..at + length])
+                },
+            )?;
         }
         Ok(true)
     }
@@ -244,7 +250,7 @@ impl Worker {
     pub fn copy_out(&self, store: &Store, arrays: &[&[u8]], blocks: &[u32]) -> Result<()> {
         let lengths: Vec<usize> = arrays.iter().map(|array| array.len()).collect();
         self.check_arrays(&lengths)?;
-        let of_chunk = self.check_range(&store.key, blocks)?;
+        let of_chunk = self.check_range(&store.key, blocks, false)?;
         self.check_slots(&store.slots)?;
         for (chunk, slot) in store.chunks.iter().zip(&store.slots) {
             let first = *chunk as usize * of_chunk;
@@ -254,9 +260,14 @@ impl Worker {
                     format!("the server granted chunk {chunk}, beyond the range"),
                 )
             })?;
-            self.layout.pieces(blocks, 0, |Piece { array, at, object, length }| {
-                store.memory.write(slot.offset + object, &arrays[array][at..at + length])
-            })?;
+            self.layout.pieces(
+                blocks,
+                self.chunk_size,
+                0,
+                |Piece { array, at, object, length }| {
+                    store.memory.write(slot.offset + object, &arrays[array][at..at + length])
+                },
+            )?;
         }
         Ok(())
     }
@@ -278,10 +289,13 @@ impl Worker {
         self.cache.abandon_store(&store.key, self.instance, deadline).await
     }
 
-    /// Blocks of a chunk, if `blocks` are just those of the key's range.
-    fn check_range(&self, key: &Key, blocks: &[u32]) -> Result<usize> {
+    /// Blocks of a chunk, if `blocks` are just those of the key's range; of its last chunk some may be missing
+    /// where `may_end_short`.
+    fn check_range(&self, key: &Key, blocks: &[u32], may_end_short: bool) -> Result<usize> {
         let tokens = blocks.len() as u64 * u64::from(self.layout.block_size);
-        if tokens != key.end - key.start {
+        let missing = (key.end - key.start).checked_sub(tokens);
+        let most = if may_end_short { u64::from(self.chunk_size) } else { 1 };
+        if missing.is_none_or(|missing| missing >= most) {
             return Err(Error::invalid(format!(
                 "{} blocks of {} tokens were given for the tokens {}..{}",
                 blocks.len(),

@@ -1,7 +1,7 @@
 //! A store in this process, with or without a socket around it.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvferry_core::{Error, ErrorCode};
 use kvferry_store::{Embedded, Limits, Store, StoreOptions};
@@ -75,7 +75,7 @@ impl Server {
     /// Figures by name.
     #[napi(catch_unwind)]
     pub fn status(&self) -> Result<Vec<(String, f64)>> {
-        let figures = self.store()?.status(Instant::now());
+        let figures = self.store()?.status(kvferry_store::clock::now());
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())

@@ -1,8 +1,8 @@
 //! The time that an embedded store goes by.
 
-/// Now.
+/// Now, by the clock of embedded stores.
 #[cfg(not(feature = "simulator"))]
-pub(crate) fn now() -> std::time::Instant {
+pub fn now() -> std::time::Instant {
     std::time::Instant::now()
 }
 
@@ -16,7 +16,7 @@ mod simulated {
     static PASSED_MS: AtomicU64 = AtomicU64::new(0);
 
     /// Now, by the simulator's clock, which stands still by itself.
-    pub(crate) fn now() -> Instant {
+    pub fn now() -> Instant {
         *START + Duration::from_millis(PASSED_MS.load(Ordering::Relaxed))
     }
 
@@ -27,6 +27,4 @@ mod simulated {
 }
 
 #[cfg(feature = "simulator")]
-pub use simulated::advance;
-#[cfg(feature = "simulator")]
-pub(crate) use simulated::now;
+pub use simulated::{advance, now};

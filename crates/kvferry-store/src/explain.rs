@@ -14,7 +14,7 @@ use kvferry_core::key::Key;
 
 use crate::index::{ObjectId, Seen};
 use crate::prompt::Prompt;
-use crate::space::{Space, space};
+use crate::space::Space;
 use crate::state::State;
 use crate::store::Store;
 
@@ -27,21 +27,18 @@ impl Store {
     pub fn explain(&self, key: &Key) -> Result<Explaining> {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
-        let layout = {
-            let state = self.lock();
-            state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned()
-        };
+        let spaces = self.lock().spaces(key);
+        let registered = spaces.is_some();
         let asked = Asked {
             model_name: key.model_name.clone(),
             world_size: key.world_size,
             cache_salt: key.cache_salt.clone(),
-            space: layout.as_ref().map(|known| space(&known.layout, &key.cache_salt)),
+            spaces,
         };
-        let phase = match asked.space {
-            Some(space) => Phase::Hits(Hits::new(vec![space], chunks.start)),
+        let phase = match &asked.spaces {
+            Some(spaces) => Phase::Hits(Hits::new(vec![spaces.clone()], chunks.start)),
             None => Phase::Layouts { place: 0, found: Vec::new() },
         };
-        let registered = layout.is_some();
         Ok(Explaining { store: self.clone(), prompt, chunks, asked, registered, phase })
     }
 }
@@ -61,8 +58,8 @@ struct Asked {
     model_name: String,
     world_size: u32,
     cache_salt: String,
-    /// `None` as long as the layout is not known.
-    space: Option<[u8; 32]>,
+    /// Of each rank; `None` as long as the layout is not known.
+    spaces: Option<Vec<[u8; 32]>>,
 }
 
 impl Asked {
@@ -75,7 +72,7 @@ impl Asked {
     }
 
     fn is(&self, space: &Space) -> bool {
-        self.space.map_or_else(|| self.is_for(space), |id| id == space.id)
+        self.spaces.as_ref().map_or_else(|| self.is_for(space), |ids| ids.contains(&space.id))
     }
 }
 
@@ -93,14 +90,15 @@ enum Phase {
 /// Leading chunks of one layout after the other; the longest prefix is the answer.
 struct Hits {
     first: usize,
-    spaces: Vec<[u8; 32]>,
+    /// The spaces of all ranks, for each layout.
+    spaces: Vec<Vec<[u8; 32]>>,
     position: usize,
     chunk: usize,
-    best: Option<(usize, [u8; 32])>,
+    best: Option<(usize, usize)>,
 }
 
 impl Hits {
-    fn new(spaces: Vec<[u8; 32]>, first: usize) -> Self {
+    fn new(spaces: Vec<Vec<[u8; 32]>>, first: usize) -> Self {
         Self { first, spaces, position: 0, chunk: first, best: None }
     }
 }
@@ -130,7 +128,8 @@ impl Found {
 
     fn add(&mut self, asked: &Asked, chunk_size: u32, seen: &Seen<'_>) {
         let (event, rank) = (&seen.space.event, seen.id.rank as usize);
-        if Some(seen.id.space) == asked.space {
+        let expected = asked.spaces.as_ref().and_then(|spaces| spaces.get(rank));
+        if Some(&seen.id.space) == expected {
             let ranks = if seen.visible { &mut self.present } else { &mut self.writing };
             if let Some(rank) = ranks.get_mut(rank) {
                 *rank = true;
@@ -208,17 +207,25 @@ impl Explaining {
         });
         self.phase = match next {
             Some(place) => Phase::Layouts { place, found },
-            None => Phase::Hits(Hits::new(found, self.chunks.start)),
+            None => {
+                let ranks = self.asked.world_size as usize;
+                let spaces = found.into_iter().map(|space| vec![space; ranks]).collect();
+                Phase::Hits(Hits::new(spaces, self.chunks.start))
+            }
         };
     }
 
     fn count_hits(&mut self, state: &State, mut hits: Hits) -> Option<Explanation> {
         let mut left = SLICE;
-        while let Some(space) = hits.spaces.get(hits.position).copied() {
+        while let Some(spaces) = hits.spaces.get(hits.position) {
             while hits.chunk < self.chunks.end {
-                let id = |rank| ObjectId { chunk: self.prompt.hashes[hits.chunk], space, rank };
-                let visible = |rank| state.index.get_visible(&id(rank)).is_some();
-                if !(0..self.asked.world_size).all(visible) {
+                let chunk = self.prompt.hashes[hits.chunk];
+                let mut ids = (0u32..).zip(spaces).map(|(rank, space)| ObjectId {
+                    chunk,
+                    space: *space,
+                    rank,
+                });
+                if !ids.all(|id| state.index.get_visible(&id).is_some()) {
                     break;
                 }
                 hits.chunk += 1;
@@ -229,13 +236,13 @@ impl Explaining {
                 }
             }
             if hits.best.is_none_or(|(longest, _)| hits.chunk > longest) {
-                hits.best = Some((hits.chunk, space));
+                hits.best = Some((hits.chunk, hits.position));
             }
             hits.position += 1;
             hits.chunk = hits.first;
         }
         let chunk = hits.best.map_or(hits.first, |(chunk, _)| chunk);
-        self.asked.space = hits.best.map(|(_, space)| space);
+        self.asked.spaces = hits.best.map(|(_, position)| hits.spaces.swap_remove(position));
         if chunk == self.chunks.end {
             return Some(self.explanation(chunk, None));
         }
@@ -250,11 +257,11 @@ impl Explaining {
         let next = state.index.find(hash, place..place + SLICE, |seen| {
             found.add(&self.asked, chunk_size, &seen);
         });
-        self.phase = match (next, self.asked.space) {
+        self.phase = match (next, &self.asked.spaces) {
             (Some(place), _) => Phase::Objects { chunk, place, found },
             // It was stored meanwhile: so it is no miss, and the next one is looked at.
-            (None, Some(space)) if !found.present.contains(&false) => {
-                let mut hits = Hits::new(vec![space], self.chunks.start);
+            (None, Some(spaces)) if !found.present.contains(&false) => {
+                let mut hits = Hits::new(vec![spaces.clone()], self.chunks.start);
                 hits.chunk = chunk + 1;
                 Phase::Hits(hits)
             }

@@ -1,9 +1,6 @@
 //! The chunk store: pool, index, leases, eviction.
 
 mod allocator;
-#[cfg(not(feature = "simulator"))]
-mod clock;
-#[cfg(feature = "simulator")]
 pub mod clock;
 mod embedded;
 mod events;

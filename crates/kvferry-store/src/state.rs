@@ -22,6 +22,9 @@ pub(crate) struct State {
     pub(crate) owners: HashMap<Owner, Belongings>,
     /// The layout that lookups of a (model, world size) mean: the latest that was registered.
     pub(crate) layouts: HashMap<(String, u32), Arc<Registered>>,
+    /// The layout that each rank of a (model, world size) was last seen with, while it is registered: stages of
+    /// a pipeline may have unlike shapes, and registering does not say whose shape it is.
+    pub(crate) rank_layouts: HashMap<(String, u32), Vec<Option<Arc<Registered>>>>,
     pub(crate) instances: HashMap<u64, Instance>,
     pub(crate) spaces: Spaces,
     pub(crate) sessions: HashMap<String, Session>,
@@ -124,6 +127,7 @@ impl State {
             index: Index::default(),
             owners: HashMap::new(),
             layouts: HashMap::new(),
+            rank_layouts: HashMap::new(),
             instances: HashMap::new(),
             spaces: Spaces::default(),
             sessions: HashMap::new(),
@@ -168,6 +172,39 @@ impl State {
             self.counters.evicted_objects += 1;
             self.counters.evicted_bytes += evicted.bytes();
             self.pool.give_back(evicted);
+        }
+    }
+
+    /// The space of each rank's objects; `None` when no engine of the model is registered.
+    pub(crate) fn spaces(&self, key: &Key) -> Option<Vec<[u8; 32]>> {
+        let place = (key.model_name.clone(), key.world_size);
+        let latest = self.layouts.get(&place)?;
+        let ranks = self.rank_layouts.get(&place);
+        let mut last: Option<(&Arc<Registered>, [u8; 32])> = None;
+        let spaces = (0..key.world_size as usize).map(|rank| {
+            let seen = ranks.and_then(|ranks| ranks.get(rank)?.as_ref());
+            let registered = seen.unwrap_or(latest);
+            match last {
+                Some((known, id)) if Arc::ptr_eq(known, registered) => id,
+                _ => {
+                    let id = space(&registered.layout, &key.cache_salt);
+                    last = Some((registered, id));
+                    id
+                }
+            }
+        });
+        Some(spaces.collect())
+    }
+
+    /// A rank prepares with the layout of its instance.
+    pub(crate) fn place_rank(&mut self, key: &Key, rank: u32, registered: &Arc<Registered>) {
+        let ranks = self.rank_layouts.entry((key.model_name.clone(), key.world_size)).or_default();
+        let rank = rank as usize;
+        if ranks.len() <= rank {
+            ranks.resize(rank + 1, None);
+        }
+        if !ranks[rank].as_ref().is_some_and(|known| Arc::ptr_eq(known, registered)) {
+            ranks[rank] = Some(Arc::clone(registered));
         }
     }
 
@@ -358,6 +395,13 @@ impl State {
         }
         for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
             self.pool.give_back(grant);
+        }
+        let is_gone = |known: &Arc<Registered>| Arc::ptr_eq(known, &gone.registered);
+        if !self.instances.values().any(|other| is_gone(&other.registered)) {
+            self.rank_layouts.retain(|_, ranks| {
+                ranks.iter_mut().for_each(|rank| drop(rank.take_if(|known| is_gone(known))));
+                ranks.iter().any(Option::is_some)
+            });
         }
         let layout = &gone.registered.layout;
         let place = (layout.model_name.clone(), layout.world_size);

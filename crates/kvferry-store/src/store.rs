@@ -20,7 +20,6 @@ use crate::events::Origin;
 use crate::index::{Handle, ObjectId};
 use crate::pool::{Pool, Region};
 use crate::prompt::Prompt;
-use crate::space::space;
 use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State};
 
 /// Readers of one object that a lookup may announce at most.
@@ -222,10 +221,14 @@ impl Store {
             )));
         }
         let place = (layout.model_name.clone(), layout.world_size);
+        let layout_is_whole = layout.world_size == 1;
         let known = state.instances.get(&instance).map(|known| &known.registered);
         let known = known.or_else(|| state.layouts.get(&place).filter(|it| it.layout == layout));
         let registered =
             known.map_or_else(|| Arc::new(Registered { layout, object_bytes }), Arc::clone);
+        if layout_is_whole {
+            state.rank_layouts.remove(&place); // there is but one rank that it can be of
+        }
         state.layouts.insert(place, Arc::clone(&registered));
         state.headroom = state.headroom.max(16 * object_bytes);
         let age = state.next();
@@ -264,14 +267,13 @@ impl Store {
         let prompt = self.prompt(key);
         let mut state = self.lock();
         state.expire(now);
-        let layout = state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned();
         let mut hit: Vec<Handle> = Vec::new();
-        if let Some(registered) = layout {
-            let space = space(&registered.layout, &key.cache_salt);
+        if let Some(spaces) = state.spaces(key) {
             for chunk in chunks.clone() {
-                let found = (0..key.world_size)
-                    .map_while(|rank| {
-                        let id = ObjectId { chunk: prompt.hashes[chunk], space, rank };
+                let found = (0u32..)
+                    .zip(&spaces)
+                    .map_while(|(rank, space)| {
+                        let id = ObjectId { chunk: prompt.hashes[chunk], space: *space, rank };
                         state.index.get_visible(&id)
                     })
                     .collect::<Vec<_>>();
@@ -332,17 +334,12 @@ impl Store {
         let prompt = self.prompt(key);
         let mut state = self.lock();
         state.touch(&key.request_id, now);
-        let Some(registered) =
-            state.layouts.get(&(key.model_name.clone(), key.world_size)).cloned()
-        else {
-            return Ok(());
-        };
-        let space = space(&registered.layout, &key.cache_salt);
+        let Some(spaces) = state.spaces(key) else { return Ok(()) };
         let mut released = Vec::new();
         for chunk in chunks {
-            let ids = (0..key.world_size).map(|rank| ObjectId {
+            let ids = (0u32..).zip(&spaces).map(|(rank, space)| ObjectId {
                 chunk: prompt.hashes[chunk],
-                space,
+                space: *space,
                 rank,
             });
             let held: Vec<Handle> = ids.map_while(|id| state.index.get(&id)).collect();
@@ -380,6 +377,7 @@ impl Store {
         state.belongings(owner).instances.insert(instance);
         let mut reserved = Reserved { slots: Vec::new(), chunk_indices: Vec::new(), refused: 0 };
         let Some(range) = range else { return Ok(reserved) };
+        state.place_rank(key, range.rank, &registered);
         let id = |chunk: usize| ObjectId {
             chunk: prompt.hashes[chunk],
             space: range.space,
@@ -471,8 +469,9 @@ impl Store {
         let prompt = self.prompt(key);
         let mut state = self.lock();
         state.touch(&key.request_id, now);
-        let (_, range) = state.range(key, instance, &prompt, &chunks)?;
+        let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
         let Some(range) = range else { return Ok(Some(Vec::new())) };
+        state.place_rank(key, range.rank, &registered);
         if chunks.len() > SLOTS_MAX || state.retrievals(instance) >= RETRIEVALS_MAX {
             return Err(Error::invalid(format!(
                 "instance {instance} retrieves more than {SLOTS_MAX} chunks at once, or commits none of {RETRIEVALS_MAX} retrievals"
