@@ -17,7 +17,7 @@ use kvferry_core::explain::{Explanation, count_hits};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{StoreSlots, Value};
-use kvferry_wire::{Reply, Request};
+use kvferry_wire::{Operation, Reply, Request};
 use router::{
     Answer, CHUNK, OBJECT, POOL, Router, hello, honest, key, layout, shortly, slots, soon,
 };
@@ -482,6 +482,79 @@ async fn an_abandoned_store_is_given_back_and_not_committed() {
     assert!(!client.commit_store(&key(), instance, soon()).await.unwrap());
     let abandon = Request::AbandonStore { key: key().into(), instance_id: instance };
     assert_eq!(router.so_far(), [abandon]);
+}
+
+/// The keys of what a client asked, by operation.
+fn salts(asked: &[Request]) -> Vec<(String, String)> {
+    let salt = |request: &Request| match request {
+        Request::Lookup { key, .. }
+        | Request::FreeLookupLocks { key, .. }
+        | Request::PrepareStore { key, .. }
+        | Request::CommitStore { key, .. }
+        | Request::AbandonStore { key, .. }
+        | Request::PrepareRetrieve { key, .. }
+        | Request::CommitRetrieve { key, .. }
+        | Request::Explain { key } => Some(key.key.cache_salt.clone()),
+        _ => None,
+    };
+    asked.iter().filter_map(|it| Some((it.operation().to_string(), salt(it)?))).collect()
+}
+
+#[tokio::test]
+async fn the_salt_is_dropped_from_no_request() {
+    let (name, _region) = pool("salted");
+    let mut router = Router::start(&name, |_, request| {
+        let explanation = Explanation { chunks: 2, hit_chunks: 2, registered: true, missing: None };
+        let explain = matches!(request, Request::Explain { .. });
+        explain.then_some(Answer::Reply(Reply::Explanation(explanation)))
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let salted = &Key { cache_salt: "tenant".into(), ..key() };
+    client.lookup(salted, soon()).await.unwrap();
+    client.release(salted, soon()).await.unwrap();
+    client.prepare_store(salted, instance, soon()).await.unwrap();
+    assert!(client.commit_store(salted, instance, soon()).await.unwrap());
+    client.prepare_store(salted, instance, soon()).await.unwrap();
+    client.abandon_store(salted, instance, soon()).await.unwrap();
+    let load = client.prepare_retrieve(salted, instance, soon()).await.unwrap().unwrap();
+    assert!(client.commit_retrieve(salted, instance, &load.slots, soon()).await.unwrap());
+    client.explain(salted, soon()).await.unwrap();
+    let operations = [
+        Operation::Lookup,
+        Operation::FreeLookupLocks,
+        Operation::PrepareStore,
+        Operation::CommitStore,
+        Operation::PrepareStore,
+        Operation::AbandonStore,
+        Operation::PrepareRetrieve,
+        Operation::CommitRetrieve,
+        Operation::Explain,
+    ];
+    let expected = operations.map(|operation| (operation.to_string(), "tenant".to_owned()));
+    assert_eq!(salts(&router.so_far()), expected);
+}
+
+#[tokio::test]
+async fn the_salt_is_not_dropped_when_a_call_is_undone() {
+    let (name, _region) = pool("salt_undone");
+    let mut router = Router::start(&name, |_, request| {
+        let prepares =
+            matches!(request, Request::PrepareStore { .. } | Request::PrepareRetrieve { .. });
+        prepares.then_some(Answer::Silence)
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let salted = &Key { cache_salt: "tenant".into(), ..key() };
+    assert!(client.prepare_store(salted, instance, shortly()).await.is_err());
+    let (_, abandoned) = router.received(|r| matches!(r, Request::AbandonStore { .. })).await;
+    assert!(client.prepare_retrieve(salted, instance, shortly()).await.is_err());
+    let (_, ended) = router.received(|r| matches!(r, Request::CommitRetrieve { .. })).await;
+    let expected = [Operation::AbandonStore, Operation::CommitRetrieve]
+        .map(|operation| (operation.to_string(), "tenant".to_owned()));
+    assert_eq!(salts(&[abandoned, ended]), expected);
 }
 
 #[tokio::test]

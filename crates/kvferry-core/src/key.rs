@@ -198,6 +198,13 @@ mod tests {
     }
 
     #[test]
+    fn the_salt_is_dropped_from_no_object_key() {
+        let key = |salt| object_key("m", kv_rank(2, 1), 0, &[0xab], salt);
+        assert_eq!(key("tenant"), "m@02010201@0@ab@tenant");
+        assert_eq!(key(""), "m@02010201@0@ab");
+    }
+
+    #[test]
     fn a_model_name_has_a_bound() {
         assert!(check_model_name(&"m".repeat(MODEL_NAME_BYTES_MAX)).is_ok());
         assert!(check_model_name(&"m".repeat(MODEL_NAME_BYTES_MAX + 1)).is_err());

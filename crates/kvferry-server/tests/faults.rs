@@ -17,7 +17,7 @@ use kvferry_core::key::Key;
 use kvferry_server::{Server, ServerOptions};
 use kvferry_store::{Store, StoreOptions};
 use kvferry_wire::message::{BlockAllocation, StoreSlots};
-use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
+use kvferry_wire::{Dialect, Header, Operation, Reply, Request, RequestKey};
 
 const PAGE: u64 = 4096;
 /// The instance of the tests' engine.
@@ -528,6 +528,41 @@ fn a_salt_separates_tenants() {
     assert_eq!(engine.lookup(of("t", "")), 0);
     assert_eq!(engine.prepare_retrieve(of("u", "b"), INSTANCE), None);
     assert_eq!(engine.lookup(of("v", "a")), 2);
+}
+
+#[test]
+fn the_salt_is_dropped_at_no_operation() {
+    let (_server, mut engine) = server_and_engine(8);
+    let of = |request: &str, tenant: &str| Key { cache_salt: tenant.into(), ..key(request, 0, 2) };
+    let all = |key: Key| RequestKey::from(Key { worker_id: None, ..key });
+    assert_eq!(engine.prepare_store(of("r", "a"), INSTANCE).slots.slots.len(), 2);
+    assert!(!engine.commit_store(of("r", "b"), INSTANCE), "a commit");
+    engine.call(&Request::AbandonStore { key: of("r", "b").into(), instance_id: INSTANCE });
+    assert_eq!(engine.status("slots_writing"), 2, "an abandoned store");
+    engine.call(&Request::AbandonStore { key: of("r", "a").into(), instance_id: INSTANCE });
+    assert_eq!(engine.status("slots_writing"), 0);
+    assert_eq!(engine.store(of("r", "a"), INSTANCE), 2);
+
+    assert_eq!(engine.lookup(of("s", "b")), 0, "a lookup");
+    assert_eq!(engine.lookup(of("s", "a")), 2);
+    engine.call(&Request::FreeLookupLocks { key: all(of("s", "b")), tp_size: 1 });
+    assert_eq!(engine.status("leases"), 2, "leases given back");
+    engine.call(&Request::FreeLookupLocks { key: all(of("s", "a")), tp_size: 1 });
+    assert_eq!(engine.status("leases"), 0);
+
+    assert_eq!(engine.lookup(of("t", "a")), 2);
+    assert_eq!(engine.prepare_retrieve(of("t", "b"), INSTANCE), None, "a load");
+    assert!(engine.prepare_retrieve(of("t", "a"), INSTANCE).is_some());
+    engine.call(&Request::CommitRetrieve { key: of("t", "b").into(), instance_id: INSTANCE });
+    assert_eq!(engine.status("slots_reading"), 2, "a load's end");
+    engine.call(&Request::CommitRetrieve { key: of("t", "a").into(), instance_id: INSTANCE });
+    assert_eq!(engine.status("slots_reading"), 0);
+
+    for (tenant, hits) in [("a", 2), ("b", 0), ("", 0)] {
+        let reply = engine.call(&Request::Explain { key: all(of("u", tenant)) });
+        let Reply::Explanation(explanation) = reply else { panic!("{reply:?}") };
+        assert_eq!(explanation.hit_chunks, hits, "{tenant:?}");
+    }
 }
 
 #[test]

@@ -177,6 +177,37 @@ fn another_salt_is_another_cache() {
 }
 
 #[test]
+fn no_operation_with_another_salt_touches_what_a_tenant_holds() {
+    let Engine { store, owner, now } = &engine(16);
+    let status = |name| store.status(*now).into_iter().find(|(known, _)| *known == name).unwrap().1;
+    let mine = Key { cache_salt: "tenant-a".into(), ..key("a", 0, 2) };
+    for salt in ["tenant-b", ""] {
+        let other = Key { cache_salt: salt.into(), ..mine.clone() };
+        store.prepare_store(*owner, &mine, 1, *now).unwrap();
+        assert!(!store.commit_store(&other, 1).unwrap(), "a commit");
+        store.abandon_store(&other, 1).unwrap();
+        assert_eq!(status("slots_writing"), 2, "an abandoned store");
+        store.abandon_store(&mine, 1).unwrap();
+        assert_eq!(status("slots_writing"), 0);
+    }
+    store.prepare_store(*owner, &mine, 1, *now).unwrap();
+    assert!(store.commit_store(&mine, 1).unwrap());
+    for salt in ["tenant-b", ""] {
+        let other = Key { cache_salt: salt.into(), ..mine.clone() };
+        assert_eq!(store.lookup(*owner, &mine, 1, *now).unwrap(), 2);
+        store.release(&other, 1, *now).unwrap();
+        assert_eq!(status("leases"), 2, "leases given back");
+        store.release(&mine, 1, *now).unwrap();
+        assert_eq!(status("leases"), 0);
+        assert_eq!(store.lookup(*owner, &mine, 1, *now).unwrap(), 2);
+        store.prepare_retrieve(*owner, &mine, 1, *now).unwrap().unwrap();
+        assert!(!store.commit_retrieve(&other, 1).unwrap(), "a load's end");
+        assert_eq!(status("slots_reading"), 2);
+        assert!(store.commit_retrieve(&mine, 1).unwrap());
+    }
+}
+
+#[test]
 fn a_full_pool_makes_room_by_dropping_what_was_used_longest_ago() {
     let engine = engine(8);
     engine.put(&key("a", 0, 4));

@@ -11,8 +11,9 @@ use bytes::Bytes;
 use kvferry_core::cache::Slot;
 use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
+use kvferry_core::key::Key;
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
-use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request};
+use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request, RequestKey};
 use recorded::Recorded;
 
 fn decode_request(frames: &[Bytes]) -> Result<(Header, Request), MessageError> {
@@ -124,6 +125,39 @@ fn request_configs_are_kept_verbatim() {
     };
     assert_eq!(key.key.cache_salt, "tenantA");
     assert_eq!(&key.configs.unwrap()[..], b"\x81\xb0lmcache.tag.user\xa2u1");
+}
+
+#[test]
+fn the_salt_is_dropped_by_neither_end_of_the_wire() {
+    let key = || {
+        let key = Key {
+            model_name: "m".into(),
+            world_size: 1,
+            worker_id: None,
+            token_ids: (0..16).collect(),
+            start: 0,
+            end: 16,
+            request_id: "r".into(),
+            cache_salt: "tenant".into(),
+            num_kv_readers: 1,
+        };
+        RequestKey::from(key)
+    };
+    for request in [
+        Request::Lookup { key: key(), tp_size: 1 },
+        Request::FreeLookupLocks { key: key(), tp_size: 1 },
+        Request::PrepareStore { key: key(), instance_id: 1 },
+        Request::CommitStore { key: key(), instance_id: 1 },
+        Request::AbandonStore { key: key(), instance_id: 1 },
+        Request::PrepareRetrieve { key: key(), instance_id: 1 },
+        Request::CommitRetrieve { key: key(), instance_id: 1 },
+        Request::Explain { key: key() },
+    ] {
+        let frames = request.encode(7, Dialect::Current);
+        let salted = b"\xaacache_salt\xa6tenant";
+        assert!(frames[2].windows(salted.len()).any(|bytes| bytes == salted), "{request:?}");
+        assert_eq!(decode_request(&frames).unwrap().1, request);
+    }
 }
 
 /// Operations in the order of their ids, and the first id of each run of ids without a gap; read from
