@@ -62,7 +62,15 @@ describe("a parallel strategy", () => {
 	it("refuses what does not fit together by name", () => {
 		const of = (options: object) => refusal(() => ParallelStrategy.of(options));
 		expect(of({ tensorParallelSize: 2, rank: 2 })).toMatch(/rank 2 is not one of the 2/);
+		expect(of({ tensorParallelSize: 2, pipelineParallelSize: 2, rank: 4 })).toMatch(
+			/rank 4 is not one of the 4/,
+		);
 		expect(of({ rank: -1 })).toMatch(/rank is -1/);
+		expect(of({ rank: Number.NaN })).toMatch(/rank is NaN/);
+		expect(of({ pipelineParallelSize: -2 })).toMatch(/pipelineParallelSize is -2/);
+		expect(of({ numServers: 0 })).toMatch(/numServers is 0/);
+		expect(of({ tensorParallelSize: 4, numServers: 3 })).toMatch(/3 servers/);
+		expect(of({ tensorParallelSize: 4, decodeContextParallelSize: 3 })).toMatch(/3 token shards/);
 		expect(of({ tensorParallelSize: 0 })).toMatch(/tensorParallelSize is 0/);
 		expect(of({ tensorParallelSize: 1.5 })).toMatch(/tensorParallelSize is 1.5/);
 		expect(of({ tensorParallelSize: 256 })).toMatch(/255/);
@@ -93,6 +101,9 @@ describe("the former loose parameters", () => {
 		}
 		const beyond = { kvWorldSize: 4, kvWorkerId: 4, blockSize: 16 };
 		expect(refusal(() => strategyOf(beyond))).toMatch(/kvWorkerId is 4/);
+		expect(refusal(() => strategyOf({ ...beyond, kvWorkerId: -1 }))).toMatch(/kvWorkerId is -1/);
+		expect(refusal(() => strategyOf({ ...beyond, kvWorldSize: 0 }))).toMatch(/kvWorldSize is 0/);
+		expect(refusal(() => strategyOf({ ...beyond, blockSize: -16 }))).toMatch(/blockSize is -16/);
 		expect(refusal(() => strategyOf({ parallelStrategy: {} as never }))).toMatch(
 			/ParallelStrategy/,
 		);

@@ -239,9 +239,29 @@ describe("bad input", () => {
 		["invalidBlockIds must be", { invalidBlockIds: undefined }],
 		["request a is in the step twice", { waiting: [loading("a", 16, [])] }],
 		["running must be an array", { running: new Set() }],
+		["a request of running must be an object", { running: [null] }],
+		["a request of waiting must be an object", { waiting: [undefined] }],
+		["requestId must be a string", { running: [request(7 as never, 16, [])] }],
+		["numComputedTokens of a is NaN", { running: [request("a", Number.NaN, [])] }],
+		["numScheduledTokens of a, .* is NaN", { numScheduledTokens: { a: Number.NaN } }],
+		["numScheduledTokens of b, .* is 66: .* from 0 to 65", { numScheduledTokens: { b: 66 } }],
 	])("is refused by name: %s", (message, change) => {
 		const step = { ...shared, ...change } as InvalidBlocksStep;
 		expect(() => handleInvalidBlocks(step)).toThrow(code("INVALID_ARGUMENT", new RegExp(message)));
+	});
+
+	it("among failed requests is refused by name", () => {
+		const w = { requestId: "w", status: "WAITING_FOR_REMOTE_KVS" };
+		for (const [failures, message] of [
+			[{ requests: [w, null], failedRequestIds: [] }, /a request of requests must be/],
+			[{ requests: undefined, failedRequestIds: [] }, /requests must be an array/],
+			[{ requests: [w], failedRequestIds: 7 }, /failedRequestIds must be/],
+			[{ requests: [w], failedRequestIds: ["w", 7] }, /a request id of failedRequestIds must be/],
+		] as const) {
+			expect(() => handleFailedRecving(failures as never)).toThrow(
+				code("INVALID_ARGUMENT", message),
+			);
+		}
 	});
 
 	it("and good input are left as they are", () => {

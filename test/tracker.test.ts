@@ -92,22 +92,79 @@ describe("a tracker table", () => {
 		const tracker = table.add({ requestId: "a", numTokens: 150 });
 		table.allocate("a", range(0, 10), false);
 		const { handle } = tracker;
+		const detached = new Uint32Array(10);
+		structuredClone(detached, { transfer: [detached.buffer] });
 		const refused: [() => unknown, RegExp][] = [
 			[() => new TrackerTable({ chunkSize: 100, blockSize: 16 }), /100.*16/],
 			[() => new TrackerTable({ chunkSize: -1 }), /chunkSize is -1/],
+			[() => new TrackerTable({ chunkSize: Number.NaN }), /chunkSize is NaN/],
+			[() => new TrackerTable({ chunkSize: 0 }), /chunkSize is 0/],
+			[() => new TrackerTable({ chunkSize: 64, blockSize: [16, 24] }), /64.*24/],
 			[() => new TrackerTable({ blockSize: 1.5 }), /blockSize is 1.5/],
+			[() => new TrackerTable({ blockSize: null as never }), /blockSize must be/],
+			[() => new TrackerTable({ blockSize: "16" as never }), /blockSize must be/],
+			[() => new TrackerTable({ numBlocks: 0 }), /numBlocks is 0/],
 			[() => table.add({ requestId: "a", numTokens: 1 }), /a is tracked already/],
-			[() => table.add({ requestId: "b", numTokens: -1 }), /numTokens is -1/],
+			[() => table.add({ requestId: 7 as never, numTokens: 1 }), /requestId must be a string/],
+			...(
+				[
+					"numTokens",
+					"maxStoredTokens",
+					"numScheduledTokens",
+					"numLocalHitTokens",
+					"numExternalHitTokens",
+					"numStoredTokens",
+				] as const
+			).flatMap((name) =>
+				[-1, 0.5, Number.NaN, 2 ** 32].map((count): [() => unknown, RegExp] => [
+					() => table.add({ requestId: "b", numTokens: 1, [name]: count }),
+					new RegExp(`${name} is ${count}`),
+				]),
+			),
+			[
+				() => table.add({ requestId: "b", numTokens: 1, state: "DONE" as never }),
+				/state is not one of PREFETCHING/,
+			],
+			[
+				() => table.add({ requestId: "b", numTokens: 1, blockIds: [100] }),
+				/block 100 is not below/,
+			],
+			[() => table.add({ requestId: "b", numTokens: 1, blockIds: [-1] }), /block id is -1/],
+			[() => table.allocate("b", [], false), /request b/],
+			[() => table.bypass("b"), /request b/],
 			[() => table.setHits("b", 0, 0), /request b/],
 			[() => table.setHits("a", -1, 0), /numLocalHitTokens is -1/],
 			[() => table.setHits("a", 0, 65), /65 tokens is not a whole number of chunks/],
 			[() => table.allocate("a", [...range(0, 10), 100], false), /block 100/],
+			[() => table.allocate("a", [...range(0, 10), -1], false), /block id is -1/],
+			[() => table.allocate("a", [...range(0, 10), Number.NaN], false), /block id is NaN/],
+			[() => table.allocate("a", [1], false), /has 10 blocks and was allocated 1/],
 			[() => table.allocate("a", [[1], [2]], false), /2 groups/],
+			[() => table.allocate("a", null as never, false), /blockIds must be an array/],
+			[
+				() => table.allocate("a", [range(0, 10), null] as never, false),
+				/blockIds must be an array/,
+			],
+			[() => table.allocate("a", detached, false), /blockIds was detached/],
 			[
 				() => table.plan(step([{ handle, scheduled: 64, tokens: 150, blocks: [100] }])),
 				/block 100 is not below 100/,
 			],
 			[() => table.plan(step([{ handle: 7, scheduled: 1, tokens: 1 }])), /request 7/],
+			[
+				() =>
+					table.plan(
+						step([
+							{ handle, scheduled: 64, tokens: 150, blocks: [10] },
+							{ handle: 7, scheduled: 64, tokens: 150 },
+						]),
+					),
+				/request 7/,
+			],
+			[
+				() => table.plan(step([1, 2].map(() => ({ handle, scheduled: 64, tokens: 150 })))),
+				new RegExp(`request ${handle} is in the step twice`),
+			],
 			[() => table.plan({ ...step([]), handles: [] as never }), /handles must be a Uint32Array/],
 		];
 		for (const [call, message] of refused) {
@@ -121,5 +178,9 @@ describe("a tracker table", () => {
 		expect(tracker).toMatchObject({ numScheduledTokens: 0, numStoredTokens: 0, state: "READY" });
 		expect(tracker.allocatedBlockIds).toEqual([range(0, 10)]);
 		expect(table.size).toBe(1);
+		const plan = table.plan(step([{ handle, scheduled: 150, tokens: 150 }]));
+		expect([...plan].map(({ start, end, blockIds }) => [start, end, ...blockIds])).toEqual([
+			[0, 128, range(0, 8)],
+		]);
 	});
 });

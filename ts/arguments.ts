@@ -43,6 +43,22 @@ export function checkBytes(name: string, bytes: unknown): asserts bytes is Uint8
 	checkAttached(name, bytes);
 }
 
+/** Checks for what can be iterated, texts excepted. */
+export function checkIterable(name: string, values: unknown): void {
+	if (typeof values !== "object" || values === null || !(Symbol.iterator in values)) {
+		throw invalid(`${name} must be an array, a set or another iterable`);
+	}
+}
+
+/** Checks for token ids in an array, without looking at each. */
+export function checkTokenIds(name: string, tokenIds: unknown): void {
+	if (types.isUint32Array(tokenIds)) {
+		checkAttached(name, tokenIds);
+	} else if (!Array.isArray(tokenIds)) {
+		throw invalid(`${name} must be an array or a Uint32Array`);
+	}
+}
+
 /** Checks for the token ids of a prompt. */
 export function checkTokens(tokens: unknown): asserts tokens is Uint32Array {
 	if (!types.isUint32Array(tokens)) {

@@ -1,5 +1,12 @@
 import { types } from "node:util";
-import { checkAttached, checkInteger, checkText, invalid } from "./arguments.js";
+import {
+	checkAttached,
+	checkInteger,
+	checkIterable,
+	checkObject,
+	checkText,
+	invalid,
+} from "./arguments.js";
 import { KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
 
@@ -95,8 +102,8 @@ export function handleInvalidBlocks(step: InvalidBlocksStep): InvalidBlocksRecov
 				"failed, to handleFailedRecving",
 		);
 	}
-	checkArray("running", running);
-	checkArray("waiting", waiting);
+	checkRequests("running", running);
+	checkRequests("waiting", waiting);
 	checkCounts(numScheduledTokens);
 	const loading = waiting.filter(isLoading);
 	const requests = [...loading, ...running];
@@ -171,9 +178,10 @@ export interface FailedRecving {
 export function handleFailedRecving(failures: FailedRecving): LoadFailures {
 	const { requests, failedRequestIds, kvLoadFailurePolicy = "fail" } = failures;
 	const fails = failsRequests(kvLoadFailurePolicy);
-	checkArray("requests", requests);
+	checkRequests("requests", requests);
 	const failed = new Set<string>();
-	for (const requestId of iterable("failedRequestIds", failedRequestIds)) {
+	checkIterable("failedRequestIds", failedRequestIds);
+	for (const requestId of failedRequestIds) {
 		checkText("a request id of failedRequestIds", requestId);
 		failed.add(requestId);
 	}
@@ -235,9 +243,12 @@ function failsRequests(policy: KvLoadFailurePolicy): boolean {
 	return policy === "fail";
 }
 
-function checkArray(name: string, value: unknown): void {
+function checkRequests(name: string, value: unknown): void {
 	if (!Array.isArray(value)) {
 		throw invalid(`${name} must be an array of requests`);
+	}
+	for (const request of value) {
+		checkObject(`a request of ${name}`, request);
 	}
 }
 
@@ -248,20 +259,14 @@ function checkCounts(counts: unknown): void {
 	}
 }
 
-function iterable<T>(name: string, values: Iterable<T>): Iterable<T> {
-	if (typeof values !== "object" || values === null || !(Symbol.iterator in values)) {
-		throw invalid(`${name} must be an array, a set or another iterable`);
-	}
-	return values;
-}
-
 /** Adds block ids to `to`, checked. */
 function appendIds(name: string, ids: Iterable<number>, to: number[]): void {
 	if (types.isUint32Array(ids)) {
 		checkAttached(name, ids);
 	}
+	checkIterable(name, ids);
 	const block = `a block of ${name}`;
-	for (const id of iterable(name, ids)) {
+	for (const id of ids) {
 		checkInteger(block, id, 0, U32_MAX);
 		to.push(id);
 	}

@@ -1,5 +1,5 @@
 import { types } from "node:util";
-import { checkInteger, checkSalt, checkText, invalid } from "./arguments.js";
+import { checkAttached, checkInteger, checkSalt, checkText, invalid } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
 import type { Trackers } from "./native-binding.js";
@@ -256,7 +256,11 @@ export class TrackerTable {
 		checkInteger("chunkSize", chunkSize, 1, U32_MAX);
 		checkInteger("numBlocks", numBlocks, 1, U32_MAX);
 		checkInteger("relocationWindow", relocationWindow, 0, U32_MAX);
-		const blockSizes = typeof blockSize === "number" ? [blockSize] : [...blockSize];
+		if (typeof blockSize !== "number" && !Array.isArray(blockSize)) {
+			throw invalid("blockSize must be a number, or an array with one for each KV group");
+		}
+		const blockSizes: readonly number[] =
+			typeof blockSize === "number" ? [blockSize] : [...blockSize];
 		for (const size of blockSizes) {
 			checkInteger("blockSize", size, typeof blockSize === "number" ? 1 : 0, U32_MAX);
 		}
@@ -264,7 +268,7 @@ export class TrackerTable {
 		this.blockSizes = blockSizes;
 		this.#blockOffsets = new Uint32Array(64 * blockSizes.length + 1);
 		this.#native = wrap(
-			() => new (native().Trackers)(chunkSize, blockSizes, numBlocks, relocationWindow),
+			() => new (native().Trackers)(chunkSize, [...blockSizes], numBlocks, relocationWindow),
 		);
 	}
 
@@ -451,6 +455,13 @@ export function blockLists(
 ): readonly (readonly number[] | Uint32Array)[] {
 	const nested = Array.isArray(blockIds) && blockIds.some((ids) => Array.isArray(ids));
 	const lists = (nested ? blockIds : [blockIds]) as (readonly number[] | Uint32Array)[];
+	for (const list of lists) {
+		if (types.isUint32Array(list)) {
+			checkAttached("blockIds", list);
+		} else if (!Array.isArray(list)) {
+			throw invalid("blockIds must be an array of block ids, or an array of them for each group");
+		}
+	}
 	if (lists.length !== groups) {
 		throw invalid(`blocks of ${lists.length} groups were given for ${groups}`);
 	}

@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
 import {
 	type EngineRequest,
+	type ErrorCode,
 	KvferryError,
 	type SchedulerAdapter,
 	SchedulerConnector,
@@ -93,6 +94,24 @@ describe("a scheduler's connector", () => {
 		expect(requests.map(({ op }) => [op.start, op.end])).toEqual([[0, 128]]);
 	});
 
+	it("stores nothing that is not computed yet where both hits count the same tokens, as their sum would", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 320);
+		connector.getNumNewMatchedTokens(a, 64);
+		connector.updateStateAfterAlloc(a, range(0, 20), 0);
+		// 64 + 16 tokens are there; with the sum of the hits it would be 144, and a chunk of garbage.
+		expect(stored(connector, a, 16)).toEqual([]);
+		expect(stored(connector, a, 48, false)).toEqual([[64, 128]]);
+	});
+
+	it("stores what the engine had cached itself beyond the cache's hit, which alone would leave it out for ever", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 320);
+		connector.getNumNewMatchedTokens(a, 128);
+		connector.updateStateAfterAlloc(a, range(0, 20), 0);
+		expect(stored(connector, a, 1)).toEqual([[64, 128]]);
+	});
+
 	it("counts no stored block twice when it asks again after a failed allocation", () => {
 		const { connector } = open(() => 64);
 		const a = request("a", 150);
@@ -182,33 +201,6 @@ describe("a scheduler's connector", () => {
 			false,
 			{},
 		]);
-	});
-
-	it("refuses bad input by name and stays as it was", () => {
-		const { connector } = open(() => 48);
-		const a = request("a", 150);
-		const refused: [() => unknown, RegExp][] = [
-			[() => connector.getNumNewMatchedTokens(a, 0), /48 tokens is not a whole number of chunks/],
-			[() => connector.getNumNewMatchedTokens(a, -1), /numComputedTokens is -1/],
-			[() => connector.updateStateAfterAlloc(request("b", 1), [], 0), /request b is unknown/],
-			[() => connector.updateStateAfterAlloc(a, [-1], 0), /block id is -1/],
-			[() => connector.updateStateAfterAlloc(a, [], -1), /numExternalTokens is -1/],
-			[
-				() => connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [{ requestId: "b" }] }),
-				/request b is unknown/,
-			],
-			[
-				() => connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [a] }),
-				/numScheduledTokens of a/,
-			],
-			[() => new SchedulerConnector({ ...cache(() => 0), blockSize: 48 }), /64.*48/],
-			[() => connector.getNumNewMatchedTokens(request("b", 1, { cacheSalt: "a/b" }), 0), /salt/],
-		];
-		for (const [call, message] of refused) {
-			expect(call).toThrow(KvferryError);
-			expect(call).toThrow(message);
-		}
-		expect(connector.tracker("a")).toMatchObject({ state: "PREFETCHING", numScheduledTokens: 0 });
 	});
 });
 
@@ -370,5 +362,210 @@ describe("a request that was preempted", () => {
 		expect(connector.getNumNewMatchedTokens(again, 112)).toEqual([0, false]);
 		connector.updateStateAfterAlloc(again, range(20, 30), 0);
 		expect(stored(connector, again, 38)).toEqual([[0, 128]]);
+	});
+});
+
+describe("what a scheduler's connector cannot use", () => {
+	const detached = new Uint32Array(10);
+	structuredClone(detached, { transfer: [detached.buffer] });
+
+	/** Two requests that stand where calls can harm them: one waits for its load, one is to be stored. */
+	function busy(found: () => number | null = () => 64) {
+		const { connector, calls } = open(found, { numBlocks: 100 });
+		const [a, b] = [request("a", 150), request("b", 150)];
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 10), 64);
+		connector.getNumNewMatchedTokens(b, 16);
+		connector.updateStateAfterAlloc(b, range(20, 29), 0);
+		return { connector, calls, a, b };
+	}
+
+	type Busy = ReturnType<typeof busy>;
+	const step = (change: object) => ({
+		scheduledNewReqs: [{ requestId: "a" }],
+		scheduledCachedReqs: [{ requestId: "b", newBlockIds: [29] }],
+		numScheduledTokens: { a: 86, b: 134, c: 1 },
+		...change,
+	});
+	const plan =
+		(change: object) =>
+		({ connector }: Busy) =>
+			connector.buildConnectorMeta(step(change) as never);
+	const matched =
+		(tokens: number, change: object, computed: unknown = 0) =>
+		({ connector }: Busy) =>
+			connector.getNumNewMatchedTokens(
+				{ ...request("c", tokens), ...change } as EngineRequest,
+				computed as number,
+			);
+	const allocated =
+		(blockIds: unknown, tokens: unknown = 0) =>
+		({ connector, b }: Busy) =>
+			connector.updateStateAfterAlloc(b, blockIds as number[], tokens as number);
+
+	it.each<[string, (engine: Busy) => unknown, ErrorCode?]>([
+		["numComputedTokens is -1", matched(150, {}, -1)],
+		["numComputedTokens is NaN", matched(150, {}, Number.NaN)],
+		["numComputedTokens is 151: it must be an integer from 0 to 150", matched(150, {}, 151)],
+		["requestId must be a string", matched(150, { requestId: 0 })],
+		["allTokenIds of c must be", matched(150, { allTokenIds: undefined })],
+		["allTokenIds of c was detached", matched(150, { allTokenIds: detached })],
+		["numBlockHashes is -1", matched(150, { numBlockHashes: -1 })],
+		["numPromptTokens of c is -1", matched(150, { numPromptTokens: -1 })],
+		["maxOffloadTokens of c is NaN", matched(150, { maxOffloadTokens: Number.NaN })],
+		["a salt must not contain '/'", matched(150, { cacheSalt: "a/b" }), "INVALID_SALT"],
+		["a salt has at most 128", matched(150, { cacheSalt: "x".repeat(129) }), "INVALID_SALT"],
+		["cacheSalt must be a string", matched(150, { cacheSalt: "\ud800" }), "INVALID_SALT"],
+		["cacheSalt must be a string", matched(150, { cacheSalt: 7 }), "INVALID_SALT"],
+		[
+			"request c is unknown",
+			({ connector }) => connector.updateStateAfterAlloc(request("c", 1), [], 0),
+		],
+		["a block id is -1", allocated([...range(20, 29), -1])],
+		["block 100 is not below 100", allocated([...range(20, 29), 100])],
+		["block 4294967294 is not below 100", allocated([...range(20, 29), 2 ** 32 - 2])],
+		["a block id is 4294967295", allocated([...range(20, 29), 2 ** 32 - 1])],
+		["a block id is 1.5", allocated([...range(20, 29), 1.5])],
+		["has 9 blocks and was allocated 1", allocated([30])],
+		["blocks of 2 groups were given for 1", allocated([range(20, 29), [1]])],
+		["blockIds must be an array", allocated(undefined)],
+		["blockIds must be an array", allocated([range(20, 29), null])],
+		["blockIds must be an array", allocated("12")],
+		["the buffer of blockIds was detached", allocated(detached)],
+		["numExternalTokens is -1", allocated(range(20, 29), -1)],
+		[
+			"numExternalTokens is 151: it must be an integer from 0 to 150",
+			allocated(range(20, 29), 151),
+		],
+		["request c is unknown", plan({ scheduledNewReqs: [{ requestId: "c" }, { requestId: "a" }] })],
+		[
+			"request c is unknown",
+			plan({ scheduledCachedReqs: [{ requestId: "b" }, { requestId: "c" }] }),
+		],
+		["request 0 is unknown", plan({ scheduledNewReqs: [{ requestId: 0 }] })],
+		[
+			"request b is in the step twice",
+			plan({ scheduledNewReqs: [{ requestId: "a" }, { requestId: "b" }] }),
+		],
+		["numScheduledTokens of b is -1", plan({ numScheduledTokens: { a: 86, b: -1 } })],
+		["numScheduledTokens of b is NaN", plan({ numScheduledTokens: { a: 86, b: Number.NaN } })],
+		["numScheduledTokens of b is 0.5", plan({ numScheduledTokens: { a: 86, b: 0.5 } })],
+		["numScheduledTokens of b is of type undefined", plan({ numScheduledTokens: { a: 86 } })],
+		["numScheduledTokens must be an object", plan({ numScheduledTokens: undefined })],
+		["scheduledNewReqs must be an array", plan({ scheduledNewReqs: undefined })],
+		["scheduledCachedReqs must be an array", plan({ scheduledCachedReqs: new Set() })],
+		[
+			"block 100 is not below 100",
+			plan({ scheduledCachedReqs: [{ requestId: "b", newBlockIds: [100] }] }),
+		],
+		["a block id is -1", plan({ scheduledCachedReqs: [{ requestId: "b", newBlockIds: [-1] }] })],
+		[
+			"blocks of 2 groups were given for 1",
+			plan({ scheduledCachedReqs: [{ requestId: "b", newBlockIds: [[1], [2]] }] }),
+		],
+		[
+			"an invalid block id is -1",
+			({ connector }) => connector.updateConnectorOutput({ invalidBlockIds: [0, -1] }),
+		],
+		[
+			"invalidBlockIds must be",
+			({ connector }) => connector.updateConnectorOutput({ invalidBlockIds: 7 as never }),
+		],
+	])(
+		"is named, and the next step is planned as without it: %s",
+		(message, call, code = "INVALID_ARGUMENT") => {
+			const [engine, untouched] = [busy(), busy()];
+			const state = ({ connector, calls }: Busy) => {
+				const fields = (id: string) => {
+					const tracker = connector.tracker(id);
+					return (
+						tracker && [
+							tracker.state,
+							tracker.numTokens,
+							tracker.numScheduledTokens,
+							tracker.numLocalHitTokens,
+							tracker.numExternalHitTokens,
+							tracker.numStoredTokens,
+							tracker.allocatedBlockIds,
+						]
+					);
+				};
+				return [["a", "b", "c"].map(fields), calls];
+			};
+			const refused = () => call(engine);
+			expect(refused).toThrow(KvferryError);
+			expect(refused).toThrow(
+				expect.objectContaining({ code, message: expect.stringContaining(message) }),
+			);
+			expect(state(engine)).toEqual(state(untouched));
+			const [planned, expected] = [engine, untouched].map(plan({}));
+			expect(planned).toEqual(expected);
+			expect(expected?.requests.map(({ direction, op }) => [direction, op.start, op.end])).toEqual([
+				["RETRIEVE", 0, 64],
+				["STORE", 64, 128],
+				["STORE", 64, 128],
+			]);
+			expect(state(engine)).toEqual(state(untouched));
+		},
+	);
+
+	it("leaves a preempted request as it was", () => {
+		const { connector, a } = busy();
+		connector.buildConnectorMeta(step({}));
+		const before = connector.tracker("a");
+		for (const change of [{ numBlockHashes: -1 }, { maxOffloadTokens: -1 }, { cacheSalt: "@" }]) {
+			const again = { ...a, status: "PREEMPTED", ...change };
+			expect(() => connector.getNumNewMatchedTokens(again, 0)).toThrow(KvferryError);
+			expect(connector.tracker("a")).toBe(before);
+		}
+	});
+
+	it("is not known afterwards when the adapter refuses its tokens", () => {
+		const { adapter } = cache(() => 0);
+		const refusal = new KvferryError("INVALID_TOKEN", "token 0 is -1");
+		const refusing = {
+			...adapter,
+			maybeSubmitLookupRequest: () => {
+				throw refusal;
+			},
+		};
+		const connector = new SchedulerConnector({ adapter: refusing });
+		expect(() => connector.getNumNewMatchedTokens(request("a", 150), 0)).toThrow(refusal);
+		expect(connector.tracker("a")).toBeUndefined();
+		expect(connector.requestFinished(request("a", 150))).toEqual([false, null]);
+	});
+
+	it("is an adapter's hit that is no whole number of chunks, or more than the request", () => {
+		for (const found of [48, 192, -64, Number.NaN]) {
+			const { connector } = open(() => found);
+			const a = request("a", 150);
+			const refused = () => connector.getNumNewMatchedTokens(a, 16);
+			expect(refused).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringMatching(new RegExp(`${found}`)),
+				}),
+			);
+			const untouched = { numExternalHitTokens: 0, numLocalHitTokens: 0, numStoredTokens: 0 };
+			expect(connector.tracker("a")).toMatchObject(untouched);
+		}
+	});
+
+	it("is a size that does not fit", () => {
+		const refused: [Partial<SchedulerConnectorOptions>, RegExp][] = [
+			[{ blockSize: 48 }, /64.*48/],
+			[{ blockSize: [16, 24] }, /64.*24/],
+			[{ blockSize: 0 }, /blockSize is 0/],
+			[{ blockSize: null as never }, /blockSize must be/],
+			[{ numBlocks: -1 }, /numBlocks is -1/],
+			[{ relocationWindow: -1 }, /relocationWindow is -1/],
+			[{ planner: "vllm" as never }, /planner must be/],
+			[{ adapter: { ...cache(() => 0).adapter, chunkSize: 0 } }, /chunkSize is 0/],
+		];
+		for (const [options, message] of refused) {
+			const make = () => open(() => 0, options);
+			expect(make).toThrow(KvferryError);
+			expect(make).toThrow(message);
+		}
 	});
 });

@@ -4,6 +4,7 @@ import {
 	type ConnectorMetadata,
 	createSchedulerAdapter,
 	createWorkerAdapter,
+	type ErrorCode,
 	type KvCacheLayout,
 	KvferryError,
 	type LayerKv,
@@ -345,6 +346,33 @@ describe("a worker's connector", () => {
 		expect(via.status().leases).toBe(0);
 	});
 
+	it("hands no store to the adapter of a rank that does not store: under MLA not every rank stores", async () => {
+		const stored: number[] = [];
+		const reported: number[] = [];
+		for (const rank of range(0, 4)) {
+			const adapter: WorkerAdapter = {
+				carriesSalt: true,
+				registerKvCaches: async () => {},
+				batchedSubmitRetrieveRequests: () => {},
+				batchedSubmitStoreRequests: () => stored.push(rank),
+				waitForLoads: async () => {},
+				waitForSaves: async () => {},
+				getFinished: (ended) => [new Set(ended), new Set()],
+				getBlockIdsWithLoadErrors: () => new Set(),
+				shutdown: async () => {},
+			};
+			const options = { tensorParallelSize: 2, pipelineParallelSize: 2, rank, useMla: true };
+			const parallelStrategy = ParallelStrategy.of(options);
+			const connector = new WorkerConnector({ adapter, parallelStrategy });
+			await run(connector, step("STORE", BLOCKS_OF_3));
+			if (connector.getFinished(new Set(["r"]))[0].has("r")) {
+				reported.push(rank);
+			}
+		}
+		expect(stored).toEqual([0, 2]);
+		expect(reported).toEqual([0, 1, 2, 3]);
+	});
+
 	it("stores each shard when there is no MLA, and a hit needs them all", async () => {
 		const via = await server();
 		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
@@ -357,25 +385,6 @@ describe("a worker's connector", () => {
 		await run(second as WorkerConnector, step("STORE", BLOCKS_OF_3));
 		await sent(second as WorkerConnector, "r");
 		expect(await lookup(via, "r2", "", ranks[0])).toBe(3 * CHUNK);
-	});
-
-	it("keeps tenants apart in stores and loads", async () => {
-		const via = await server();
-		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
-		fill(engine, BLOCKS_OF_3);
-		const connector = await worker(via, engine);
-		await run(connector, step("STORE", BLOCKS_OF_3, { salt: "anna" }));
-		await sent(connector, "r");
-		expect(await lookup(via, "none")).toBe(0);
-		expect(await lookup(via, "bob", "bob")).toBe(0);
-		expect(await lookup(via, "anna", "anna")).toBe(3 * CHUNK);
-		// A lease of one tenant opens nothing to another.
-		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "anna", salt: "bob" }));
-		await received(connector, "anna");
-		expect(connector.getBlockIdsWithLoadErrors().size).toBe(OTHER_BLOCKS.length);
-		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "anna", salt: "anna" }));
-		await received(connector, "anna");
-		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
 	});
 
 	it("hands nothing with a salt to an adapter from before salts, and says so once", async () => {
@@ -414,6 +423,72 @@ describe("a worker's connector", () => {
 		await connector.shutdown();
 		const [later, recving] = connector.getFinished(new Set());
 		expect([[...later], [...recving]]).toEqual([["r"], ["r"]]);
+	});
+});
+
+describe.each(["in this process", "in another process"])("the salt, in a cache %s", (where) => {
+	async function cache() {
+		if (where === "in this process") {
+			return await server();
+		}
+		const process = await ServerProcess.start("--chunk-size", String(CHUNK));
+		open.push(process);
+		const via = await Client.connect({ url: process.url });
+		open.push(via);
+		return via;
+	}
+
+	async function engine() {
+		const via = await cache();
+		const memory = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(memory, BLOCKS_OF_3);
+		return { via, connector: await worker(via, memory) };
+	}
+
+	const figure = async (via: Server | Client, name: string) => (await via.status())[name];
+
+	it("is not dropped by a store, nor by its commit", async () => {
+		const { via, connector } = await engine();
+		await run(connector, step("STORE", BLOCKS_OF_3, { salt: "anna" }));
+		await sent(connector, "r");
+		expect(await figure(via, "slots_writing")).toBe(0);
+		expect(await lookup(via, "none")).toBe(0);
+		expect(await lookup(via, "bob", "bob")).toBe(0);
+		expect(await lookup(via, "anna", "anna")).toBe(3 * CHUNK);
+	});
+
+	it("is not dropped by a lookup", async () => {
+		const { via, connector } = await engine();
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		expect(await lookup(via, "anna", "anna")).toBe(0);
+		expect(await lookup(via, "none")).toBe(3 * CHUNK);
+	});
+
+	it("is not dropped when leases are given back", async () => {
+		const { via, connector } = await engine();
+		await run(connector, step("STORE", BLOCKS_OF_3, { salt: "anna" }));
+		await sent(connector, "r");
+		expect(await lookup(via, "a", "anna")).toBe(3 * CHUNK);
+		expect(await figure(via, "leases")).toBe(3);
+		const adapter = createSchedulerAdapter({ via, modelName: "m" });
+		adapter.freeLookupLocks("a", TOKENS, 0, 2 * CHUNK, { cacheSalt: "anna" });
+		await expect.poll(() => figure(via, "leases"), { timeout: 5000 }).toBe(1);
+	});
+
+	it("is not dropped by a load, nor by its end", async () => {
+		const { via, connector } = await engine();
+		await run(connector, step("STORE", BLOCKS_OF_3, { salt: "anna" }));
+		await sent(connector, "r");
+		expect(await lookup(via, "a", "anna")).toBe(3 * CHUNK);
+		// A lease of one tenant opens nothing to another.
+		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "a", salt: "bob" }));
+		await received(connector, "a");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(OTHER_BLOCKS.length);
+		await run(connector, step("RETRIEVE", OTHER_BLOCKS, { requestId: "a", salt: "anna" }));
+		await received(connector, "a");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
+		expect([await figure(via, "leases"), await figure(via, "slots_reading")]).toEqual([0, 0]);
 	});
 });
 
@@ -495,6 +570,76 @@ describe("memory that does not fit", () => {
 	});
 });
 
+describe("a batch that means nothing", () => {
+	const good: LoadStoreOp = {
+		tokenIds: TOKENS,
+		start: 0,
+		end: 3 * CHUNK,
+		blockIds: [BLOCKS_OF_3],
+		skipFirstNTokens: 0,
+	};
+	const one = (change: object) => [["r"], [{ ...good, ...change }]];
+	it.each<[string, unknown[], ErrorCode?]>([
+		["ops has 1 entries for 2 request ids", [["r", "s"], [good]]],
+		["ops has 2 entries for 1 request ids", [["r"], [good, good]]],
+		["cacheSalts has 1 entries for 2", [["r", "s"], [good, good], ["anna"]]],
+		["cacheSalts has 2 entries for 1", [["r"], [good], ["anna", "bob"]]],
+		["ops has no entries for 1", [["r"], undefined]],
+		["requestIds has no entries for no", [undefined, [good]]],
+		["a request id must be a string", [[7], [good]]],
+		["a request id has half of a surrogate pair", [["\ud800"], [good]]],
+		["the range 4..48 of r is not one of whole chunks of 16", one({ start: BLOCK })],
+		["the range 0..44 of r is not one of whole chunks of 16", one({ end: 44 })],
+		["start of r is 32: it must be an integer from 0 to 16", one({ start: 32, end: 16 })],
+		["end of r is 64: it must be an integer from 0 to 48", one({ end: 4 * CHUNK })],
+		["start of r is -16", one({ start: -CHUNK })],
+		["end of r is NaN", one({ end: Number.NaN })],
+		["skipFirstNTokens of r is -1", one({ skipFirstNTokens: -1 })],
+		["skipFirstNTokens of r is 49", one({ skipFirstNTokens: 49 })],
+		["a block id of r is -1", one({ blockIds: [[-1, ...BLOCKS_OF_3.slice(1)]] })],
+		["blockIds of r must be", one({ blockIds: BLOCKS_OF_3 })],
+		["tokenIds of r must be", one({ tokenIds: undefined })],
+		["a salt must not contain '@'", [["r"], [good], ["a@b"]], "INVALID_SALT"],
+		["cacheSalt must be a string", [["r"], [good], ["\ud800"]], "INVALID_SALT"],
+		["cacheSalt must be a string", [["r"], [good], [7]], "INVALID_SALT"],
+	])(
+		"is refused as a whole, and none of it begins: %s",
+		async (message, batch, code = "INVALID_ARGUMENT") => {
+			const via = await server();
+			const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+			fill(engine, BLOCKS_OF_3);
+			const adapter = createWorkerAdapter({ via, modelName: "m" });
+			open.push(new WorkerConnector({ adapter }));
+			await adapter.registerKvCaches(engine.kv, engine.layout);
+			const figures = () => ({ ...via.status(), uptime_seconds: 0 });
+			const before = figures();
+			// Behind a good operation too, which must not begin either.
+			const [ids, ops, salts] = batch as [string[], LoadStoreOp[], string[]?];
+			const behind = [["good", ...(ids ?? [])], [good, ...(ops ?? [])], salts && ["", ...salts]];
+			for (const given of [batch, ...(ids && ops ? [behind] : [])] as [string[], LoadStoreOp[]][]) {
+				for (const call of [
+					"batchedSubmitStoreRequests",
+					"batchedSubmitRetrieveRequests",
+				] as const) {
+					const refused = () => adapter[call](...given);
+					expect(refused).toThrow(expect.objectContaining({ code }));
+					if (given === batch) {
+						expect(refused).toThrow(message);
+					}
+				}
+			}
+			expect(adapter.pendingOperations).toBe(0);
+			const [sending, recving] = adapter.getFinished(new Set(["r", "good"]));
+			expect([[...sending], [...recving]]).toEqual([["r", "good"], []]);
+			expect(adapter.getBlockIdsWithLoadErrors().size).toBe(0);
+			expect(figures()).toEqual(before);
+			adapter.batchedSubmitStoreRequests(["r"], [good]);
+			await adapter.shutdown();
+			expect([adapter.storedChunks, adapter.failure]).toEqual([3, undefined]);
+		},
+	);
+});
+
 describe("a scheduler's adapter", () => {
 	it("keeps, frees and ends leases as it is told", async () => {
 		const via = await server();
@@ -547,6 +692,41 @@ describe("a scheduler's adapter", () => {
 		expect(adapter.pendingLookups).toBe(0);
 		expect(() => createSchedulerAdapter({ via, modelName: "a@b" })).toThrow(/must not contain/);
 		expect(() => createSchedulerAdapter({ via, modelName: "" })).toThrow(/modelName is empty/);
+	});
+
+	it("refuses ranges and ids that cannot be, and gives nothing back then", async () => {
+		const via = await server();
+		const connector = await worker(via, new Engine({ planes: "separate", kvLayout: "NHD" }));
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		await sent(connector, "r");
+		const adapter = createSchedulerAdapter({ via, modelName: "m" });
+		adapter.maybeSubmitLookupRequest("a", TOKENS);
+		await expect.poll(() => adapter.checkLookupResult("a")).toBe(3 * CHUNK);
+		const free = (start: number, end: number, cacheSalt?: string) => () =>
+			adapter.freeLookupLocks("a", TOKENS, start, end, { cacheSalt });
+		const refused: [() => unknown, string, ErrorCode?][] = [
+			[free(CHUNK, 0), "start of a is 16: it must be an integer from 0 to 0"],
+			[free(-1, CHUNK), "start of a is -1"],
+			[free(Number.NaN, CHUNK), "start of a is NaN"],
+			[free(0, TOKENS.length + 1), "end of a is 49: it must be an integer from 0 to 48"],
+			[free(0, Number.NaN), "end of a is NaN"],
+			[free(0, CHUNK, "a/b"), "must not contain '/'", "INVALID_SALT"],
+			[() => adapter.freeLookupLocks(7 as never, TOKENS, 0, CHUNK), "requestId must be a string"],
+			[() => adapter.freeLookupLocks("a", null as never, 0, CHUNK), "tokenIds must be"],
+			[() => adapter.maybeSubmitLookupRequest(7 as never, TOKENS), "requestId must be a string"],
+			[() => adapter.maybeSubmitLookupRequest("b", null as never), "tokenIds must be"],
+			[() => adapter.endSession(7 as never), "requestId must be a string"],
+		];
+		for (const [call, message, code = "INVALID_ARGUMENT"] of refused) {
+			expect(call).toThrow(
+				expect.objectContaining({ code, message: expect.stringContaining(message) }),
+			);
+		}
+		const { leases } = via.status();
+		expect([leases, adapter.pendingLookups, adapter.failure]).toEqual([3, 1, undefined]);
+		expect(adapter.checkLookupResult("unknown")).toBe(0);
+		free(0, 3 * CHUNK)();
+		expect(via.status().leases).toBe(0);
 	});
 
 	it("takes the former loose parameters, seconds included", async () => {

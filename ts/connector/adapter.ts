@@ -38,7 +38,8 @@ export interface SchedulerAdapter {
 	/** The lookup's result will not be asked for again. */
 	cleanupLookupResult(requestId: string): void;
 	/**
-	 * Ends the leases of the chunks that lie wholly in `start..end` (tokens): the engine has them itself.
+	 * Ends the leases of the chunks that lie wholly in `start..end` (tokens, within `tokenIds`): the engine has
+	 * them itself.
 	 */
 	freeLookupLocks(
 		requestId: string,
@@ -85,7 +86,8 @@ export interface KvCacheLayout {
 /**
  * What a worker asks a cache to copy. Users may bring their own. The `batchedSubmit…` calls return at once
  * and do not throw for trouble with the cache: a load that fails ends in
- * {@link WorkerAdapter.getBlockIdsWithLoadErrors}, a store that fails is not stored.
+ * {@link WorkerAdapter.getBlockIdsWithLoadErrors}, a store that fails is not stored. For arguments that mean
+ * nothing (lists of unequal lengths, ranges that are not whole chunks) they throw, and nothing has begun.
  */
 export interface WorkerAdapter {
 	/** Whether every call passes salts on. Without it, what has a salt is neither loaded nor stored. */

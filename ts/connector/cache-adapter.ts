@@ -1,4 +1,4 @@
-import { checkAttached, checkInteger, checkText, invalid } from "../arguments.js";
+import { checkAttached, checkInteger, checkText, checkTokenIds, invalid } from "../arguments.js";
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
 import type { KvEvents } from "../events.js";
@@ -14,7 +14,7 @@ import type {
 	SchedulerAdapter,
 	WorkerAdapter,
 } from "./adapter.js";
-import { blocksToFill, type LoadStoreOp } from "./metadata.js";
+import { blocksToFill, checkOperation, type LoadStoreOp } from "./metadata.js";
 
 const U32_MAX = 2 ** 32 - 1;
 
@@ -113,6 +113,7 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		tokenIds: readonly number[] | Uint32Array,
 		options?: SaltOption,
 	): void {
+		checkText("requestId", requestId);
 		if (this.#lookups.has(requestId)) {
 			return;
 		}
@@ -152,17 +153,23 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		end: number,
 		options?: SaltOption,
 	): void {
+		checkText("requestId", requestId);
+		checkTokenIds("tokenIds", tokenIds);
+		checkInteger(`end of ${requestId}`, end, 0, tokenIds.length);
+		checkInteger(`start of ${requestId}`, start, 0, end);
+		const cacheSalt = saltOf(options ?? {});
 		const first = Math.ceil(start / this.chunkSize) * this.chunkSize;
 		const last = end - (end % this.chunkSize);
 		if (last <= first) {
 			return;
 		}
 		const tokens = tokensOf(tokenIds.slice(0, last));
-		const range = { requestId, start: first, end: last, cacheSalt: saltOf(options ?? {}) };
+		const range = { requestId, start: first, end: last, cacheSalt };
 		this.#run(() => this.#native.release(tokens, range, this.#timeoutMs));
 	}
 
 	endSession(requestId: string): void {
+		checkText("requestId", requestId);
 		this.#lookups.delete(requestId);
 		this.#run(() => this.#native.endSession(requestId, this.#timeoutMs));
 	}
@@ -315,6 +322,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		cacheSalts?: readonly string[],
 	): void {
 		const worker = this.#worker();
+		checkBatch(requestIds, ops, cacheSalts, this.#options.via.chunkSize);
 		ops.forEach((op, i) => {
 			const requestId = requestIds[i] as string;
 			this.#begin(requestId, this.#loads, this.#load(worker, requestId, op, cacheSalts?.[i] ?? ""));
@@ -327,6 +335,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		cacheSalts?: readonly string[],
 	): void {
 		const worker = this.#worker();
+		checkBatch(requestIds, ops, cacheSalts, this.#options.via.chunkSize);
 		ops.forEach((op, i) => {
 			const requestId = requestIds[i] as string;
 			let copied = () => {};
@@ -478,10 +487,39 @@ function read(options: CacheAdapterOptions) {
 	return { strategy, place, timeoutMs: wait };
 }
 
+/** Refuses a batch as a whole: none of it has begun then. */
+function checkBatch(
+	requestIds: readonly string[],
+	ops: readonly LoadStoreOp[],
+	cacheSalts: readonly string[] | undefined,
+	chunkSize: number,
+): void {
+	const lists = { requestIds, ops, ...(cacheSalts === undefined ? {} : { cacheSalts }) };
+	for (const [name, list] of Object.entries(lists)) {
+		if (!Array.isArray(list) || list.length !== requestIds.length) {
+			throw invalid(
+				`${name} has ${list?.length ?? "no"} entries for ${requestIds?.length ?? "no"} request ids: ` +
+					"give arrays with one for each operation",
+			);
+		}
+	}
+	requestIds.forEach((requestId, i) => {
+		checkText("a request id", requestId);
+		const op = ops[i] as LoadStoreOp;
+		checkOperation(requestId, op);
+		if (op.start % chunkSize !== 0 || op.end % chunkSize !== 0) {
+			throw invalid(
+				`the range ${op.start}..${op.end} of ${requestId} is not one of whole chunks of ${chunkSize}`,
+			);
+		}
+		saltOf({ cacheSalt: cacheSalts?.[i] });
+	});
+}
+
 /** Token ids as the wire has them. */
 function tokensOf(tokenIds: readonly number[] | Uint32Array): Uint32Array {
+	checkTokenIds("tokenIds", tokenIds);
 	if (tokenIds instanceof Uint32Array) {
-		checkAttached("tokenIds", tokenIds);
 		return tokenIds;
 	}
 	const tokens = Uint32Array.from(tokenIds);

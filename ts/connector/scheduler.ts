@@ -1,14 +1,25 @@
-import { checkInteger, invalid } from "../arguments.js";
+import {
+	checkInteger,
+	checkIterable,
+	checkObject,
+	checkText,
+	checkTokenIds,
+	invalid,
+} from "../arguments.js";
 import type { KvEvents } from "../events.js";
 import {
 	type BlockIds,
 	blockLists,
 	type RequestTracker,
+	type StepArrays,
+	type StepPlan,
 	saltOf,
 	TrackerTable,
 } from "../tracker.js";
 import type { BlockAllocation, SaltOption, SchedulerAdapter } from "./adapter.js";
 import type { ConnectorMetadata, RequestMetadata } from "./metadata.js";
+
+const U32_MAX = 2 ** 32 - 1;
 
 /** A request of the engine. The connector keeps it and reads it anew in every call. */
 export interface EngineRequest {
@@ -141,12 +152,16 @@ export class SchedulerConnector {
 	 * @param numComputedTokens Leading tokens in the engine's own prefix cache.
 	 * @returns The tokens, and whether they are loaded between steps. `null` tokens: not known yet, ask
 	 * again and go on with other requests. At least the prompt's last token remains to be computed.
+	 * @throws `INVALID_ARGUMENT` for counts that are out of range, and what the adapter says of the tokens;
+	 * `INVALID_SALT`. A request that was not known is not known then.
 	 */
 	getNumNewMatchedTokens(
 		request: EngineRequest,
 		numComputedTokens: number,
 	): [numTokens: number | null, loadAsync: boolean] {
-		checkInteger("numComputedTokens", numComputedTokens, 0, 2 ** 32 - 1);
+		checkText("requestId", request.requestId);
+		checkTokenIds(`allTokenIds of ${request.requestId}`, request.allTokenIds);
+		checkInteger("numComputedTokens", numComputedTokens, 0, request.allTokenIds.length);
 		const cacheSalt = saltOf(request);
 		if (cacheSalt !== "" && this.#adapter.carriesSalt !== true) {
 			this.#uncached.add(request.requestId);
@@ -156,8 +171,9 @@ export class SchedulerConnector {
 			);
 			return [0, false];
 		}
-		const tracker = this.#track(request);
 		const { requestId } = request;
+		const isNew = this.#table.get(requestId) === undefined;
+		const tracker = this.#track(request);
 		const local = numComputedTokens - (numComputedTokens % this.#alignment);
 		if (request.status === "PREEMPTED" && this.#planner === "block") {
 			// vLLM forgets the local hit here and stores less; its own count tells which of both is meant.
@@ -174,7 +190,15 @@ export class SchedulerConnector {
 			this.#table.setHits(requestId, local, 0);
 			return [0, false];
 		}
-		this.#adapter.maybeSubmitLookupRequest(requestId, request.allTokenIds, salted(cacheSalt));
+		try {
+			this.#adapter.maybeSubmitLookupRequest(requestId, request.allTokenIds, salted(cacheSalt));
+		} catch (error) {
+			if (isNew) {
+				this.#table.remove(requestId);
+				this.#requests.delete(requestId);
+			}
+			throw error;
+		}
 		const found = this.#adapter.checkLookupResult(requestId);
 		if (found === null) {
 			return [null, this.#loadAsync];
@@ -191,6 +215,8 @@ export class SchedulerConnector {
 	 *
 	 * @param blockIds All blocks of the request, those that it had before included.
 	 * @param numExternalTokens Tokens that are to be loaded: what {@link getNumNewMatchedTokens} said, or 0.
+	 * @throws `INVALID_ARGUMENT` for a request that the connector was never asked about, and for block ids and
+	 * counts that are out of range. Nothing has changed then.
 	 */
 	updateStateAfterAlloc(
 		request: EngineRequest,
@@ -198,7 +224,7 @@ export class SchedulerConnector {
 		numExternalTokens: number,
 	): void {
 		const { requestId } = request;
-		checkInteger("numExternalTokens", numExternalTokens, 0, 2 ** 32 - 1);
+		checkInteger("numExternalTokens", numExternalTokens, 0, request.allTokenIds.length);
 		if (this.#uncached.has(requestId)) {
 			return;
 		}
@@ -222,10 +248,11 @@ export class SchedulerConnector {
 	/**
 	 * Plans a step: what its workers load and store. With an error nothing has changed.
 	 *
-	 * @throws `INVALID_ARGUMENT` for requests that the connector was never asked about, or counts and block ids
-	 * that are out of range.
+	 * @throws `INVALID_ARGUMENT` for requests that the connector was never asked about or that are there twice, or
+	 * counts and block ids that are out of range.
 	 */
 	buildConnectorMeta(output: SchedulerOutput): ConnectorMetadata {
+		checkOutput(output);
 		const groups = this.#table.blockSizes.length;
 		const handles: number[] = [];
 		const scheduled: number[] = [];
@@ -240,7 +267,7 @@ export class SchedulerConnector {
 			const tracker = this.#tracked(requestId);
 			const request = this.#requests.get(requestId) as EngineRequest;
 			const count = output.numScheduledTokens[requestId];
-			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, 2 ** 32 - 1);
+			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, U32_MAX);
 			handles.push(tracker.handle);
 			scheduled.push(count as number);
 			tokens.push(this.#storableTokens(request, tracker, count as number));
@@ -268,7 +295,7 @@ export class SchedulerConnector {
 		for (const { requestId, newBlockIds, resumed = false } of output.scheduledCachedReqs) {
 			take(requestId, newBlockIds, resumed);
 		}
-		const plan = this.#table.plan({
+		const plan = this.#plan({
 			handles: Uint32Array.from(handles),
 			scheduledTokens: Uint32Array.from(scheduled),
 			numTokens: Uint32Array.from(tokens),
@@ -294,9 +321,11 @@ export class SchedulerConnector {
 	 * @throws `INVALID_ARGUMENT` for block ids that are no integers from 0 on.
 	 */
 	updateConnectorOutput(output: ConnectorOutput): void {
-		const invalidBlockIds = new Set(output.invalidBlockIds ?? []);
+		const { invalidBlockIds: reported = [] } = output;
+		checkIterable("invalidBlockIds", reported);
+		const invalidBlockIds = new Set(reported);
 		for (const id of invalidBlockIds) {
-			checkInteger("an invalid block id", id, 0, 2 ** 32 - 1);
+			checkInteger("an invalid block id", id, 0, U32_MAX);
 		}
 		if (invalidBlockIds.size === 0) {
 			return;
@@ -358,6 +387,20 @@ export class SchedulerConnector {
 		return (await this.#adapter.resetCache?.()) ?? false;
 	}
 
+	/** Plans, and names a request that is there twice by its id. */
+	#plan(step: StepArrays): StepPlan {
+		try {
+			return this.#table.plan(step);
+		} catch (error) {
+			const { handles } = step;
+			const twice = handles.find((handle, at) => handles.indexOf(handle) < at);
+			if (twice === undefined) {
+				throw error;
+			}
+			throw invalid(`request ${this.#table.get(twice)?.requestId} is in the step twice`);
+		}
+	}
+
 	/** The tracker of a request; after a preemption a new one. */
 	#track(request: EngineRequest): RequestTracker {
 		const { requestId, cacheSalt, numPromptTokens } = request;
@@ -366,24 +409,29 @@ export class SchedulerConnector {
 			if (request.status !== "PREEMPTED" || known.state === "PREFETCHING") {
 				return known;
 			}
-			this.#table.remove(requestId);
 		}
+		const { maxOffloadTokens = Infinity } = request;
 		const prompt = numPromptTokens ?? request.allTokenIds.length;
+		checkInteger(`numPromptTokens of ${requestId}`, prompt, 0, U32_MAX);
+		if (maxOffloadTokens !== Infinity) {
+			checkInteger(`maxOffloadTokens of ${requestId}`, maxOffloadTokens, 0, U32_MAX);
+		}
 		const promptOnly = this.#planner === "lmcache" && !this.#saveDecodeCache;
-		const limits = [promptOnly ? prompt : undefined, request.maxOffloadTokens];
-		const limit = Math.min(...limits.filter((limit) => limit !== undefined));
+		const numTokens = this.#hashedTokens(request);
+		this.#table.remove(requestId); // nothing is refused from here on
 		const tracker = this.#table.add({
 			requestId,
-			numTokens: this.#hashedTokens(request),
+			numTokens,
 			cacheSalt,
-			maxStoredTokens: limit === Infinity ? undefined : limit,
+			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
 		this.#requests.set(requestId, request);
 		return tracker;
 	}
 
 	#tracked(requestId: string): RequestTracker {
-		const tracker = this.#table.get(requestId);
+		// A number would be a handle.
+		const tracker = typeof requestId === "string" ? this.#table.get(requestId) : undefined;
 		if (tracker === undefined) {
 			throw invalid(
 				`request ${requestId} is unknown: call getNumNewMatchedTokens for it first, and nothing after ` +
@@ -397,7 +445,7 @@ export class SchedulerConnector {
 		if (numBlockHashes === undefined) {
 			return allTokenIds.length;
 		}
-		checkInteger("numBlockHashes", numBlockHashes, 0, 2 ** 32 - 1);
+		checkInteger("numBlockHashes", numBlockHashes, 0, U32_MAX);
 		return Math.min(allTokenIds.length, numBlockHashes * this.#alignment);
 	}
 
@@ -413,7 +461,7 @@ export class SchedulerConnector {
 		if (numComputedTokens === undefined) {
 			return hashed;
 		}
-		checkInteger(`numComputedTokens of ${request.requestId}`, numComputedTokens, 0, 2 ** 32 - 1);
+		checkInteger(`numComputedTokens of ${request.requestId}`, numComputedTokens, 0, U32_MAX);
 		// After a failed load more was scheduled than is computed.
 		return Math.min(hashed, numComputedTokens + scheduled);
 	}
@@ -445,6 +493,16 @@ export class SchedulerConnector {
 /** Asked again with nothing computed after a load was planned: the load failed, and was not counted. */
 function loadFailed(request: EngineRequest, tracker: RequestTracker): boolean {
 	return (request.numComputedTokens ?? 0) === 0 && tracker.numExternalHitTokens > 0;
+}
+
+function checkOutput(output: SchedulerOutput): void {
+	const { scheduledNewReqs, scheduledCachedReqs, numScheduledTokens } = output;
+	for (const [name, list] of Object.entries({ scheduledNewReqs, scheduledCachedReqs })) {
+		if (!Array.isArray(list)) {
+			throw invalid(`${name} must be an array of requests`);
+		}
+	}
+	checkObject("numScheduledTokens", numScheduledTokens);
 }
 
 const EXTRA = "num_lmcache_extra_cached_tokens";

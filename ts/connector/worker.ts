@@ -1,7 +1,12 @@
-import { invalid } from "../arguments.js";
 import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
 import type { KvCacheLayout, LayerKv, WorkerAdapter } from "./adapter.js";
-import { blocksToFill, type ConnectorMetadata, type RequestMetadata } from "./metadata.js";
+import {
+	blocksToFill,
+	type ConnectorMetadata,
+	type LoadStoreOp,
+	readMetadata,
+	type SaltedMetadata,
+} from "./metadata.js";
 
 /** Options of {@link WorkerConnector}. */
 export type WorkerConnectorOptions = ParallelismOptions & {
@@ -22,7 +27,7 @@ export class WorkerConnector implements AsyncDisposable {
 	readonly #adapter: WorkerAdapter;
 	readonly #warn: (message: string) => void;
 	#warned = false;
-	#metadata: ConnectorMetadata = { requests: [], loadAsync: true };
+	#metadata = readMetadata({ requests: [] });
 	#loads: Promise<void> | undefined;
 	/** Loads that were refused here, and that nobody else reports. */
 	readonly #refused = { requests: new Set<string>(), blocks: new Set<number>() };
@@ -50,12 +55,14 @@ export class WorkerConnector implements AsyncDisposable {
 		await this.#adapter.registerKvCaches(kvCaches, layout);
 	}
 
-	/** Takes in what this step loads and stores. */
+	/**
+	 * Takes in what this step loads and stores.
+	 *
+	 * @throws `INVALID_ARGUMENT` for what is no metadata, counts and ranges that cannot be, and block ids that are
+	 * no integers from 0 on; `INVALID_SALT`. What was bound before stays.
+	 */
 	bindConnectorMetadata(metadata: ConnectorMetadata): void {
-		if (!Array.isArray(metadata?.requests)) {
-			throw invalid("metadata must be what buildConnectorMeta returned");
-		}
-		this.#metadata = metadata;
+		this.#metadata = readMetadata(metadata);
 	}
 
 	/** Begins this step's loads. */
@@ -94,7 +101,7 @@ export class WorkerConnector implements AsyncDisposable {
 				this.#adapter.batchedSubmitStoreRequests(...batchOf(stores));
 			}
 		}
-		this.#metadata = { requests: [], loadAsync: true };
+		this.#metadata = readMetadata({ requests: [] });
 		await this.#adapter.waitForSaves();
 	}
 
@@ -143,7 +150,7 @@ export class WorkerConnector implements AsyncDisposable {
 	}
 
 	/** What the adapter may see: nothing with a salt that it would lose on the way. */
-	#allowed(requests: readonly RequestMetadata[]): readonly RequestMetadata[] {
+	#allowed(requests: readonly SaltedMetadata[]): readonly SaltedMetadata[] {
 		if (this.#adapter.carriesSalt === true) {
 			return requests;
 		}
@@ -169,9 +176,7 @@ export class WorkerConnector implements AsyncDisposable {
 	}
 }
 
-function batchOf(
-	requests: readonly RequestMetadata[],
-): [string[], RequestMetadata["op"][], string[]?] {
+function batchOf(requests: readonly SaltedMetadata[]): [string[], LoadStoreOp[], string[]?] {
 	const ids = requests.map(({ requestId }) => requestId);
 	const ops = requests.map(({ op }) => op);
 	const salts = requests.map(({ cacheSalt }) => cacheSalt);
