@@ -5,9 +5,11 @@ import { afterEach, describe, expect, it } from "vitest";
 import {
 	createConnector,
 	type EngineRequest,
-	type KvConnectors,
+	type EventsOptions,
+	KvConnectors,
 	ParallelStrategy,
 	resolveOffloading,
+	Server,
 } from "../../ts/index.js";
 import { ServerProcess } from "../server-process.js";
 
@@ -157,6 +159,30 @@ describe("createConnector", () => {
 		]);
 		expect(told[1]?.parentChunkHash).toEqual(told[0]?.chunkHash);
 		expect(engine.kv.scheduler.takeEvents()).toBeUndefined();
+	});
+
+	it("tells routers all that a cache stored that was started anew", async () => {
+		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK };
+		const engine = await Engine.open(await createConnector(native, options));
+		const taken = async () => {
+			let told = engine.kv.scheduler.takeEvents();
+			while (told === undefined || told.events.length === 0) {
+				await setImmediate();
+				told = engine.kv.scheduler.takeEvents();
+			}
+			return told;
+		};
+		await engine.run(range(0, 2 * CHUNK));
+		const first = await taken();
+		// As after a restart: another log, which is longer already than what was read of the former one.
+		const other = await Server.start({ listen: false, memory: 2 ** 22, chunkSize: CHUNK });
+		open.push(other);
+		engine.kv.via.events = (asked) => other.events(asked as EventsOptions);
+		const second = await Engine.open(new KvConnectors(other, options));
+		await second.run(range(0, 4 * CHUNK));
+		const told = await taken();
+		expect(told.incarnation).not.toBe(first.incarnation);
+		expect(told.events.map(({ sequence }) => sequence)).toEqual([1, 2, 3, 4]);
 	});
 
 	it("goes on without a server, says which one it misses, and joins it when it comes", async () => {

@@ -252,7 +252,7 @@ describe("the salt of a request", () => {
 				numScheduledTokens: { [id]: 150 },
 			});
 			expect(requests).toEqual([]);
-			expect(connector.requestFinished(salted)).toEqual([false, null]);
+			expect(connector.requestFinished(salted)).toEqual([true, null]); // workers tell its end too
 		}
 		expect(calls).toEqual([]);
 		expect(warnings).toEqual([expect.stringContaining("carriesSalt")]);
@@ -567,5 +567,65 @@ describe("what a scheduler's connector cannot use", () => {
 			expect(make).toThrow(KvferryError);
 			expect(make).toThrow(message);
 		}
+	});
+});
+
+describe("what a request may do", () => {
+	it("is computed without the cache when its id is used again before workers told its former end", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 150);
+		load(connector, a, range(0, 4));
+		connector.requestFinished(a);
+		expect(connector.getNumNewMatchedTokens(request("a", 150), 0)).toEqual([0, false]);
+		expect(connector.requestFinished(a)).toEqual([true, null]);
+		connector.updateConnectorOutput({ finishedSending: ["a"] });
+		expect(connector.getNumNewMatchedTokens(request("a", 150), 0)).toEqual([64, true]);
+	});
+
+	it("uses as much of a hit as it has hashes for", () => {
+		const { connector } = open(() => 128);
+		const a = request("a", 150, { numBlockHashes: 5 });
+		expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([64, true]);
+		const b = request("b", 150, { numBlockHashes: 3 });
+		expect(connector.getNumNewMatchedTokens(b, 0)).toEqual([0, false]);
+	});
+
+	it("stores no generated token under LMCache's rules, after a preemption either", () => {
+		const { connector } = open(() => 0, { planner: "lmcache" });
+		const tokens = range(0, 70);
+		const a = { requestId: "a", allTokenIds: tokens };
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 5), 0);
+		expect(stored(connector, a, 70)).toEqual([[0, 64]]);
+		tokens.push(...range(70, 140));
+		const again = { ...a, status: "PREEMPTED" };
+		connector.getNumNewMatchedTokens(again, 0);
+		connector.updateStateAfterAlloc(again, range(10, 19), 0);
+		expect(stored(connector, again, 140)).toEqual([[0, 64]]);
+	});
+
+	it("is stored in a step that loads others, unless it shares their blocks", () => {
+		const { connector } = open(() => 64, { loadAsync: false });
+		const none = open(() => 0, { loadAsync: false });
+		expect(none.connector.getNumNewMatchedTokens(request("x", 150), 0)).toEqual([0, false]);
+		const [loads, shares, apart] = [request("a", 150), request("b", 150), request("c", 150)];
+		const blocks = new Map([
+			[loads, range(0, 10)],
+			[shares, [...range(0, 4), ...range(20, 26)]],
+			[apart, range(30, 40)],
+		]);
+		for (const [each, ids] of blocks) {
+			const [found] = connector.getNumNewMatchedTokens(each, each === loads ? 0 : 64);
+			connector.updateStateAfterAlloc(each, ids, found as number);
+		}
+		const { requests } = connector.buildConnectorMeta({
+			...idle,
+			scheduledNewReqs: [...blocks.keys()],
+			numScheduledTokens: { a: 86, b: 86, c: 86 },
+		});
+		expect(requests.map(({ requestId, direction }) => [requestId, direction])).toEqual([
+			["a", "RETRIEVE"],
+			["c", "STORE"],
+		]);
 	});
 });

@@ -492,6 +492,81 @@ describe.each(["in this process", "in another process"])("the salt, in a cache %
 	});
 });
 
+describe("a cache that is slow", () => {
+	it("does not hold the engine up for a store, and gets nothing that was computed later", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		fill(engine, BLOCKS_OF_3);
+		let answer = () => {};
+		const openWorker = via.openWorker.bind(via);
+		via.openWorker = async (...args) => {
+			const native = await openWorker(...args);
+			const store = native.store.bind(native);
+			native.store = async (...rest) => {
+				const granted = await store(...rest);
+				await new Promise<void>((resolve) => {
+					answer = resolve;
+				});
+				return granted;
+			};
+			return native;
+		};
+		const adapter = createWorkerAdapter({ via, modelName: "m", saveTimeoutMs: 5 });
+		const connector = new WorkerConnector({ adapter });
+		open.push(connector);
+		await connector.registerKvCaches(engine.kv, engine.layout);
+		await run(connector, step("STORE", BLOCKS_OF_3));
+		expect(via.status().slots_writing).toBe(3);
+		answer();
+		await sent(connector, "r");
+		expect(adapter.droppedStores).toBe(1);
+		expect(via.status()).toMatchObject({ stored_chunks: 0, slots_writing: 0 });
+	});
+
+	it("leaves no registration behind when the adapter is shut down meanwhile", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });
+		const adapter = createWorkerAdapter({ via, modelName: "m" });
+		const registering = adapter.registerKvCaches(engine.kv, engine.layout);
+		await adapter.shutdown();
+		await expect(registering).rejects.toMatchObject({ code: "CLOSED" });
+		expect(via.status().instances).toBe(0);
+	});
+});
+
+describe("blocks of one token", () => {
+	it("are loaded though the block of the last token is missing", async () => {
+		const via = await server();
+		const kv = { a: new Uint32Array(2 * 64) };
+		const layout = { numBlocks: 64, blockSize: 1, numKvHeads: 1, headSize: 1, dtype: "int32" };
+		const adapter = createWorkerAdapter({ via, modelName: "m" });
+		const connector = new WorkerConnector({ adapter });
+		open.push(connector);
+		await connector.registerKvCaches(kv, layout);
+		kv.a.set(range(1, 129));
+		const all = range(0, 3 * CHUNK);
+		const metadata = (direction: "STORE" | "RETRIEVE", blocks: number[], requestId: string) => {
+			const op = {
+				tokenIds: TOKENS,
+				start: 0,
+				end: 3 * CHUNK,
+				blockIds: [blocks],
+				skipFirstNTokens: 0,
+			};
+			return { loadAsync: true, requests: [{ requestId, direction, op, cacheSalt: "" }] };
+		};
+		await run(connector, metadata("STORE", all, "r"));
+		await sent(connector, "r");
+		kv.a.fill(0);
+		expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+		await run(connector, metadata("RETRIEVE", all.slice(0, -1), "r2"));
+		await received(connector, "r2");
+		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
+		expect([...kv.a.subarray(0, 48)]).toEqual([...range(1, 48), 0]);
+		expect([...kv.a.subarray(64, 112)]).toEqual([...range(65, 112), 0]);
+	});
+});
+
 describe("memory that does not fit", () => {
 	const good = new Engine({ planes: "separate", kvLayout: "NHD" });
 	const cases: [string, Record<string, LayerKv>, Partial<KvCacheLayout>, RegExp][] = [

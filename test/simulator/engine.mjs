@@ -262,7 +262,10 @@ export class Engine {
 			const shard = config.mla ? Math.floor(rank / config.tp) : rank;
 			const numLayers = /** @type {number} */ (config.layers[Math.floor(rank / config.tp)]);
 			const memory = new Memory({ ...config, numLayers }, shard);
-			const adapter = kvferry.createWorkerAdapter({ via, modelName, parallelStrategy });
+			const saveTimeoutMs = 2 ** 31 - 1; // real time has no part in it
+			const adapter = kvferry.createWorkerAdapter({
+				...{ via, modelName, parallelStrategy, saveTimeoutMs },
+			});
 			const mayStore = !config.mla || rank % config.tp === 0;
 			const tearing = new Tearing(adapter, this, memory, mayStore);
 			const connector = new kvferry.WorkerConnector({ adapter: tearing, parallelStrategy });
@@ -348,16 +351,19 @@ export class Engine {
 			scheduledCachedReqs: scheduled.cached,
 			numScheduledTokens: Object.fromEntries(scheduled.tokens),
 		});
-		const quiet =
-			!config.loadAsync && metadata.requests.some(({ direction }) => direction === "RETRIEVE");
+		// What is loaded in the step that computes it may be wrong, and all that shares its blocks.
+		const loads = config.loadAsync
+			? []
+			: metadata.requests.filter(({ direction }) => direction === "RETRIEVE");
+		const loading = new Set(
+			loads.flatMap(({ requestId }) => scheduled.byId.get(requestId)?.blocks ?? []),
+		);
 		this.#checkPlan(metadata, scheduled);
 		for (const [id, count] of scheduled.tokens) {
 			/** @type {Request} */ (scheduled.byId.get(id)).computed += count;
 		}
 		const invalid = await this.#work(metadata, scheduled);
-		if (!quiet) {
-			this.#checkNothingLeftOut(scheduled);
-		}
+		this.#checkNothingLeftOut(scheduled, loading);
 		this.#takeOutput(scheduled, invalid);
 	}
 
@@ -742,12 +748,17 @@ export class Engine {
 		}
 	}
 
-	/** Every whole chunk that is computed was hit, or its store was planned. @param {Scheduled} scheduled */
-	#checkNothingLeftOut(scheduled) {
+	/**
+	 * Every whole chunk that is computed was hit, or its store was planned.
+	 *
+	 * @param {Scheduled} scheduled
+	 * @param {Set<number>} loading
+	 */
+	#checkNothingLeftOut(scheduled, loading) {
 		const { config } = this;
 		for (const [id] of scheduled.tokens) {
 			const request = /** @type {Request} */ (scheduled.byId.get(id));
-			if (request.uncounted) {
+			if (request.uncounted || request.blocks.some((block) => loading.has(block))) {
 				continue;
 			}
 			const promptOnly = config.planner === "lmcache" && !config.saveDecodeCache;

@@ -28,10 +28,15 @@ export type CacheAdapterOptions = ParallelismOptions & {
 	 */
 	readonly modelName: string;
 	/**
-	 * Milliseconds that the cache has for each answer, 1 to 2³¹ − 1; then it is a miss, or not stored.
-	 * Default 5,000.
+	 * Milliseconds that the cache has for each answer, 1 to 2³¹ − 1; then it is a miss, or not stored. A
+	 * {@link Client} gives up after 5,000 in any case. Default 5,000.
 	 */
 	readonly timeoutMs?: number | undefined;
+	/**
+	 * Milliseconds that a worker's `waitForSaves` waits for the cache to have room ready, 0 to 2³¹ − 1; what has
+	 * none by then is not stored, so that no engine stands still for a store. Default 100.
+	 */
+	readonly saveTimeoutMs?: number | undefined;
 };
 
 /** A {@link SchedulerAdapter} of {@link createSchedulerAdapter}. */
@@ -48,6 +53,8 @@ export interface CacheWorkerAdapter extends WorkerAdapter {
 	readonly pendingOperations: number;
 	/** Chunks that this worker stored. */
 	readonly storedChunks: number;
+	/** Stores that were given up because the cache had no room ready in time. */
+	readonly droppedStores: number;
 	/** Why the latest load or store failed; undefined when it did not. */
 	readonly failure: KvferryError | undefined;
 }
@@ -182,13 +189,15 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 			const asked = this.#via.events({ cursor: this.#cursor, timeoutMs: this.#timeoutMs });
 			asked.then(
 				(told) => {
+					this.#asking = false;
 					const restarted = told.incarnation !== this.#incarnation;
+					this.#incarnation = told.incarnation;
+					if (restarted && this.#cursor !== 0) {
+						this.#cursor = 0; // of another log: what this one has before it would be lost
+						return;
+					}
 					this.#events = told.events.length > 0 || told.lost || restarted ? told : undefined;
-					[this.#cursor, this.#incarnation, this.#asking] = [
-						told.nextCursor,
-						told.incarnation,
-						false,
-					];
+					this.#cursor = told.nextCursor;
 				},
 				(error: KvferryError) => {
 					this.#failure = error;
@@ -233,6 +242,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	readonly #place: PagedPlace;
 	readonly #workerId: number;
 	readonly #timeoutMs: number;
+	readonly #saveTimeoutMs: number;
 	#native: NativeWorker | undefined;
 	#arrays: Uint8Array[] = [];
 	#registering = false;
@@ -246,14 +256,16 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	#loaded = new Set<string>();
 	#errors = new Set<number>();
 	#storedChunks = 0;
+	#droppedStores = 0;
 	#failure: KvferryError | undefined;
 
 	constructor(options: CacheAdapterOptions) {
-		const { strategy, place, timeoutMs } = read(options);
+		const { strategy, place, timeoutMs, saveTimeoutMs } = read(options);
 		this.#options = options;
 		this.#place = place(strategy);
 		this.#workerId = strategy.kvWorkerId;
 		this.#timeoutMs = timeoutMs;
+		this.#saveTimeoutMs = saveTimeoutMs;
 	}
 
 	get pendingOperations(): number {
@@ -262,6 +274,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 
 	get storedChunks(): number {
 		return this.#storedChunks;
+	}
+
+	get droppedStores(): number {
+		return this.#droppedStores;
 	}
 
 	get failure(): KvferryError | undefined {
@@ -300,6 +316,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				() => this.#options.via.openWorker(this.#place, this.#workerId, native, this.#timeoutMs),
 				undefined,
 			);
+			if (this.#closed) {
+				await worker.close(this.#timeoutMs).catch(() => {});
+				throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
+			}
 			const wrong = arrays.findIndex(({ length }) => length !== worker.arrayBytes);
 			if (wrong >= 0) {
 				await worker.close(this.#timeoutMs).catch(() => {}); // its connection's end does it
@@ -343,8 +363,14 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				copied = resolve;
 			});
 			this.#copying.add(copying);
-			copying.then(() => this.#copying.delete(copying));
-			const store = this.#store(worker, requestId, op, cacheSalts?.[i] ?? "", copied);
+			const late = setTimeout(copied, this.#saveTimeoutMs);
+			copying.then(() => {
+				clearTimeout(late);
+				this.#copying.delete(copying);
+			});
+			const salt = cacheSalts?.[i] ?? "";
+			const mayCopy = () => this.#copying.has(copying);
+			const store = this.#store(worker, requestId, op, salt, mayCopy, copied);
 			this.#begin(requestId, this.#stores, store.finally(copied));
 		});
 	}
@@ -448,12 +474,18 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		requestId: string,
 		op: LoadStoreOp,
 		cacheSalt: string,
+		mayCopy: () => boolean,
 		copied: () => void,
 	): Promise<void> {
 		try {
 			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
 			const store = await waitFor(() => worker.store(tokens, range, this.#timeoutMs), undefined);
+			if (!mayCopy()) {
+				this.#droppedStores++;
+				await waitFor(() => worker.abandon(store, this.#timeoutMs), undefined);
+				return;
+			}
 			try {
 				const blocks = blocksOf(op);
 				wrap(() => worker.copyOut(store, this.#arrays, blocks));
@@ -484,7 +516,9 @@ function read(options: CacheAdapterOptions) {
 		kvWorldSize,
 		numKvReaders,
 	});
-	return { strategy, place, timeoutMs: wait };
+	const { saveTimeoutMs = 100 } = options;
+	checkInteger("saveTimeoutMs", saveTimeoutMs, 0, 2 ** 31 - 1);
+	return { strategy, place, timeoutMs: wait, saveTimeoutMs };
 }
 
 /** Refuses a batch as a whole: none of it has begun then. */

@@ -119,8 +119,12 @@ export class SchedulerConnector {
 	readonly #requests = new Map<string, EngineRequest>();
 	/** Requests of which nobody says how much is computed, since a load of theirs failed. */
 	readonly #unknown = new Set<string>();
-	/** Something is loaded in the very step that is planned next. */
-	#loadsNow = false;
+	/** Requests that are loaded in the very step that is planned next. */
+	readonly #loadingNow = new Set<string>();
+	/** Requests that have ended, and whose blocks a worker may still copy. */
+	readonly #ending = new Set<string>();
+	/** Tokens of the prompt, as each request first had them. */
+	readonly #prompts = new Map<string, number>();
 	/** Requests whose tokens must not be shown to the adapter. */
 	readonly #uncached = new Set<string>();
 
@@ -173,6 +177,11 @@ export class SchedulerConnector {
 		}
 		const { requestId } = request;
 		const isNew = this.#table.get(requestId) === undefined;
+		if (this.#uncached.has(requestId) || (isNew && this.#ending.has(requestId))) {
+			// What workers tell of an id could be meant for the request that had it before.
+			this.#uncached.add(requestId);
+			return [0, false];
+		}
 		const tracker = this.#track(request);
 		const local = numComputedTokens - (numComputedTokens % this.#alignment);
 		if (request.status === "PREEMPTED" && this.#planner === "block") {
@@ -196,13 +205,18 @@ export class SchedulerConnector {
 			if (isNew) {
 				this.#table.remove(requestId);
 				this.#requests.delete(requestId);
+				this.#prompts.delete(requestId);
 			}
 			throw error;
 		}
-		const found = this.#adapter.checkLookupResult(requestId);
-		if (found === null) {
+		const hit = this.#adapter.checkLookupResult(requestId);
+		if (hit === null) {
 			return [null, this.#loadAsync];
 		}
+		const hashed = this.#hashedTokens(request);
+		const { chunkSize } = this.#table;
+		const isHit = hit <= request.allTokenIds.length && hit % chunkSize === 0;
+		const found = isHit ? Math.min(hit, hashed - (hashed % chunkSize)) : hit; // which is refused
 		this.#table.setHits(requestId, local, found);
 		// A model needs one token to go on from.
 		const usable = Math.min(found, request.allTokenIds.length - 1);
@@ -231,7 +245,9 @@ export class SchedulerConnector {
 		const tracker = this.#tracked(requestId);
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
-		this.#loadsNow ||= state === "WAITING_FOR_LOAD" && !this.#loadAsync;
+		if (state === "WAITING_FOR_LOAD" && !this.#loadAsync) {
+			this.#loadingNow.add(requestId);
+		}
 		if (before !== "PREFETCHING") {
 			return;
 		}
@@ -260,6 +276,9 @@ export class SchedulerConnector {
 		const blockIds: number[] = [];
 		const offsets = [0];
 		const allocations: BlockAllocation[] = [];
+		const loading = new Set(
+			[...this.#loadingNow].flatMap((id) => this.#table.get(id)?.allocatedBlockIds.flat() ?? []),
+		);
 		const take = (requestId: string, given: BlockIds | null | undefined, isNew: boolean) => {
 			if (this.#uncached.has(requestId)) {
 				return;
@@ -270,7 +289,7 @@ export class SchedulerConnector {
 			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, U32_MAX);
 			handles.push(tracker.handle);
 			scheduled.push(count as number);
-			tokens.push(this.#storableTokens(request, tracker, count as number));
+			tokens.push(this.#storableTokens(request, tracker, count as number, loading));
 			const lists =
 				given === null || given === undefined
 					? Array.from({ length: groups }, () => [])
@@ -302,7 +321,7 @@ export class SchedulerConnector {
 			blockOffsets: Uint32Array.from(offsets),
 			blockIds: Uint32Array.from(blockIds),
 		});
-		this.#loadsNow = false;
+		this.#loadingNow.clear();
 		const requests: RequestMetadata[] = [];
 		for (const { handle, direction, ...op } of plan) {
 			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
@@ -321,11 +340,15 @@ export class SchedulerConnector {
 	 * @throws `INVALID_ARGUMENT` for block ids that are no integers from 0 on.
 	 */
 	updateConnectorOutput(output: ConnectorOutput): void {
-		const { invalidBlockIds: reported = [] } = output;
+		const { invalidBlockIds: reported = [], finishedSending = [] } = output;
 		checkIterable("invalidBlockIds", reported);
+		checkIterable("finishedSending", finishedSending);
 		const invalidBlockIds = new Set(reported);
 		for (const id of invalidBlockIds) {
 			checkInteger("an invalid block id", id, 0, U32_MAX);
+		}
+		for (const requestId of finishedSending) {
+			this.#ending.delete(requestId);
 		}
 		if (invalidBlockIds.size === 0) {
 			return;
@@ -339,7 +362,8 @@ export class SchedulerConnector {
 	}
 
 	/**
-	 * Ends a request, however it ended.
+	 * Ends a request, however it ended. Its id may be used again when all workers have told its end, and
+	 * {@link SchedulerConnector.updateConnectorOutput} has heard of it; before, it is computed without the cache.
 	 *
 	 * @returns Whether its blocks must be kept until a worker reports it as sent, and what goes back to the
 	 * router: the tokens that came from the cache, when `kvTransferParams` has a key
@@ -357,13 +381,21 @@ export class SchedulerConnector {
 			params[EXTRA] = Math.max(0, extra);
 		}
 		this.#unknown.delete(requestId);
+		this.#prompts.delete(requestId);
+		this.#loadingNow.delete(requestId);
 		const uncached = this.#uncached.delete(requestId);
-		if (tracker === undefined || uncached) {
+		if (tracker === undefined && !uncached) {
 			return [false, params];
 		}
-		this.#table.remove(requestId);
-		this.#requests.delete(requestId);
-		this.#adapter.endSession(requestId);
+		if (tracker !== undefined) {
+			this.#table.remove(requestId);
+			this.#requests.delete(requestId);
+			this.#adapter.endSession(requestId);
+		}
+		this.#ending.add(requestId);
+		if (this.#ending.size > ENDING_MAX) {
+			this.#ending.delete(this.#ending.values().next().value as string); // told long ago, or never
+		}
 		return [true, params];
 	}
 
@@ -411,7 +443,8 @@ export class SchedulerConnector {
 			}
 		}
 		const { maxOffloadTokens = Infinity } = request;
-		const prompt = numPromptTokens ?? request.allTokenIds.length;
+		const first = this.#prompts.get(requestId) ?? request.allTokenIds.length;
+		const prompt = numPromptTokens ?? first;
 		checkInteger(`numPromptTokens of ${requestId}`, prompt, 0, U32_MAX);
 		if (maxOffloadTokens !== Infinity) {
 			checkInteger(`maxOffloadTokens of ${requestId}`, maxOffloadTokens, 0, U32_MAX);
@@ -426,6 +459,7 @@ export class SchedulerConnector {
 			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
 		this.#requests.set(requestId, request);
+		this.#prompts.set(requestId, first);
 		return tracker;
 	}
 
@@ -450,10 +484,16 @@ export class SchedulerConnector {
 	}
 
 	/** Tokens that may be stored at the end of a step: those that are surely good then. */
-	#storableTokens(request: EngineRequest, tracker: RequestTracker, scheduled: number): number {
+	#storableTokens(
+		request: EngineRequest,
+		tracker: RequestTracker,
+		scheduled: number,
+		loading: ReadonlySet<number>,
+	): number {
 		// What is loaded in this step may fail, and all that is computed on it is wrong then: in other
 		// requests too, which share its blocks. The next step stores it.
-		if (this.#loadsNow || this.#unknown.has(request.requestId)) {
+		const onLoad = () => tracker.allocatedBlockIds.flat().some((id) => loading.has(id));
+		if (this.#unknown.has(request.requestId) || (loading.size > 0 && onLoad())) {
 			return tracker.numStoredTokens;
 		}
 		const hashed = this.#hashedTokens(request);
@@ -504,6 +544,9 @@ function checkOutput(output: SchedulerOutput): void {
 	}
 	checkObject("numScheduledTokens", numScheduledTokens);
 }
+
+/** Ids of ended requests that are remembered. */
+const ENDING_MAX = 65_536;
 
 const EXTRA = "num_lmcache_extra_cached_tokens";
 
