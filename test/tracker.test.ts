@@ -43,6 +43,7 @@ describe("a tracker table", () => {
 			numExternalHitBlocks: 4,
 			numStoredBlocks: 4,
 			needsRetrieve: true,
+			numAllocatedBlocks: 10,
 			allocatedBlockIds: [range(0, 10)],
 		});
 		const storing = table.add({ requestId: "b", numTokens: 128 });
@@ -74,6 +75,13 @@ describe("a tracker table", () => {
 		table.remove("b");
 		expect([table.size, table.get("b")]).toEqual([1, undefined]);
 		expect(refusal(() => storing.state).code).toBe("INVALID_ARGUMENT");
+	});
+
+	it("counts the blocks of the first group that is stored", () => {
+		const table = new TrackerTable({ chunkSize: 64, blockSize: [0, 16, 32] });
+		const blockIds = [[], range(0, 10), range(20, 25)];
+		const tracker = table.add({ requestId: "a", numTokens: 150, numStoredTokens: 64, blockIds });
+		expect(tracker).toMatchObject({ numAllocatedBlocks: 10, numStoredBlocks: 4 });
 	});
 
 	it("plans more than its arrays held before", () => {

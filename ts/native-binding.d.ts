@@ -233,6 +233,8 @@ export declare class Trackers {
   get(handle: number): Array<number>
   /** The blocks of a request's group. */
   blocks(handle: number, group: number): Array<number>
+  /** How many blocks of the group there are. */
+  blockCount(handle: number, group: number): number
   /** Takes in what a lookup found. */
   setHits(handle: number, local: number, external: number): void
   /** Takes in the blocks that a request has; returns its state. */

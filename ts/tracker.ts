@@ -71,6 +71,7 @@ export class RequestTracker {
 	/** Names the request in {@link StepArrays}; used anew after the request was removed. */
 	readonly handle: number;
 	readonly #table: Trackers;
+	readonly #group: number;
 	readonly #blockSize: number;
 	readonly #groups: number;
 
@@ -86,7 +87,11 @@ export class RequestTracker {
 		this.handle = handle;
 		this.requestId = requestId;
 		this.cacheSalt = cacheSalt;
-		this.#blockSize = blockSizes.find((size) => size > 0) ?? 1;
+		this.#group = Math.max(
+			0,
+			blockSizes.findIndex((size) => size > 0),
+		);
+		this.#blockSize = blockSizes[this.#group] || 1;
 		this.#groups = blockSizes.length;
 	}
 
@@ -139,6 +144,11 @@ export class RequestTracker {
 		const { state } = this;
 		const open = state === "PREFETCHING" || state === "WAITING_FOR_LOAD";
 		return open && this.numExternalHitTokens > this.numLocalHitTokens;
+	}
+
+	/** How many blocks of the first group it has. */
+	get numAllocatedBlocks(): number {
+		return wrap(() => this.#table.blockCount(this.handle, this.#group));
 	}
 
 	/** Its blocks, for each group. */
@@ -219,7 +229,15 @@ export class StepPlan implements Iterable<PlannedOperation> {
 			const at = (word: number) => this.operations[i * WORDS + word] as number;
 			const blockIds = Array.from({ length: this.#groups }, (_, group) => {
 				const list = i * this.#groups + group;
-				return [...this.blockIds.subarray(this.blockOffsets[list], this.blockOffsets[list + 1])];
+				const [start, end] = [this.blockOffsets[list], this.blockOffsets[list + 1]] as [
+					number,
+					number,
+				];
+				const ids = new Array<number>(end - start);
+				for (let j = start; j < end; j++) {
+					ids[j - start] = this.blockIds[j] as number;
+				}
+				return ids;
 			});
 			yield {
 				handle: at(0),

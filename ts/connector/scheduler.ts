@@ -101,6 +101,12 @@ export interface SchedulerConnectorOptions {
 	readonly onWarning?: ((message: string) => void) | undefined;
 }
 
+/** A request that is tracked. */
+interface Tracked {
+	readonly tracker: RequestTracker;
+	readonly request: EngineRequest;
+}
+
 /**
  * The scheduler's side of KV offloading, with the methods of vLLM's connectors: which tokens need not be
  * computed, and what each step loads and stores. It never waits.
@@ -116,7 +122,7 @@ export class SchedulerConnector {
 	readonly #loadAsync: boolean;
 	readonly #warn: (message: string) => void;
 	readonly #warned = new Set<string>();
-	readonly #requests = new Map<string, EngineRequest>();
+	readonly #requests = new Map<string, Tracked>();
 	/** Requests of which nobody says how much is computed, since a load of theirs failed. */
 	readonly #unknown = new Set<string>();
 	/** Requests that are loaded in the very step that is planned next. */
@@ -242,7 +248,7 @@ export class SchedulerConnector {
 		if (this.#uncached.has(requestId)) {
 			return;
 		}
-		const tracker = this.#tracked(requestId);
+		const { tracker } = this.#tracked(requestId);
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
 		if (state === "WAITING_FOR_LOAD" && !this.#loadAsync) {
@@ -269,13 +275,17 @@ export class SchedulerConnector {
 	 */
 	buildConnectorMeta(output: SchedulerOutput): ConnectorMetadata {
 		checkOutput(output);
+		const { scheduledNewReqs, scheduledCachedReqs, numScheduledTokens } = output;
 		const groups = this.#table.blockSizes.length;
-		const handles: number[] = [];
-		const scheduled: number[] = [];
-		const tokens: number[] = [];
+		const most = scheduledNewReqs.length + scheduledCachedReqs.length;
+		const handles = new Uint32Array(most);
+		const scheduled = new Uint32Array(most);
+		const tokens = new Uint32Array(most);
+		const offsets = new Uint32Array(most * groups + 1);
 		const blockIds: number[] = [];
-		const offsets = [0];
-		const allocations: BlockAllocation[] = [];
+		let count = 0;
+		const allocations: BlockAllocation[] | undefined =
+			this.#adapter.reportBlockAllocations === undefined ? undefined : [];
 		const loading = new Set(
 			[...this.#loadingNow].flatMap((id) => this.#table.get(id)?.allocatedBlockIds.flat() ?? []),
 		);
@@ -283,52 +293,51 @@ export class SchedulerConnector {
 			if (this.#uncached.has(requestId)) {
 				return;
 			}
-			const tracker = this.#tracked(requestId);
-			const request = this.#requests.get(requestId) as EngineRequest;
-			const count = output.numScheduledTokens[requestId];
-			checkInteger(`numScheduledTokens of ${requestId}`, count, 0, U32_MAX);
-			handles.push(tracker.handle);
-			scheduled.push(count as number);
-			tokens.push(this.#storableTokens(request, tracker, count as number, loading));
-			const lists =
-				given === null || given === undefined
-					? Array.from({ length: groups }, () => [])
-					: blockLists(given, groups);
-			for (const list of lists) {
-				for (const id of isNew ? [] : list) {
-					blockIds.push(id);
+			const tracked = this.#tracked(requestId);
+			const now = numScheduledTokens[requestId];
+			checkCount("numScheduledTokens", requestId, now);
+			handles[count] = tracked.tracker.handle;
+			scheduled[count] = now as number;
+			tokens[count] = this.#storableTokens(tracked, now as number, loading);
+			// Most requests get no block in a step.
+			const lists = given === null || given === undefined ? NONE : blockLists(given, groups);
+			for (let group = 0; group < groups; group++) {
+				const list = lists[group];
+				if (list !== undefined && !isNew) {
+					for (const id of list) {
+						blockIds.push(id);
+					}
 				}
-				offsets.push(blockIds.length);
+				offsets[count * groups + group + 1] = blockIds.length;
 			}
-			if (
-				this.#adapter.reportBlockAllocations !== undefined &&
-				lists.some((ids) => ids.length > 0)
-			) {
-				allocations.push(this.#allocation(request, tracker, lists, isNew));
+			count++;
+			if (allocations !== undefined && lists.some((ids) => ids.length > 0)) {
+				allocations.push(this.#allocation(tracked, lists, isNew));
 			}
 		};
-		for (const { requestId } of output.scheduledNewReqs) {
-			const tracker = this.#table.get(requestId);
-			take(requestId, tracker?.allocatedBlockIds, true);
+		for (const { requestId } of scheduledNewReqs) {
+			// Its blocks came with updateStateAfterAlloc.
+			const { tracker } = this.#requests.get(requestId) ?? {};
+			take(requestId, allocations && tracker?.allocatedBlockIds, true);
 		}
-		for (const { requestId, newBlockIds, resumed = false } of output.scheduledCachedReqs) {
+		for (const { requestId, newBlockIds, resumed = false } of scheduledCachedReqs) {
 			take(requestId, newBlockIds, resumed);
 		}
 		const plan = this.#plan({
-			handles: Uint32Array.from(handles),
-			scheduledTokens: Uint32Array.from(scheduled),
-			numTokens: Uint32Array.from(tokens),
-			blockOffsets: Uint32Array.from(offsets),
+			handles: handles.subarray(0, count),
+			scheduledTokens: scheduled.subarray(0, count),
+			numTokens: tokens.subarray(0, count),
+			blockOffsets: offsets.subarray(0, count * groups + 1),
 			blockIds: Uint32Array.from(blockIds),
 		});
 		this.#loadingNow.clear();
 		const requests: RequestMetadata[] = [];
 		for (const { handle, direction, ...op } of plan) {
 			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
-			const tokenIds = (this.#requests.get(requestId) as EngineRequest).allTokenIds.slice();
+			const tokenIds = (this.#requests.get(requestId) as Tracked).request.allTokenIds.slice();
 			requests.push({ requestId, direction, op: { tokenIds, ...op }, cacheSalt });
 		}
-		if (allocations.length > 0) {
+		if (allocations !== undefined && allocations.length > 0) {
 			this.#adapter.reportBlockAllocations?.(allocations);
 		}
 		return { requests, loadAsync: this.#loadAsync };
@@ -353,9 +362,9 @@ export class SchedulerConnector {
 		if (invalidBlockIds.size === 0) {
 			return;
 		}
-		for (const [requestId, { numComputedTokens }] of this.#requests) {
-			const blockIds = this.#table.get(requestId)?.allocatedBlockIds.flat() ?? [];
-			if (numComputedTokens === undefined && blockIds.some((id) => invalidBlockIds.has(id))) {
+		for (const [requestId, { tracker, request }] of this.#requests) {
+			const told = request.numComputedTokens !== undefined;
+			if (!told && tracker.allocatedBlockIds.flat().some((id) => invalidBlockIds.has(id))) {
 				this.#unknown.add(requestId);
 			}
 		}
@@ -458,21 +467,20 @@ export class SchedulerConnector {
 			cacheSalt,
 			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
-		this.#requests.set(requestId, request);
+		this.#requests.set(requestId, { tracker, request });
 		this.#prompts.set(requestId, first);
 		return tracker;
 	}
 
-	#tracked(requestId: string): RequestTracker {
-		// A number would be a handle.
-		const tracker = typeof requestId === "string" ? this.#table.get(requestId) : undefined;
-		if (tracker === undefined) {
+	#tracked(requestId: string): Tracked {
+		const tracked = this.#requests.get(requestId);
+		if (tracked === undefined) {
 			throw invalid(
 				`request ${requestId} is unknown: call getNumNewMatchedTokens for it first, and nothing after ` +
 					"requestFinished",
 			);
 		}
-		return tracker;
+		return tracked;
 	}
 
 	#hashedTokens({ allTokenIds, numBlockHashes }: EngineRequest): number {
@@ -485,8 +493,7 @@ export class SchedulerConnector {
 
 	/** Tokens that may be stored at the end of a step: those that are surely good then. */
 	#storableTokens(
-		request: EngineRequest,
-		tracker: RequestTracker,
+		{ request, tracker }: Tracked,
 		scheduled: number,
 		loading: ReadonlySet<number>,
 	): number {
@@ -501,21 +508,20 @@ export class SchedulerConnector {
 		if (numComputedTokens === undefined) {
 			return hashed;
 		}
-		checkInteger(`numComputedTokens of ${request.requestId}`, numComputedTokens, 0, U32_MAX);
+		checkCount("numComputedTokens", request.requestId, numComputedTokens);
 		// After a failed load more was scheduled than is computed.
 		return Math.min(hashed, numComputedTokens + scheduled);
 	}
 
 	#allocation(
-		request: EngineRequest,
-		tracker: RequestTracker,
+		{ request, tracker }: Tracked,
 		lists: readonly (readonly number[] | Uint32Array)[],
 		isNew: boolean,
 	): BlockAllocation {
 		const group = this.#table.blockSizes.findIndex((size) => size > 0);
 		const size = this.#table.blockSizes[group] as number;
 		const added = lists[group]?.length ?? 0;
-		const held = tracker.allocatedBlockIds[group]?.length ?? 0;
+		const held = tracker.numAllocatedBlocks;
 		const before = isNew ? held - added : held;
 		const newTokenIds = [...request.allTokenIds.slice(before * size, (before + added) * size)];
 		const newBlockIds = lists.map((ids) => [...ids]);
@@ -548,6 +554,14 @@ function checkOutput(output: SchedulerOutput): void {
 /** Ids of ended requests that are remembered. */
 const ENDING_MAX = 65_536;
 
+/** Checks a count of a request. The name is put together only for the error: there are two for each in a step. */
+function checkCount(what: string, requestId: string, count: unknown): void {
+	if (!Number.isInteger(count) || (count as number) < 0 || (count as number) > 2 ** 32 - 1) {
+		checkInteger(`${what} of ${requestId}`, count, 0, 2 ** 32 - 1);
+	}
+}
+
+const NONE: ReturnType<typeof blockLists> = [];
 const EXTRA = "num_lmcache_extra_cached_tokens";
 
 function salted(cacheSalt: string): SaltOption | undefined {

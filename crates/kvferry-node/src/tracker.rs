@@ -67,6 +67,13 @@ impl Trackers {
         self.inner.blocks(handle, group as usize).map(<[u32]>::to_vec).map_err(to_napi)
     }
 
+    /// How many blocks of the group there are.
+    #[napi(catch_unwind)]
+    pub fn block_count(&self, handle: u32, group: u32) -> Result<u32> {
+        let blocks = self.inner.blocks(handle, group as usize).map_err(to_napi)?;
+        Ok(u32::try_from(blocks.len()).unwrap_or(u32::MAX))
+    }
+
     /// Takes in what a lookup found.
     #[napi(catch_unwind)]
     pub fn set_hits(&mut self, handle: u32, local: u32, external: u32) -> Result<()> {
