@@ -3,6 +3,7 @@ import {
 	type EngineRequest,
 	type ErrorCode,
 	KvferryError,
+	type LoadStoreOp,
 	type SchedulerAdapter,
 	SchedulerConnector,
 	type SchedulerConnectorOptions,
@@ -62,7 +63,7 @@ describe("a scheduler's connector", () => {
 				direction: "STORE",
 				cacheSalt: "",
 				op: {
-					tokenIds: a.allTokenIds,
+					tokenIds: Uint32Array.from(a.allTokenIds),
 					start: 64,
 					end: 128,
 					blockIds: [range(4, 8)],
@@ -258,6 +259,76 @@ describe("the salt of a request", () => {
 		expect(warnings).toEqual([expect.stringContaining("carriesSalt")]);
 		const plain = request("c", 150);
 		expect(connector.getNumNewMatchedTokens(plain, 0)).toEqual([64, true]);
+	});
+});
+
+describe("the tokens of an operation", () => {
+	/** A request that decodes; `next` is the operation of the step in which it has so many tokens. */
+	function decode(allTokenIds: () => readonly number[] | Uint32Array) {
+		const { connector } = open(() => 0);
+		const a: EngineRequest = {
+			requestId: "a",
+			get allTokenIds() {
+				return allTokenIds();
+			},
+		};
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 100), 0);
+		let computed = 0;
+		return () => {
+			const scheduled = { a: allTokenIds().length - computed };
+			computed += scheduled.a;
+			const { requests } = connector.buildConnectorMeta({
+				...idle,
+				scheduledCachedReqs: [a],
+				numScheduledTokens: scheduled,
+			});
+			expect(requests).toHaveLength(1);
+			return requests[0]?.op as LoadStoreOp;
+		};
+	}
+
+	it("are all that the request has then, and stay so while it grows", () => {
+		for (const as of [(ids: number[]) => ids, (ids: number[]) => Uint32Array.from(ids)]) {
+			let length = 100;
+			const next = decode(() => as(range(1, 1 + length)));
+			const planned: [LoadStoreOp, number][] = [];
+			for (length of [100, 128, 200, 1000, 1027]) {
+				planned.push([next(), length]);
+			}
+			for (const [op, length] of planned) {
+				expect([...op.tokenIds]).toEqual(range(1, 1 + length));
+				expect(structuredClone(op)).toEqual(op);
+			}
+		}
+	});
+
+	it("are the request's though an earlier operation's memory was transferred away", () => {
+		let tokens = range(1, 101);
+		const next = decode(() => tokens);
+		const { tokenIds } = next();
+		structuredClone(tokenIds, { transfer: [(tokenIds as Uint32Array).buffer as ArrayBuffer] });
+		expect(tokenIds).toHaveLength(0);
+		tokens = [-1, ...range(2, 129)];
+		expect(next().tokenIds).toEqual(tokens);
+		tokens = range(1, 193);
+		expect([...next().tokenIds]).toEqual(tokens);
+	});
+
+	it("are those of now where what was not computed has been replaced", () => {
+		let tokens = [...range(0, 64), 7, 7, 7];
+		const next = decode(() => tokens);
+		next();
+		tokens = [...range(0, 64), ...range(500, 564)];
+		expect([...next().tokenIds]).toEqual(tokens);
+	});
+
+	it("come as they are when one is no token id: the worker refuses it by name", () => {
+		for (const wrong of [-1, 1.5, 2 ** 32, Number.NaN, "7", 7n]) {
+			const tokens = [...range(0, 70), wrong as number];
+			const next = decode(() => tokens);
+			expect(next().tokenIds).toEqual(tokens);
+		}
 	});
 });
 

@@ -5,7 +5,10 @@ const U32_MAX = 2 ** 32 - 1;
 
 /** One load or store of a request. */
 export interface LoadStoreOp {
-	/** The request's tokens; the chunks' keys follow from those up to `end`. */
+	/**
+	 * The request's tokens; the chunks' keys follow from those up to `end`. Operations of one request may share
+	 * memory: read them only.
+	 */
 	readonly tokenIds: readonly number[] | Uint32Array;
 	/** First token, a multiple of the chunk size. */
 	readonly start: number;
@@ -92,4 +95,50 @@ export function checkOperation(requestId: string, op: LoadStoreOp): void {
 	for (const id of blockIds.flat()) {
 		checkInteger(`a block id of ${requestId}`, id, 0, U32_MAX - 1);
 	}
+}
+
+/**
+ * A request's tokens for its operations. They are copied once, into memory that the operations share, so that one
+ * late in a long request costs no more than one of a short request.
+ *
+ * @internal
+ */
+export class SharedTokens {
+	#copy = new Uint32Array(0);
+	/** So many leading tokens were loaded or stored: they do not change any more. */
+	#settled = 0;
+
+	/** All of `tokenIds` as they are now, for an operation that ends at `end`. */
+	of(tokenIds: readonly number[] | Uint32Array, end: number): readonly number[] | Uint32Array {
+		const { length } = tokenIds;
+		// Fewer are left when the memory was transferred away, or the request has become shorter.
+		const settled = Math.min(this.#settled, this.#copy.length, length);
+		this.#settled = settled;
+		if (this.#copy.length < length) {
+			const copy = new Uint32Array(length + (length >> 3));
+			if (settled > 0) {
+				copy.set(this.#copy.subarray(0, settled)); // throws when the memory is gone
+			}
+			this.#copy = copy;
+		}
+		if (tokenIds instanceof Uint32Array) {
+			this.#copy.set(tokenIds.subarray(settled), settled);
+		} else if (!copyTokens(tokenIds, settled, this.#copy)) {
+			return tokenIds.slice(); // something is no token id: the worker says so
+		}
+		this.#settled = end;
+		return this.#copy.subarray(0, length);
+	}
+}
+
+/** Copies the tokens from `start` on to their places; whether all of them are token ids. */
+function copyTokens(tokenIds: readonly number[], start: number, to: Uint32Array): boolean {
+	for (let i = start; i < tokenIds.length; i++) {
+		const token = tokenIds[i] as number;
+		if (!Number.isInteger(token) || token < 0 || token > 2 ** 32 - 1) {
+			return false;
+		}
+		to[i] = token;
+	}
+	return true;
 }

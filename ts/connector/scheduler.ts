@@ -17,7 +17,7 @@ import {
 	TrackerTable,
 } from "../tracker.js";
 import type { BlockAllocation, SaltOption, SchedulerAdapter } from "./adapter.js";
-import type { ConnectorMetadata, RequestMetadata } from "./metadata.js";
+import { type ConnectorMetadata, type RequestMetadata, SharedTokens } from "./metadata.js";
 
 const U32_MAX = 2 ** 32 - 1;
 
@@ -105,6 +105,7 @@ export interface SchedulerConnectorOptions {
 interface Tracked {
 	readonly tracker: RequestTracker;
 	readonly request: EngineRequest;
+	readonly tokens: SharedTokens;
 }
 
 /**
@@ -334,7 +335,8 @@ export class SchedulerConnector {
 		const requests: RequestMetadata[] = [];
 		for (const { handle, direction, ...op } of plan) {
 			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
-			const tokenIds = (this.#requests.get(requestId) as Tracked).request.allTokenIds.slice();
+			const { request, tokens } = this.#requests.get(requestId) as Tracked;
+			const tokenIds = tokens.of(request.allTokenIds, op.end);
 			requests.push({ requestId, direction, op: { tokenIds, ...op }, cacheSalt });
 		}
 		if (allocations !== undefined && allocations.length > 0) {
@@ -467,7 +469,7 @@ export class SchedulerConnector {
 			cacheSalt,
 			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
-		this.#requests.set(requestId, { tracker, request });
+		this.#requests.set(requestId, { tracker, request, tokens: new SharedTokens() });
 		this.#prompts.set(requestId, first);
 		return tracker;
 	}
