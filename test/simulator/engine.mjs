@@ -339,7 +339,9 @@ export class Engine {
 			this.#waiting.push(/** @type {Request} */ (this.#coming.shift()));
 		}
 		for (const request of [...this.#waiting, ...this.#running]) {
-			if (random.chance(faults.abort)) {
+			// An abort matters most while others wait for what this one computes anew.
+			const often = request.recoverTo > request.computed ? 100 : 1;
+			if (random.chance(faults.abort * often)) {
 				world.counts.aborts++;
 				this.#backOff(request);
 				this.#finish(request);
