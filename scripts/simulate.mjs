@@ -156,8 +156,10 @@ async function work({ from, step, seeds, requests, defect }) {
 		try {
 			process.send?.({ counts: await simulate(kvferry, addon, seed, requests) });
 		} catch (error) {
-			process.send?.({ seed, violation: error instanceof Error ? error.message : String(error) });
-			break;
+			const violation = error instanceof Error ? error.message : String(error);
+			// What the seed has begun would hold the process.
+			process.send?.({ seed, violation }, () => process.exit(0));
+			return;
 		}
 	}
 	process.disconnect();
