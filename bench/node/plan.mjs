@@ -309,6 +309,7 @@ class ConnectorLoad {
 		if (this.#prompt) {
 			expected.unshift({ ...prompt, ...PROMPT_STORED });
 			this.#connector.requestFinished(prompt);
+			this.#connector.updateConnectorOutput({ finishedSending: [requestId] }); // its id is used again
 		}
 		check([this.#told], [this.#tells ? newBlocks : 0]);
 		check(
