@@ -106,6 +106,8 @@ interface Tracked {
 	readonly tracker: RequestTracker;
 	readonly request: EngineRequest;
 	readonly tokens: SharedTokens;
+	/** Tokens that it had when it was first seen. */
+	readonly firstTokens: number;
 }
 
 /**
@@ -130,8 +132,6 @@ export class SchedulerConnector {
 	readonly #loadingNow = new Set<string>();
 	/** Requests that have ended, and whose blocks a worker may still copy. */
 	readonly #ending = new Set<string>();
-	/** Tokens of the prompt, as each request first had them. */
-	readonly #prompts = new Map<string, number>();
 	/** Requests whose tokens must not be shown to the adapter. */
 	readonly #uncached = new Set<string>();
 
@@ -212,7 +212,6 @@ export class SchedulerConnector {
 			if (isNew) {
 				this.#table.remove(requestId);
 				this.#requests.delete(requestId);
-				this.#prompts.delete(requestId);
 			}
 			throw error;
 		}
@@ -392,7 +391,6 @@ export class SchedulerConnector {
 			params[EXTRA] = Math.max(0, extra);
 		}
 		this.#unknown.delete(requestId);
-		this.#prompts.delete(requestId);
 		this.#loadingNow.delete(requestId);
 		const uncached = this.#uncached.delete(requestId);
 		if (tracker === undefined && !uncached) {
@@ -454,8 +452,8 @@ export class SchedulerConnector {
 			}
 		}
 		const { maxOffloadTokens = Infinity } = request;
-		const first = this.#prompts.get(requestId) ?? request.allTokenIds.length;
-		const prompt = numPromptTokens ?? first;
+		const { firstTokens = request.allTokenIds.length } = this.#requests.get(requestId) ?? {};
+		const prompt = numPromptTokens ?? firstTokens;
 		checkInteger(`numPromptTokens of ${requestId}`, prompt, 0, U32_MAX);
 		if (maxOffloadTokens !== Infinity) {
 			checkInteger(`maxOffloadTokens of ${requestId}`, maxOffloadTokens, 0, U32_MAX);
@@ -469,8 +467,7 @@ export class SchedulerConnector {
 			cacheSalt,
 			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
-		this.#requests.set(requestId, { tracker, request, tokens: new SharedTokens() });
-		this.#prompts.set(requestId, first);
+		this.#requests.set(requestId, { tracker, request, tokens: new SharedTokens(), firstTokens });
 		return tracker;
 	}
 
