@@ -115,14 +115,18 @@ export declare class PagedWorker {
   get arrayBytes(): number
   /** Begins a load. */
   load(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedLoad>
-  /** Copies a load into blocks; `false` when its chunks are gone. */
-  copyIn(load: PagedLoad, arrays: Array<Uint8Array>, blocks: Uint32Array, skip: number): boolean
+  /** Plans a load into blocks; `false` when its chunks are gone. */
+  planLoad(load: PagedLoad, blocks: Uint32Array, skip: number): boolean
+  /** Copies on what was planned, some milliseconds long; `false` when that was the rest. */
+  copyIn(load: PagedLoad, arrays: Array<Uint8Array>): boolean
   /** Ends a load; `false` when what was copied must not be used. */
   finish(load: PagedLoad, timeoutMs: number): Promise<boolean>
   /** Begins a store. */
   store(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedStore>
-  /** Copies blocks out. */
-  copyOut(store: PagedStore, arrays: Array<Uint8Array>, blocks: Uint32Array): void
+  /** Plans a store out of blocks. */
+  planStore(store: PagedStore, blocks: Uint32Array): void
+  /** Copies on what was planned, some milliseconds long; `false` when that was the rest. */
+  copyOut(store: PagedStore, arrays: Array<Uint8Array>): boolean
   /** Makes a store visible; the chunks that it had. */
   commit(store: PagedStore, timeoutMs: number): Promise<number>
   /** Gives a store's room back. */
@@ -446,6 +450,8 @@ export interface PagedLayout {
   planes: string
   /** "NHD" or "HND". */
   order: string
+  /** Bytes from a block to the next, if they do not follow each other. */
+  blockStride?: number
 }
 
 /** Whose KV it is; `ts/connector/cache-adapter.ts` has the defaults. */

@@ -332,7 +332,7 @@ export class Transport {
 			return worker;
 		};
 		/** @typedef {{ arrays: Uint8Array[], blocks: Uint32Array }} Copied */
-		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], copied?: Copied }>} */
+		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], filled?: Uint32Array, copied?: Copied }>} */
 		const grants = new WeakMap();
 		const of = (/** @type {object} */ grant) => {
 			const known = grants.get(grant);
@@ -392,11 +392,16 @@ export class Transport {
 					},
 					(load) => of(load).worker.finish(load, 1000),
 				),
+			/** @type {Native["PagedWorker"]["prototype"]["planLoad"]} */
+			planLoad: (load, blocks, skip) => {
+				of(load).filled = blocks.subarray(Math.floor(skip / layout.blockSize));
+				return of(load).worker.planLoad(load, blocks, skip);
+			},
 			/** @type {Native["PagedWorker"]["prototype"]["copyIn"]} */
-			copyIn: (load, arrays, blocks, skip) => {
-				const filled = blocks.subarray(Math.floor(skip / layout.blockSize));
-				of(load).copied = { arrays, blocks: filled };
-				return of(load).worker.copyIn(load, arrays, blocks, skip);
+			copyIn: (load, arrays) => {
+				const grant = of(load);
+				grant.copied = { arrays, blocks: grant.filled ?? new Uint32Array() };
+				return grant.worker.copyIn(load, arrays);
 			},
 			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
 			finish: (load) =>
@@ -432,8 +437,10 @@ export class Transport {
 					(store) => of(store).worker.abandon(store, 1000),
 				);
 			},
+			/** @type {Native["PagedWorker"]["prototype"]["planStore"]} */
+			planStore: (store, blocks) => of(store).worker.planStore(store, blocks),
 			/** @type {Native["PagedWorker"]["prototype"]["copyOut"]} */
-			copyOut: (store, arrays, blocks) => of(store).worker.copyOut(store, arrays, blocks),
+			copyOut: (store, arrays) => of(store).worker.copyOut(store, arrays),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */
 			commit: (store) => this.#end(() => commit(store)),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */

@@ -1,3 +1,4 @@
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { checkAttached, checkInteger, checkText, checkTokenIds, invalid } from "../arguments.js";
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
@@ -452,7 +453,11 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			let copied = false;
 			try {
 				const blocks = blocksOf(op);
-				copied = wrap(() => worker.copyIn(load, this.#arrays, blocks, op.skipFirstNTokens));
+				const there = wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens));
+				while (wrap(() => worker.copyIn(load, this.#arrays))) {
+					await nextTurn();
+				}
+				copied = there;
 			} finally {
 				const held = await waitFor(() => worker.finish(load, this.#timeoutMs), undefined);
 				loaded = copied && held;
@@ -488,7 +493,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			}
 			try {
 				const blocks = blocksOf(op);
-				wrap(() => worker.copyOut(store, this.#arrays, blocks));
+				wrap(() => worker.planStore(store, blocks));
+				while (wrap(() => worker.copyOut(store, this.#arrays))) {
+					await nextTurn();
+				}
 			} catch (error) {
 				await worker.abandon(store, this.#timeoutMs).catch(() => {}); // the first error tells more
 				throw error;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use kvferry_core::cache::Memory;
+use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::{Error, ErrorCode, Result};
 
 const CLOSED: usize = 1 << (usize::BITS - 1);
@@ -26,30 +26,24 @@ impl Gate {
         }
     }
 
-    fn pass<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
-        let _writer = Writer::count(&self.0);
+    fn pass(self: &Arc<Self>) -> Result<Writer> {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        let writer = Writer(Arc::clone(self));
         if self.0.load(Ordering::Acquire) & CLOSED != 0 {
             return Err(Error::new(
                 ErrorCode::Unreachable,
                 "the connection ended while state was copied; nothing of it was stored",
             ));
         }
-        write()
+        Ok(writer)
     }
 }
 
-struct Writer<'a>(&'a AtomicUsize);
+struct Writer(Arc<Gate>);
 
-impl<'a> Writer<'a> {
-    fn count(writers: &'a AtomicUsize) -> Self {
-        writers.fetch_add(1, Ordering::AcqRel);
-        Self(writers)
-    }
-}
-
-impl Drop for Writer<'_> {
+impl Drop for Writer {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.0.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -60,6 +54,10 @@ pub(crate) struct Gated {
 }
 
 impl Memory for Gated {
+    fn bytes(&self) -> u64 {
+        self.memory.bytes()
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         self.memory.read(offset, into)
     }
@@ -67,10 +65,19 @@ impl Memory for Gated {
     fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         let mut at = offset;
         for piece in from.chunks(PIECE) {
-            self.gate.pass(|| self.memory.write(at, piece))?;
+            let _writer = self.gate.pass()?;
+            self.memory.write(at, piece)?;
             at += piece.len() as u64;
         }
         Ok(())
+    }
+
+    fn guarded(&self) -> Option<&Arc<dyn Memory>> {
+        Some(&self.memory)
+    }
+
+    fn permit(&self) -> Result<Permit> {
+        self.gate.pass().map(Permit::holding)
     }
 }
 
@@ -84,6 +91,10 @@ mod tests {
     struct Bytes(Mutex<Vec<u8>>);
 
     impl Memory for Bytes {
+        fn bytes(&self) -> u64 {
+            u64::MAX
+        }
+
         fn read(&self, _offset: u64, _into: &mut [u8]) -> Result<()> {
             Ok(())
         }

@@ -1,6 +1,7 @@
 //! Memory regions and copies: the only crate with unsafe code beside the binding.
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
 
+mod host;
 #[cfg(target_os = "linux")]
 mod mapping;
 #[cfg(target_os = "linux")]
@@ -10,6 +11,7 @@ mod private;
 mod shared;
 mod threads;
 
+pub use host::{HostArrays, HostMemory};
 #[cfg(target_os = "linux")]
 pub use memfd::MemFd;
 pub use private::PrivateRegion;
@@ -21,6 +23,9 @@ pub use threads::run_copies;
 /// clients may populate whole steps.
 pub const POOL_STEP: u64 = 64 << 20;
 
+use std::any::Any;
+
+use kvferry_core::cache::Memory;
 use kvferry_core::{Error, Result};
 
 /// `offset..offset + length` as the range of a region of `bytes`, or an error that names all three.
@@ -32,4 +37,21 @@ fn range_of(offset: u64, length: usize, bytes: usize) -> Result<std::ops::Range<
             "{length} bytes at {offset} lie outside the region of {bytes} bytes"
         ))
     })
+}
+
+/// Where `bytes` at `offset` of a pool lie in this process, ready to be copied to or from; `None` for memory
+/// that is no region of this crate's.
+///
+/// # Errors
+/// The range lies outside, or the system has no pages for it.
+fn place_of(pool: &dyn Memory, offset: u64, bytes: usize) -> Result<Option<*mut u8>> {
+    if let Some(inner) = pool.guarded() {
+        return place_of(&**inner, offset, bytes);
+    }
+    let any: &dyn Any = pool;
+    #[cfg(target_os = "linux")]
+    if let Some(region) = any.downcast_ref::<SharedRegion>() {
+        return region.place(offset, bytes).map(Some);
+    }
+    any.downcast_ref::<PrivateRegion>().map(|region| region.place(offset, bytes)).transpose()
 }

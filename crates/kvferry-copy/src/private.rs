@@ -45,9 +45,19 @@ impl PrivateRegion {
         let start = unsafe { allocated.add(allocated.align_offset(PAGE)) };
         Ok(Self { start, bytes, allocated, layout })
     }
+
+    /// Where `bytes` at `offset` lie, while this region lives.
+    pub(crate) fn place(&self, offset: u64, bytes: usize) -> Result<*mut u8> {
+        let range = range_of(offset, bytes, self.bytes)?;
+        Ok(self.start.as_ptr().wrapping_add(range.start))
+    }
 }
 
 impl Memory for PrivateRegion {
+    fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let range = range_of(offset, into.len(), self.bytes)?;
         // SAFETY: the source is inside the allocation; the slice is other memory of the same length.

@@ -11,8 +11,8 @@ use std::time::Duration;
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 
-use crate::POOL_STEP;
 use crate::mapping::Mapping;
+use crate::{POOL_STEP, range_of};
 
 const DIRECTORY: &str = "/dev/shm";
 /// A segment that is locked at so many looks in a row is a live server's.
@@ -119,11 +119,6 @@ impl SharedRegion {
         Ok(Self { mapping, file, populated, owned: None })
     }
 
-    /// Bytes of the whole segment.
-    pub fn bytes(&self) -> u64 {
-        self.mapping.len() as u64
-    }
-
     /// Reserves the pages of step `step` (of [`POOL_STEP`] bytes; the last may be shorter), or says
     /// that /dev/shm has no room for them. Takes ~10–15 ms a step: not for a request's path.
     pub fn reserve(&self, step: u64) -> Result<()> {
@@ -165,6 +160,13 @@ impl SharedRegion {
         Ok(())
     }
 
+    /// Where `bytes` at `offset` lie, while this region lives; their pages are mapped.
+    pub(crate) fn place(&self, offset: u64, bytes: usize) -> Result<*mut u8> {
+        let range = range_of(offset, bytes, self.mapping.len())?;
+        self.populate(offset, bytes)?;
+        Ok(self.mapping.as_ptr().wrapping_add(range.start))
+    }
+
     fn step(&self, step: u64) -> Result<(u64, u64)> {
         let offset = step.checked_mul(POOL_STEP).filter(|offset| *offset < self.bytes());
         let offset =
@@ -174,6 +176,10 @@ impl SharedRegion {
 }
 
 impl Memory for SharedRegion {
+    fn bytes(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         self.populate(offset, into.len())?;
         self.mapping.read(offset, into)

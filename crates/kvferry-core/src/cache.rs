@@ -1,6 +1,7 @@
 //! The cache as an engine sees it. The store (embedded, no socket between) and the client (a server
 //! in another process) both implement [`Cache`], so everything above is written once.
 
+use std::any::Any;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,11 +17,40 @@ pub type CacheFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a
 
 /// Bytes that other processes may change while they are read: a shared-memory pool. There are no
 /// references into it, only copies.
-pub trait Memory: Send + Sync {
+pub trait Memory: Any + Send + Sync {
+    /// All bytes.
+    fn bytes(&self) -> u64;
     /// Copies `into.len()` bytes from `offset`; an error, and nothing copied, when out of bounds.
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()>;
     /// Copies `from` to `offset`; an error, and nothing copied, when out of bounds.
     fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
+
+    /// The memory that this one lets others write to only for a time.
+    fn guarded(&self) -> Option<&Arc<dyn Memory>> {
+        None
+    }
+
+    /// To be held by those who write by other ways than [`Memory::write`], and not for long: what ends the
+    /// time of writing waits for it.
+    ///
+    /// # Errors
+    /// The time of writing is over.
+    fn permit(&self) -> Result<Permit> {
+        Ok(Permit::default())
+    }
+}
+
+/// Leave to write to a [`Memory`], until it is dropped.
+#[derive(Default)]
+pub struct Permit {
+    _held: Option<Box<dyn Send>>,
+}
+
+impl Permit {
+    /// Leave that ends when `held` is dropped.
+    pub fn holding(held: impl Send + 'static) -> Self {
+        Self { _held: Some(Box::new(held)) }
+    }
 }
 
 /// A file that is written by its bytes, for an engine that loads files.

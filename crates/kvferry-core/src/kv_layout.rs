@@ -1,5 +1,6 @@
-//! Where a chunk's KV lies in an engine's blocks, and where in the chunk's object.
+//! How an engine's KV memory is laid out.
 
+use crate::copy_plan::{Blocks, CopyShape, Heads};
 use crate::key::{Dtype, Layout};
 use crate::{Error, Result};
 
@@ -42,26 +43,16 @@ pub struct KvLayout {
     pub planes: Planes,
     /// The order within a block.
     pub order: Order,
-}
-
-/// Bytes that lie together in an array and in an object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Counted over layers, then planes.
-    pub array: usize,
-    /// Bytes from the array's start.
-    pub at: usize,
-    /// Bytes from the object's start.
-    pub object: u64,
-    /// Bytes.
-    pub length: usize,
+    /// Bytes from a block to the next, where they do not follow each other.
+    pub block_stride: Option<u64>,
 }
 
 impl KvLayout {
     /// Checks that the sizes make sense, for chunks of `chunk_size` tokens.
     ///
     /// # Errors
-    /// Sizes of 0, blocks that do not divide the chunk, heads in a latent plane, arrays of 2^53 bytes or more.
+    /// Sizes of 0, blocks that do not divide the chunk, that overlap or whose stride is no multiple of an
+    /// element, heads in a latent plane, arrays of 2^53 bytes or more.
     pub fn check(&self, chunk_size: u32) -> Result<()> {
         let sizes = [
             ("layers", self.num_layers),
@@ -86,6 +77,15 @@ impl KvLayout {
             return Err(Error::invalid(format!(
                 "a latent plane has one head, not {}: its size goes to the head size",
                 self.num_kv_heads
+            )));
+        }
+        if let Some(stride) = self.block_stride
+            && (self.exact_block_bytes().is_none_or(|bytes| stride < bytes)
+                || !stride.is_multiple_of(self.dtype.size()))
+        {
+            return Err(Error::invalid(format!(
+                "blocks cannot lie {stride} bytes apart: give the bytes from one to the next, at least a \
+                 block's, in whole elements"
             )));
         }
         self.exact_array_bytes().filter(|bytes| *bytes < 1 << 53).map(drop).ok_or_else(|| {
@@ -121,116 +121,70 @@ impl KvLayout {
         }
     }
 
-    /// Calls `visit` for the pieces of one chunk of `tokens` tokens, whose tokens lie in `blocks` in this order,
-    /// without its first `skip` tokens. With fewer blocks than it has, its end is left out. Blocks that follow
-    /// each other make one piece where the order allows it.
-    ///
-    /// # Errors
-    /// A block beyond the engine's, before any piece is visited; what `visit` says.
-    pub fn pieces(
-        &self,
-        blocks: &[u32],
-        tokens: u32,
-        skip: u32,
-        mut visit: impl FnMut(Piece) -> Result<()>,
-    ) -> Result<()> {
-        self.check_blocks(blocks)?;
-        let tokens = tokens as usize;
-        let head = self.head_bytes();
-        let hidden = head * self.num_kv_heads as usize;
-        let runs = self.runs(blocks, skip as usize);
-        for array in 0..self.arrays() {
-            let (layer, plane) = (array / self.planes(), array % self.planes());
-            let first = (plane * self.num_layers as usize + layer) * tokens * hidden;
-            for run in &runs {
-                if self.order == Order::Nhd || self.num_kv_heads == 1 {
-                    visit(Piece {
-                        array,
-                        at: run.from * hidden,
-                        object: (first + run.token * hidden) as u64,
-                        length: run.length * hidden,
-                    })?;
-                    continue;
-                }
-                let size = self.block_size as usize;
-                for token in 0..run.length {
-                    let (block, inside) = ((run.from + token) / size, (run.from + token) % size);
-                    for number in 0..self.num_kv_heads as usize {
-                        visit(Piece {
-                            array,
-                            at: ((block * self.num_kv_heads as usize + number) * size + inside)
-                                * head,
-                            object: (first + (run.token + token) * hidden + number * head) as u64,
-                            length: head,
-                        })?;
-                    }
-                }
-            }
+    /// What copies between the arrays and chunks of `chunk_size` tokens have in common; call
+    /// [`KvLayout::check`] first. An object is `[planes, layers, tokens, heads, elements]`.
+    pub fn copy_shape(&self, chunk_size: u32) -> CopyShape {
+        let (head, tokens) = (self.head_bytes(), u64::from(self.block_size));
+        let token = head * u64::from(self.num_kv_heads);
+        let array_of_object = token * u64::from(chunk_size);
+        let layers = u64::from(self.num_layers);
+        let planes = self.planes() as u64;
+        let base = |layer: u64, plane: u64| (plane * layers + layer) * array_of_object;
+        let bases = (0..layers)
+            .flat_map(|layer| (0..planes).map(move |plane| base(layer, plane)))
+            .collect();
+        let apart = self.order == Order::Hnd && self.num_kv_heads > 1 && self.block_size > 1;
+        let heads = Heads { count: self.num_kv_heads.into(), array: tokens * head };
+        CopyShape {
+            bases,
+            array_bytes: self.array_bytes(),
+            object_bytes: planes * layers * array_of_object,
+            element_bytes: self.dtype.size(),
+            blocks: Blocks {
+                count: self.num_blocks,
+                tokens,
+                stride: self.stride(),
+                bytes: tokens * token,
+                token,
+                heads: apart.then_some(heads),
+            },
         }
-        Ok(())
-    }
-
-    /// Refuses blocks beyond the engine's.
-    pub fn check_blocks(&self, blocks: &[u32]) -> Result<()> {
-        match blocks.iter().find(|block| **block >= self.num_blocks) {
-            None => Ok(()),
-            Some(block) => Err(Error::invalid(format!(
-                "block {block} is beyond the engine's {} blocks",
-                self.num_blocks
-            ))),
-        }
-    }
-
-    /// Tokens that lie behind each other in the arrays.
-    fn runs(&self, blocks: &[u32], skip: usize) -> Vec<Run> {
-        let size = self.block_size as usize;
-        let mut runs: Vec<Run> = Vec::with_capacity(blocks.len());
-        for (number, block) in blocks.iter().enumerate() {
-            let skipped = skip.saturating_sub(number * size).min(size);
-            let run = Run {
-                token: number * size + skipped,
-                from: *block as usize * size + skipped,
-                length: size - skipped,
-            };
-            match runs.last_mut() {
-                Some(last) if last.from + last.length == run.from => last.length += run.length,
-                _ if run.length == 0 => {}
-                _ => runs.push(run),
-            }
-        }
-        runs
     }
 
     fn planes(&self) -> usize {
         if self.planes == Planes::Separate { 2 } else { 1 }
     }
 
-    fn head_bytes(&self) -> usize {
-        let halves = if self.planes == Planes::Fused { 2 } else { 1 };
-        self.head_size as usize * halves * usize::try_from(self.dtype.size()).unwrap_or(1)
+    fn head_bytes(&self) -> u64 {
+        u64::from(self.head_size) * self.halves() * self.dtype.size()
+    }
+
+    fn halves(&self) -> u64 {
+        if self.planes == Planes::Fused { 2 } else { 1 }
+    }
+
+    /// Bytes from a block to the next.
+    fn stride(&self) -> u64 {
+        self.block_stride.or_else(|| self.exact_block_bytes()).unwrap_or(u64::MAX)
+    }
+
+    fn exact_block_bytes(&self) -> Option<u64> {
+        [self.block_size, self.num_kv_heads, self.head_size]
+            .iter()
+            .try_fold(self.dtype.size() * self.halves(), |bytes, size| {
+                bytes.checked_mul(u64::from(*size))
+            })
     }
 
     fn exact_array_bytes(&self) -> Option<u64> {
-        let halves = if self.planes == Planes::Fused { 2 } else { 1 };
-        [self.num_blocks, self.block_size, self.num_kv_heads, self.head_size, halves]
-            .iter()
-            .try_fold(self.dtype.size(), |bytes, size| bytes.checked_mul(u64::from(*size)))
+        let block = self.exact_block_bytes()?;
+        let before = self.stride().checked_mul(u64::from(self.num_blocks.saturating_sub(1)))?;
+        before.checked_add(block)
     }
-}
-
-/// Tokens of a chunk in their order.
-struct Run {
-    /// The first, counted from the chunk's.
-    token: usize,
-    /// The same token, counted from the arrays' start.
-    from: usize,
-    length: usize,
 }
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     fn layout(planes: Planes, order: Order) -> KvLayout {
@@ -243,81 +197,8 @@ mod tests {
             dtype: Dtype::new("bfloat16").unwrap(),
             planes,
             order,
+            block_stride: None,
         }
-    }
-
-    /// Where an element lies in its array: spelt out from the shapes, one element at a time.
-    fn element(layout: &KvLayout, block: usize, token: usize, head: usize, byte: usize) -> usize {
-        let heads = layout.num_kv_heads as usize;
-        let (size, bytes) = (layout.block_size as usize, layout.head_bytes());
-        match layout.order {
-            Order::Nhd => ((block * size + token) * heads + head) * bytes + byte,
-            Order::Hnd => ((block * heads + head) * size + token) * bytes + byte,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn each_byte_of_the_chunk_has_its_place_and_no_other(
-            planes in prop::sample::select(vec![Planes::Separate, Planes::Fused, Planes::Latent]),
-            order in prop::sample::select(vec![Order::Nhd, Order::Hnd]),
-            blocks in Just((0u32..8).collect::<Vec<_>>()).prop_shuffle(),
-            count in 1usize..6,
-            skip in 0u32..24,
-            longer in 0usize..3,
-        ) {
-            let layout = layout(planes, order);
-            layout.check(16).unwrap();
-            let blocks = &blocks[..count];
-            let (size, bytes) = (layout.block_size as usize, layout.head_bytes());
-            let heads = layout.num_kv_heads as usize;
-            let tokens = count * size;
-            let chunk_tokens = tokens + longer * size;
-            let mut expected = std::collections::HashMap::new();
-            for array in 0..layout.arrays() {
-                let (layer, plane) = (array / layout.planes(), array % layout.planes());
-                for token in skip as usize..tokens {
-                    for head in 0..heads {
-                        for byte in 0..bytes {
-                            // [planes, layers, tokens, heads, dimensions]
-                            let plane_and_layer = plane * layout.num_layers as usize + layer;
-                            let object = ((plane_and_layer * chunk_tokens + token) * heads + head) * bytes + byte;
-                            let block = blocks[token / size] as usize;
-                            let at = element(&layout, block, token % size, head, byte);
-                            expected.insert((array, at), object as u64);
-                        }
-                    }
-                }
-            }
-            let mut found = std::collections::HashMap::new();
-            layout.pieces(blocks, u32::try_from(chunk_tokens).unwrap(), skip, |piece| {
-                for byte in 0..piece.length {
-                    let twice = found.insert((piece.array, piece.at + byte), piece.object + byte as u64);
-                    assert_eq!(twice, None);
-                }
-                Ok(())
-            }).unwrap();
-            prop_assert_eq!(found, expected);
-        }
-    }
-
-    #[test]
-    fn blocks_in_a_row_are_one_piece() {
-        let layout = layout(Planes::Separate, Order::Nhd);
-        let mut pieces = Vec::new();
-        let visit = |piece| {
-            pieces.push(piece);
-            Ok(())
-        };
-        layout.pieces(&[2, 3, 4, 7], 16, 0, visit).unwrap();
-        assert_eq!(pieces.len(), 6 * 2, "for each of six arrays");
-    }
-
-    #[test]
-    fn a_block_beyond_the_engine_is_refused_before_anything_is_copied() {
-        let layout = layout(Planes::Fused, Order::Hnd);
-        let error = layout.pieces(&[0, 8], 8, 0, |_| panic!("nothing is visited")).unwrap_err();
-        assert!(error.message.contains("block 8"), "{error}");
     }
 
     #[test]
@@ -338,7 +219,16 @@ mod tests {
         assert!(KvLayout { num_layers: 0, ..good.clone() }.check(16).is_err());
         let latent = KvLayout { planes: Planes::Latent, ..good.clone() };
         assert!(latent.check(16).unwrap_err().message.contains("one head, not 2"));
-        let huge = KvLayout { num_blocks: u32::MAX, head_size: u32::MAX, ..good };
+        let huge = KvLayout { num_blocks: u32::MAX, head_size: u32::MAX, ..good.clone() };
         assert!(huge.check(16).is_err());
+        for (stride, fine) in [(80, true), (160, true), (79, false), (81, false), (u64::MAX, false)]
+        {
+            let strided = KvLayout { block_stride: Some(stride), ..good.clone() };
+            assert_eq!(
+                strided.check(16).is_ok(),
+                fine,
+                "a block has 80 bytes, an element 2: {stride}"
+            );
+        }
     }
 }

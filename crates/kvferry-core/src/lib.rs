@@ -2,6 +2,8 @@
 //! unsafe.
 
 pub mod cache;
+pub mod copy_plan;
+pub mod copying;
 pub mod defect;
 pub mod error;
 pub mod events;

@@ -4,18 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::cache::{Cache, Memory, Slot};
+use crate::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use crate::defect::{Defect, is_active};
 use crate::key::{Key, check_model_name, check_salt};
-use crate::kv_layout::{KvLayout, Piece};
+use crate::kv_layout::KvLayout;
 use crate::{Error, ErrorCode, Result};
-
-/// A worker's arrays, one borrowed at a time: they may share memory.
-pub trait Arrays {
-    /// How many there are.
-    fn count(&self) -> usize;
-    /// One of them.
-    fn array(&mut self, index: usize) -> &mut [u8];
-}
 
 /// Whose KV it is.
 #[derive(Debug, Clone)]
@@ -54,7 +47,8 @@ pub struct Worker {
     cache: Arc<dyn Cache>,
     place: Place,
     worker_id: u32,
-    layout: KvLayout,
+    shape: Arc<CopyShape>,
+    block_size: u32,
     chunk_size: u32,
     instance: u64,
 }
@@ -73,6 +67,14 @@ pub struct Store {
     chunks: Vec<u32>,
     refused: Option<u32>,
     memory: Arc<dyn Memory>,
+}
+
+/// What to copy, between the engine's memory and this one.
+pub struct Copies {
+    /// From slots to blocks, or from blocks to slots.
+    pub plan: CopyPlan,
+    /// Where the slots are.
+    pub memory: Arc<dyn Memory>,
 }
 
 impl Place {
@@ -155,7 +157,13 @@ impl Worker {
         }
         let registration = layout.registration(&place.model_name, place.world_size, chunk_size);
         let instance = cache.register(registration, deadline).await?;
-        Ok(Self { cache, place, worker_id, layout, chunk_size, instance })
+        let (shape, block_size) = (Arc::new(layout.copy_shape(chunk_size)), layout.block_size);
+        Ok(Self { cache, place, worker_id, shape, block_size, chunk_size, instance })
+    }
+
+    /// What its copies have in common.
+    pub fn shape(&self) -> &Arc<CopyShape> {
+        &self.shape
     }
 
     /// Forgets the memory; what is stored stays.
@@ -173,24 +181,15 @@ impl Worker {
         })
     }
 
-    /// Copies the chunks into `blocks`, all but the first `skip` tokens, which the engine has itself. The last
-    /// chunk may have fewer blocks: an engine computes a prompt's last token itself, and need not have its block.
-    /// `false`: they are gone, and nothing was copied.
+    /// The copies into `blocks` of all but the first `skip` tokens, which the engine has itself, and the memory
+    /// that they read. The last chunk may have fewer blocks: an engine computes a prompt's last token itself, and
+    /// need not have its block. `None`: the chunks are gone.
     ///
     /// # Errors
-    /// Blocks that are not the range's, or beyond the engine's; arrays of other sizes than were
-    /// registered. Nothing was copied then.
-    pub fn copy_in(
-        &self,
-        load: &Load,
-        arrays: &mut impl Arrays,
-        blocks: &[u32],
-        skip: u32,
-    ) -> Result<bool> {
-        let lengths: Vec<usize> = (0..arrays.count()).map(|i| arrays.array(i).len()).collect();
-        self.check_arrays(&lengths)?;
+    /// Blocks that are not the range's, beyond the engine's, or named twice; slots that are not the range's.
+    pub fn plan_load(&self, load: &Load, blocks: &[u32], skip: u32) -> Result<Option<Copies>> {
         let of_chunk = self.check_range(&load.key, blocks, true)?;
-        let Some(memory) = &load.memory else { return Ok(false) };
+        let Some(memory) = &load.memory else { return Ok(None) };
         self.check_slots(&load.slots)?;
         if load.slots.len() != blocks.len().div_ceil(of_chunk) {
             return Err(Error::new(
@@ -202,18 +201,17 @@ impl Worker {
                 ),
             ));
         }
-        for ((chunk, blocks), slot) in (0u32..).zip(blocks.chunks(of_chunk)).zip(&load.slots) {
-            let skip = skip.saturating_sub(chunk.saturating_mul(self.chunk_size));
-            self.layout.pieces(
+        let chunks: Vec<ChunkCopy<'_>> = (0u32..)
+            .zip(blocks.chunks(of_chunk))
+            .zip(&load.slots)
+            .map(|((chunk, blocks), slot)| ChunkCopy {
                 blocks,
-                self.chunk_size,
-                skip,
-                |Piece { array, at, object, length }| {
-                    memory.read(slot.offset + object, &mut arrays.array(array)[at..at + length])
-                },
-            )?;
-        }
-        Ok(true)
+                skip: skip.saturating_sub(chunk.saturating_mul(self.chunk_size)),
+                slot: slot.offset,
+            })
+            .collect();
+        let plan = self.shape.plan(Direction::Scatter, &chunks, memory.bytes())?;
+        Ok(Some(Copies { plan, memory: Arc::clone(memory) }))
     }
 
     /// Ends a load. `false`: it was none, or a slot was used anew meanwhile, and what was copied must not
@@ -243,16 +241,15 @@ impl Worker {
         })
     }
 
-    /// Copies out of `blocks`, those of the whole range, what there is room for.
+    /// The copies out of `blocks`, those of the whole range, of what there is room for, and the memory that they
+    /// write.
     ///
     /// # Errors
-    /// As [`Worker::copy_in`].
-    pub fn copy_out(&self, store: &Store, arrays: &[&[u8]], blocks: &[u32]) -> Result<()> {
-        let lengths: Vec<usize> = arrays.iter().map(|array| array.len()).collect();
-        self.check_arrays(&lengths)?;
+    /// As [`Worker::plan_load`].
+    pub fn plan_store(&self, store: &Store, blocks: &[u32]) -> Result<Copies> {
         let of_chunk = self.check_range(&store.key, blocks, false)?;
         self.check_slots(&store.slots)?;
-        for (chunk, slot) in store.chunks.iter().zip(&store.slots) {
+        let chunks = store.chunks.iter().zip(&store.slots).map(|(chunk, slot)| {
             let first = *chunk as usize * of_chunk;
             let blocks = blocks.get(first..first + of_chunk).ok_or_else(|| {
                 Error::new(
@@ -260,16 +257,11 @@ impl Worker {
                     format!("the server granted chunk {chunk}, beyond the range"),
                 )
             })?;
-            self.layout.pieces(
-                blocks,
-                self.chunk_size,
-                0,
-                |Piece { array, at, object, length }| {
-                    store.memory.write(slot.offset + object, &arrays[array][at..at + length])
-                },
-            )?;
-        }
-        Ok(())
+            Ok(ChunkCopy { blocks, skip: 0, slot: slot.offset })
+        });
+        let chunks: Vec<ChunkCopy<'_>> = chunks.collect::<Result<_>>()?;
+        let plan = self.shape.plan(Direction::Gather, &chunks, store.memory.bytes())?;
+        Ok(Copies { plan, memory: Arc::clone(&store.memory) })
     }
 
     /// Makes what was copied visible; says how many chunks it were.
@@ -292,47 +284,24 @@ impl Worker {
     /// Blocks of a chunk, if `blocks` are just those of the key's range; of its last chunk some may be missing
     /// where `may_end_short`.
     fn check_range(&self, key: &Key, blocks: &[u32], may_end_short: bool) -> Result<usize> {
-        let tokens = blocks.len() as u64 * u64::from(self.layout.block_size);
+        let tokens = blocks.len() as u64 * u64::from(self.block_size);
         let missing = (key.end - key.start).checked_sub(tokens);
         let most = if may_end_short { u64::from(self.chunk_size) } else { 1 };
         if missing.is_none_or(|missing| missing >= most) {
             return Err(Error::invalid(format!(
                 "{} blocks of {} tokens were given for the tokens {}..{}",
                 blocks.len(),
-                self.layout.block_size,
+                self.block_size,
                 key.start,
                 key.end
             )));
         }
-        self.layout.check_blocks(blocks)?;
-        Ok((self.chunk_size / self.layout.block_size) as usize)
-    }
-
-    fn check_arrays(&self, lengths: &[usize]) -> Result<()> {
-        let (arrays, bytes) = (self.layout.arrays(), self.layout.array_bytes());
-        if lengths.len() != arrays {
-            return Err(Error::invalid(format!(
-                "{} arrays were given for {arrays}",
-                lengths.len()
-            )));
-        }
-        match lengths.iter().find(|length| **length as u64 != bytes) {
-            None => Ok(()),
-            Some(length) => Err(Error::invalid(format!(
-                "an array of the KV memory has {length} bytes instead of {bytes}: was it transferred or \
-                 resized?"
-            ))),
-        }
+        Ok((self.chunk_size / self.block_size) as usize)
     }
 
     /// A slot is as long as an object, whatever a server answers.
     fn check_slots(&self, slots: &[Slot]) -> Result<()> {
-        let layout = self.layout.registration(
-            &self.place.model_name,
-            self.place.world_size,
-            self.chunk_size,
-        );
-        let bytes = layout.object_bytes(self.chunk_size)?;
+        let bytes = self.shape.object_bytes();
         match slots
             .iter()
             .find(|slot| slot.length != bytes || slot.offset.checked_add(slot.length).is_none())

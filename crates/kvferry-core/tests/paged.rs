@@ -18,6 +18,10 @@ const CHUNK: u32 = 4;
 struct NoMemory;
 
 impl Memory for NoMemory {
+    fn bytes(&self) -> u64 {
+        u64::MAX
+    }
+
     fn read(&self, _: u64, _: &mut [u8]) -> Result<()> {
         Ok(())
     }
@@ -142,6 +146,7 @@ fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
         dtype: Dtype::new("uint8").unwrap(),
         planes: Planes::Separate,
         order: Order::Nhd,
+        block_stride: None,
     };
     let range = || Range {
         request_id: "r".into(),

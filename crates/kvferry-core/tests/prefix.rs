@@ -21,6 +21,10 @@ const POOL: usize = 8192;
 struct Bytes(Mutex<Vec<u8>>);
 
 impl Memory for Bytes {
+    fn bytes(&self) -> u64 {
+        u64::MAX
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let pool = self.0.lock().unwrap();
         let from = usize::try_from(offset).unwrap();

@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvferry_copy::HostArrays;
 use kvferry_core::cache::Cache;
+use kvferry_core::copy_plan::CopyShape;
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
-use kvferry_core::paged::{Arrays, Load, Place, Range, Scheduler, Store, Worker};
+use kvferry_core::paged::{Copies, Load, Place, Range, Scheduler, Store, Worker};
 use kvferry_core::{Error, ErrorCode};
 use napi::bindgen_prelude::{PromiseRaw, Uint8ArraySlice};
 use napi::{Env, Result};
@@ -13,6 +15,9 @@ use napi_derive::napi;
 
 use crate::error::to_napi;
 use crate::promise::{begin, deadline};
+
+/// Bytes that are copied in one go while JavaScript stands still: a millisecond or two.
+const BORROWED: u64 = 8 << 20;
 
 /// Whose KV it is; `ts/connector/cache-adapter.ts` has the defaults.
 #[napi(object)]
@@ -44,6 +49,8 @@ pub struct PagedLayout {
     pub planes: String,
     /// "NHD" or "HND".
     pub order: String,
+    /// Bytes from a block to the next, if they do not follow each other.
+    pub block_stride: Option<f64>,
 }
 
 /// Some of a request's tokens.
@@ -76,6 +83,7 @@ pub struct PagedWorker {
 #[napi]
 pub struct PagedLoad {
     inner: Mutex<Option<Load>>,
+    planned: Mutex<Option<Planned>>,
     chunks: u32,
 }
 
@@ -83,6 +91,7 @@ pub struct PagedLoad {
 #[napi]
 pub struct PagedStore {
     inner: Mutex<Option<Store>>,
+    planned: Mutex<Option<Planned>>,
     chunks: u32,
     refused: Option<u32>,
 }
@@ -118,24 +127,59 @@ impl TryFrom<PagedLayout> for KvLayout {
             dtype: Dtype::new(&layout.dtype)?,
             planes,
             order,
+            block_stride: layout.block_stride.map(integer).transpose()?,
         })
     }
 }
 
-/// Arrays of JavaScript's, for the time of a call.
-struct Borrowed<'a>(Vec<Uint8ArraySlice<'a>>);
+/// Copies that are planned, and how many of their bytes are copied.
+struct Planned {
+    copies: Copies,
+    at: u64,
+}
 
-impl Arrays for Borrowed<'_> {
-    fn count(&self) -> usize {
-        self.0.len()
+impl Planned {
+    fn new(copies: Copies) -> Self {
+        Self { copies, at: 0 }
     }
 
-    fn array(&mut self, index: usize) -> &mut [u8] {
-        // SAFETY: this thread, which runs the array's JavaScript, does nothing else during the call, and the
-        // borrow of `self` keeps any other array, which may share memory, from being borrowed at the same
-        // time. A SharedArrayBuffer may be written by another thread meanwhile: its bytes are then any
+    /// Copies on, between a pool and arrays of JavaScript's, about so many bytes; `false` when that was the rest.
+    fn copy_some(
+        planned: &Mutex<Option<Self>>,
+        shape: &Arc<CopyShape>,
+        arrays: &mut [Uint8ArraySlice<'_>],
+    ) -> Result<bool> {
+        let taken = planned.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mut this) = taken else { return Ok(false) };
+        let places: Vec<(*mut u8, usize)> =
+            arrays.iter().map(|array| (array.as_ptr().cast_mut(), array.len())).collect();
+        // SAFETY: this thread, which runs the arrays' JavaScript, does nothing else during the call, and the value
+        // is gone after it. A SharedArrayBuffer may be written by another thread meanwhile: its bytes are then any
         // mixture, and none of them is invalid.
-        unsafe { self.0[index].as_mut() }
+        let arrays = unsafe { HostArrays::new(Arc::clone(shape), &places) }.map_err(to_napi)?;
+        let Copies { plan, memory } = &this.copies;
+        let end = plan.bytes().min(this.at + BORROWED);
+        arrays.copy(plan, this.at..end, &**memory).map_err(to_napi)?;
+        let more = end < plan.bytes();
+        this.at = end;
+        if more {
+            *planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(this);
+        }
+        Ok(more)
+    }
+}
+
+fn integer(number: f64) -> kvferry_core::Result<u64> {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "checked just before"
+    )]
+    match number {
+        _ if number.fract() == 0.0 && (0.0..9_007_199_254_740_992.0).contains(&number) => {
+            Ok(number as u64)
+        }
+        _ => Err(Error::invalid(format!("{number} is no number of bytes"))),
     }
 }
 
@@ -245,22 +289,29 @@ impl PagedWorker {
             (Arc::clone(&self.inner), range(which, tokens), deadline(timeout_ms));
         begin(env, async move {
             let load = inner.load(which, until).await?;
-            Ok(PagedLoad { chunks: load.chunks(), inner: Mutex::new(Some(load)) })
+            Ok(PagedLoad {
+                chunks: load.chunks(),
+                inner: Mutex::new(Some(load)),
+                planned: Mutex::default(),
+            })
         })
     }
 
-    /// Copies a load into blocks; `false` when its chunks are gone.
+    /// Plans a load into blocks; `false` when its chunks are gone.
     #[napi(catch_unwind)]
-    pub fn copy_in(
-        &self,
-        load: &PagedLoad,
-        arrays: Vec<Uint8ArraySlice<'_>>,
-        blocks: &[u32],
-        skip: u32,
-    ) -> Result<bool> {
-        let load = load.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let load = load.as_ref().ok_or_else(ended)?;
-        self.inner.copy_in(load, &mut Borrowed(arrays), blocks, skip).map_err(to_napi)
+    pub fn plan_load(&self, load: &PagedLoad, blocks: &[u32], skip: u32) -> Result<bool> {
+        let inner = load.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = inner.as_ref().ok_or_else(ended)?;
+        let copies = self.inner.plan_load(inner, blocks, skip).map_err(to_napi)?;
+        let there = copies.is_some();
+        *load.planned.lock().unwrap_or_else(PoisonError::into_inner) = copies.map(Planned::new);
+        Ok(there)
+    }
+
+    /// Copies on what was planned, some milliseconds long; `false` when that was the rest.
+    #[napi(catch_unwind)]
+    pub fn copy_in(&self, load: &PagedLoad, mut arrays: Vec<Uint8ArraySlice<'_>>) -> Result<bool> {
+        Planned::copy_some(&load.planned, self.inner.shape(), &mut arrays)
     }
 
     /// Ends a load; `false` when what was copied must not be used.
@@ -290,22 +341,33 @@ impl PagedWorker {
         begin(env, async move {
             let store = inner.store(which, until).await?;
             let (chunks, refused) = (store.chunks(), store.refused());
-            Ok(PagedStore { inner: Mutex::new(Some(store)), chunks, refused })
+            Ok(PagedStore {
+                inner: Mutex::new(Some(store)),
+                planned: Mutex::default(),
+                chunks,
+                refused,
+            })
         })
     }
 
-    /// Copies blocks out.
+    /// Plans a store out of blocks.
+    #[napi(catch_unwind)]
+    pub fn plan_store(&self, store: &PagedStore, blocks: &[u32]) -> Result<()> {
+        let inner = store.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = inner.as_ref().ok_or_else(ended)?;
+        let copies = self.inner.plan_store(inner, blocks).map_err(to_napi)?;
+        *store.planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Planned::new(copies));
+        Ok(())
+    }
+
+    /// Copies on what was planned, some milliseconds long; `false` when that was the rest.
     #[napi(catch_unwind)]
     pub fn copy_out(
         &self,
         store: &PagedStore,
-        arrays: Vec<Uint8ArraySlice<'_>>,
-        blocks: &[u32],
-    ) -> Result<()> {
-        let store = store.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let store = store.as_ref().ok_or_else(ended)?;
-        let arrays: Vec<&[u8]> = arrays.iter().map(|array| &**array).collect();
-        self.inner.copy_out(store, &arrays, blocks).map_err(to_napi)
+        mut arrays: Vec<Uint8ArraySlice<'_>>,
+    ) -> Result<bool> {
+        Planned::copy_some(&store.planned, self.inner.shape(), &mut arrays)
     }
 
     /// Makes a store visible; the chunks that it had.

@@ -1,0 +1,179 @@
+//! Copies that run by themselves, and how far they are.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use crate::cache::Memory;
+use crate::copy_plan::{CopyPlan, CopyShape};
+use crate::{Error, ErrorCode, Result};
+
+/// An engine's KV memory that copies may run to and from while the engine does other things: host memory
+/// that stays where it is, or a GPU's.
+pub trait KvMemory: Send + Sync {
+    /// What its plans are of.
+    fn shape(&self) -> &Arc<CopyShape>;
+
+    /// Begins to carry out a plan of [`KvMemory::shape`]; `pool` is what the plan's slots lie in. What was
+    /// begun is carried out to its end, or to its first error, even when nobody waits for it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Closed`] after [`KvMemory::close`]; what the memory's device says. Nothing is copied then.
+    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>) -> Result<Copying>;
+
+    /// Lets no more copies begin, and returns when none is under way. The memory may be freed then.
+    fn close(&self);
+}
+
+/// A copy that was begun. Dropping it does not end it.
+#[derive(Debug, Clone)]
+pub struct Copying(Arc<Shared>);
+
+/// The side that copies. Dropped before its end, it ends with an error.
+#[derive(Debug)]
+pub struct Progress(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    arrays: usize,
+    ended: Option<Result<()>>,
+    waiting: Vec<Waker>,
+}
+
+/// The two sides of a copy.
+pub fn copying() -> (Progress, Copying) {
+    let shared = Arc::new(Shared::default());
+    (Progress(Arc::clone(&shared)), Copying(shared))
+}
+
+impl Copying {
+    /// Leading arrays whose part of the plan is copied.
+    pub fn arrays(&self) -> usize {
+        self.0.lock().arrays
+    }
+
+    /// Waits until the first `arrays` arrays have their part.
+    ///
+    /// # Errors
+    /// Why the copy ended before that.
+    pub async fn array(&self, arrays: usize) -> Result<()> {
+        self.until(|state| match &state.ended {
+            _ if state.arrays >= arrays => Some(Ok(())),
+            ended => ended.clone(),
+        })
+        .await
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// Why not everything is copied.
+    pub async fn ended(&self) -> Result<()> {
+        self.until(|state| state.ended.clone()).await
+    }
+
+    async fn until<T>(&self, done: impl Fn(&State) -> Option<T>) -> T {
+        poll_fn(|context| {
+            let mut state = self.0.lock();
+            match done(&state) {
+                Some(value) => Poll::Ready(value),
+                None => {
+                    if !state.waiting.iter().any(|waker| waker.will_wake(context.waker())) {
+                        state.waiting.push(context.waker().clone());
+                    }
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+}
+
+impl Progress {
+    /// The first `arrays` arrays are copied.
+    pub fn arrays(&self, arrays: usize) {
+        self.0.change(|state| state.arrays = state.arrays.max(arrays));
+    }
+
+    /// Nothing of the copy is under way any more.
+    pub fn end(self, result: Result<()>) {
+        self.0.change(|state| state.ended = Some(result));
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        let lost = || Err(Error::new(ErrorCode::Internal, "a copy was given up"));
+        self.0.change(|state| {
+            state.ended.get_or_insert_with(lost);
+        });
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let waiting = {
+            let mut state = self.lock();
+            change(&mut state);
+            std::mem::take(&mut state.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Wake};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_an_array_is_woken_when_it_is_there_and_not_kept_until_the_end() {
+        let (progress, copying) = copying();
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut context = Context::from_waker(&waker);
+        let mut second = pin!(copying.array(2));
+        let mut end = pin!(copying.ended());
+        assert!(second.as_mut().poll(&mut context).is_pending());
+        assert!(end.as_mut().poll(&mut context).is_pending());
+        progress.arrays(1);
+        assert!(second.as_mut().poll(&mut context).is_pending());
+        progress.arrays(2);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 2);
+        assert!(second.as_mut().poll(&mut context).is_ready());
+        assert!(end.as_mut().poll(&mut context).is_pending());
+        progress.end(Ok(()));
+        assert_eq!(end.as_mut().poll(&mut context), Poll::Ready(Ok(())));
+    }
+
+    #[test]
+    fn a_copy_that_nobody_carries_on_ends_with_an_error() {
+        let (progress, copying) = copying();
+        progress.arrays(1);
+        drop(progress);
+        let mut context = Context::from_waker(Waker::noop());
+        assert_eq!(pin!(copying.array(1)).poll(&mut context), Poll::Ready(Ok(())));
+        assert!(matches!(pin!(copying.array(2)).poll(&mut context), Poll::Ready(Err(_))));
+        assert!(matches!(pin!(copying.ended()).poll(&mut context), Poll::Ready(Err(_))));
+    }
+}
