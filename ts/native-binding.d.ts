@@ -87,6 +87,8 @@ export declare class LlamaStateFile {
 export declare class PagedLoad {
   /** Chunks that can be copied. */
   get chunks(): number
+  /** Resolves when the first `arrays` arrays of registered memory have what is copied to them. */
+  copied(arrays: number): Promise<undefined>
 }
 
 /** The scheduler's side. */
@@ -113,20 +115,37 @@ export declare class PagedStore {
 export declare class PagedWorker {
   /** Bytes that each array of the memory has. */
   get arrayBytes(): number
+  /** Names arrays on SharedArrayBuffers, which copies then run to and from by themselves. */
+  registerShared(arrays: Array<Uint8Array>): void
+  /**
+   * Names host memory by address, which copies then run to and from by themselves. It must stay until
+   * [`PagedWorker::close`] has resolved.
+   */
+  registerHost(addresses: BigUint64Array): void
   /** Begins a load. */
   load(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedLoad>
   /** Plans a load into blocks; `false` when its chunks are gone. */
   planLoad(load: PagedLoad, blocks: Uint32Array, skip: number): boolean
-  /** Copies on what was planned, some milliseconds long; `false` when that was the rest. */
+  /**
+   * Copies on into arrays that it has for the time of the call, some milliseconds long; `false` when that was
+   * the rest.
+   */
   copyIn(load: PagedLoad, arrays: Array<Uint8Array>): boolean
+  /** Copies into registered memory, all of it. */
+  startIn(load: PagedLoad): Promise<undefined>
   /** Ends a load; `false` when what was copied must not be used. */
   finish(load: PagedLoad, timeoutMs: number): Promise<boolean>
   /** Begins a store. */
   store(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedStore>
   /** Plans a store out of blocks. */
   planStore(store: PagedStore, blocks: Uint32Array): void
-  /** Copies on what was planned, some milliseconds long; `false` when that was the rest. */
+  /**
+   * Copies on out of arrays that it has for the time of the call, some milliseconds long; `false` when that
+   * was the rest.
+   */
   copyOut(store: PagedStore, arrays: Array<Uint8Array>): boolean
+  /** Copies out of registered memory, all of it. */
+  startOut(store: PagedStore): Promise<undefined>
   /** Makes a store visible; the chunks that it had. */
   commit(store: PagedStore, timeoutMs: number): Promise<number>
   /** Gives a store's room back. */

@@ -58,8 +58,23 @@ export interface SchedulerAdapter {
 	resetCache?(): Promise<boolean>;
 }
 
-/** The KV memory of one layer: K and V, or both in one array, in any typed array. */
-export type LayerKv = ArrayBufferView | readonly [k: ArrayBufferView, v: ArrayBufferView];
+/** KV memory by its address in this process, for engines in native code. */
+export interface KvPointer {
+	/** The first byte's address, a multiple of an element's size. */
+	readonly pointer: bigint;
+	/** Bytes that lie there, all of them readable and writable from any thread. */
+	readonly byteLength: number;
+}
+
+/**
+ * Part of a layer's KV memory. What lies on a SharedArrayBuffer or is named by its address is copied by threads
+ * of kvferry's own while JavaScript goes on. Other memory is copied on the thread that runs JavaScript, a
+ * millisecond or two at a time.
+ */
+export type KvArray = ArrayBufferView | KvPointer;
+
+/** The KV memory of one layer: K and V, or both in one array. */
+export type LayerKv = KvArray | readonly [k: KvArray, v: KvArray];
 
 /** How an engine's KV memory is laid out; every layer alike. */
 export interface KvCacheLayout {
@@ -81,6 +96,12 @@ export interface KvCacheLayout {
 	readonly planes?: "separate" | "fused" | "latent" | undefined;
 	/** Order within a block: `"NHD"` (tokens, heads, elements; the default) or `"HND"`. */
 	readonly kvLayout?: "NHD" | "HND" | undefined;
+	/**
+	 * Bytes from a block to the next in an array, where blocks do not follow each other: with
+	 * `[blocks, 2, …]`, K's array begins at the memory's start, V's a block later, and both have the stride of two
+	 * blocks. An array ends with its last block. Default: the bytes of a block.
+	 */
+	readonly blockStride?: number | undefined;
 }
 
 /**
@@ -92,7 +113,7 @@ export interface KvCacheLayout {
 export interface WorkerAdapter {
 	/** Whether every call passes salts on. Without it, what has a salt is neither loaded nor stored. */
 	readonly carriesSalt?: boolean | undefined;
-	/** Announces the memory that is copied from and to: it must stay as it is until `shutdown`. */
+	/** Announces the memory that is copied from and to: it must stay as it is until `shutdown` has resolved. */
 	registerKvCaches(
 		kvCaches: Readonly<Record<string, LayerKv>>,
 		layout: KvCacheLayout,
@@ -111,6 +132,8 @@ export interface WorkerAdapter {
 	): void;
 	/** Resolves when no load that was begun writes to blocks any more. */
 	waitForLoads(): Promise<void>;
+	/** The same for one layer, by its place among the registered ones. Without it, layers are there together. */
+	waitForLayer?(layer: number): Promise<void>;
 	/** Resolves when no store that was begun reads blocks any more. */
 	waitForSaves(): Promise<void>;
 	/**

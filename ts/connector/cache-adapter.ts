@@ -3,13 +3,20 @@ import { checkAttached, checkInteger, checkText, checkTokenIds, invalid } from "
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
 import type { KvEvents } from "../events.js";
-import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
+import type {
+	PagedWorker as NativeWorker,
+	PagedLoad,
+	PagedPlace,
+	PagedScheduler,
+} from "../native-binding.js";
 import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
 import type { Server } from "../server.js";
 import { saltOf } from "../tracker.js";
 import { waitFor } from "../waiting.js";
 import type {
+	KvArray,
 	KvCacheLayout,
+	KvPointer,
 	LayerKv,
 	SaltOption,
 	SchedulerAdapter,
@@ -76,8 +83,7 @@ export function createSchedulerAdapter(options: CacheAdapterOptions): CacheSched
 }
 
 /**
- * What a {@link WorkerConnector} needs of a cache. The memory is copied on the thread that runs JavaScript, in
- * `registerKvCaches`' arrays.
+ * What a {@link WorkerConnector} needs of a cache.
  *
  * @throws `INVALID_ARGUMENT` for a strategy that contradicts itself.
  */
@@ -245,10 +251,14 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	readonly #timeoutMs: number;
 	readonly #saveTimeoutMs: number;
 	#native: NativeWorker | undefined;
-	#arrays: Uint8Array[] = [];
+	/** Memory that is only had during a call; undefined when copies run by themselves. */
+	#borrowed: Uint8Array[] | undefined;
+	#arraysPerLayer = 1;
 	#registering = false;
 	#closed = false;
 	readonly #loads = new Set<Promise<void>>();
+	/** For each of them, how to wait for its first arrays. */
+	readonly #loading = new Set<(arrays: number) => Promise<void>>();
 	readonly #copying = new Set<Promise<void>>();
 	readonly #stores = new Set<Promise<void>>();
 	/** How many operations of each request have not ended. */
@@ -296,10 +306,13 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			throw invalid("KV caches are registered already: shut down, and create another adapter");
 		}
 		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
-		const { planes = "separate", kvLayout = "NHD" } = layout;
+		const { planes = "separate", kvLayout = "NHD", blockStride } = layout;
 		const sizes = { numBlocks, blockSize, numKvHeads, headSize };
 		for (const [name, size] of Object.entries(sizes)) {
 			checkInteger(name, size, 1, U32_MAX);
+		}
+		if (blockStride !== undefined) {
+			checkInteger("blockStride", blockStride, 1, Number.MAX_SAFE_INTEGER);
 		}
 		checkText("dtype", dtype);
 		if (planes !== "separate" && planes !== "fused" && planes !== "latent") {
@@ -310,7 +323,14 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		}
 		const layers = Object.entries(kvCaches);
 		const arrays = layers.flatMap(([name, kv]) => arraysOf(name, kv, planes === "separate"));
-		const native = { ...sizes, numLayers: layers.length, dtype, planes, order: kvLayout };
+		const native = {
+			...sizes,
+			numLayers: layers.length,
+			dtype,
+			planes,
+			order: kvLayout,
+			...(blockStride === undefined ? {} : { blockStride }),
+		};
 		this.#registering = true;
 		try {
 			const worker = await waitFor(
@@ -321,17 +341,22 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				await worker.close(this.#timeoutMs).catch(() => {});
 				throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
 			}
-			const wrong = arrays.findIndex(({ length }) => length !== worker.arrayBytes);
-			if (wrong >= 0) {
+			const perLayer = planes === "separate" ? 2 : 1;
+			try {
+				const wrong = arrays.findIndex(({ byteLength }) => byteLength !== worker.arrayBytes);
+				if (wrong >= 0) {
+					throw invalid(
+						`layer ${layers[Math.floor(wrong / perLayer)]?.[0]} has an array of ` +
+							`${arrays[wrong]?.byteLength} bytes; by its layout each has ${worker.arrayBytes}`,
+					);
+				}
+				this.#borrowed = registerArrays(worker, arrays);
+			} catch (error) {
 				await worker.close(this.#timeoutMs).catch(() => {}); // its connection's end does it
-				const layer = layers[planes === "separate" ? Math.floor(wrong / 2) : wrong]?.[0];
-				throw invalid(
-					`layer ${layer} has an array of ${arrays[wrong]?.length} bytes; by its layout each has ` +
-						`${worker.arrayBytes}`,
-				);
+				throw error;
 			}
 			this.#native = worker;
-			this.#arrays = arrays;
+			this.#arraysPerLayer = perLayer;
 		} finally {
 			this.#registering = this.#native !== undefined;
 		}
@@ -380,6 +405,11 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		await Promise.all(this.#loads);
 	}
 
+	async waitForLayer(layer: number): Promise<void> {
+		const arrays = (layer + 1) * this.#arraysPerLayer;
+		await Promise.all([...this.#loading].map((copied) => copied(arrays)));
+	}
+
 	async waitForSaves(): Promise<void> {
 		await Promise.all(this.#copying);
 	}
@@ -410,7 +440,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		await Promise.all([...this.#loads, ...this.#stores]);
 		const worker = this.#native;
 		this.#native = undefined;
-		this.#arrays = [];
+		this.#borrowed = undefined;
 		await worker?.close(this.#timeoutMs).catch(() => {}); // the connection's end tells the same
 	}
 
@@ -446,6 +476,16 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		cacheSalt: string,
 	): Promise<void> {
 		let loaded = false;
+		let begun: (load: PagedLoad | undefined) => void = () => {};
+		const loading = new Promise<PagedLoad | undefined>((resolve) => {
+			begun = resolve;
+		});
+		const untilCopied = async (arrays: number) => {
+			const load = await loading;
+			// A copy that fails is told of by the blocks that it should have filled.
+			await load?.copied(arrays).catch(() => {});
+		};
+		this.#loading.add(untilCopied);
 		try {
 			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
@@ -453,11 +493,19 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			let copied = false;
 			try {
 				const blocks = blocksOf(op);
-				const there = wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens));
-				while (wrap(() => worker.copyIn(load, this.#arrays))) {
-					await nextTurn();
+				if (wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens))) {
+					const borrowed = this.#borrowed;
+					if (borrowed === undefined) {
+						const copying = waitFor(() => worker.startIn(load), undefined);
+						begun(load);
+						await copying;
+					} else {
+						while (wrap(() => worker.copyIn(load, borrowed))) {
+							await nextTurn();
+						}
+					}
+					copied = true;
 				}
-				copied = there;
 			} finally {
 				const held = await waitFor(() => worker.finish(load, this.#timeoutMs), undefined);
 				loaded = copied && held;
@@ -466,6 +514,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		} catch (error) {
 			this.#failure = error as KvferryError;
 		}
+		begun(undefined);
+		this.#loading.delete(untilCopied);
 		if (!loaded) {
 			for (const block of blocksToFill(op)) {
 				this.#errors.add(block);
@@ -494,8 +544,13 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			try {
 				const blocks = blocksOf(op);
 				wrap(() => worker.planStore(store, blocks));
-				while (wrap(() => worker.copyOut(store, this.#arrays))) {
-					await nextTurn();
+				const borrowed = this.#borrowed;
+				if (borrowed === undefined) {
+					await waitFor(() => worker.startOut(store), undefined);
+				} else {
+					while (wrap(() => worker.copyOut(store, borrowed))) {
+						await nextTurn();
+					}
 				}
 			} catch (error) {
 				await worker.abandon(store, this.#timeoutMs).catch(() => {}); // the first error tells more
@@ -583,22 +638,55 @@ function blocksOf(op: LoadStoreOp): Uint32Array {
 	return Uint32Array.from(groups[0] as readonly number[]);
 }
 
-function arraysOf(name: string, kv: LayerKv, separate: boolean): Uint8Array[] {
-	const views = (Array.isArray(kv) ? kv : [kv]) as ArrayBufferView[];
-	const arrays = views.map((view) => {
-		if (!ArrayBuffer.isView(view)) {
-			throw invalid(`layer ${name} must be a typed array${separate ? ", or two of them" : ""}`);
+function arraysOf(name: string, kv: LayerKv, separate: boolean): (Uint8Array | KvPointer)[] {
+	const arrays = ((Array.isArray(kv) ? kv : [kv]) as KvArray[]).map((array) => {
+		if (ArrayBuffer.isView(array)) {
+			const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+			checkAttached(`layer ${name}`, bytes);
+			return bytes;
 		}
-		const bytes = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
-		checkAttached(`layer ${name}`, bytes);
-		return bytes;
+		const { pointer, byteLength } = array ?? {};
+		if (typeof pointer !== "bigint" || BigInt.asUintN(64, pointer) !== pointer) {
+			const two = separate ? ", or two of them" : "";
+			throw invalid(`layer ${name} must be a typed array, or { pointer, byteLength }${two}`);
+		}
+		checkInteger(`byteLength of layer ${name}`, byteLength, 1, Number.MAX_SAFE_INTEGER);
+		return { pointer, byteLength };
 	});
 	const [whole] = arrays;
 	if (separate && arrays.length === 1 && whole !== undefined) {
-		return [whole.subarray(0, whole.length / 2), whole.subarray(whole.length / 2)];
+		const half = whole.byteLength / 2;
+		return whole instanceof Uint8Array
+			? [whole.subarray(0, half), whole.subarray(half)]
+			: [0, 1].map((n) => ({
+					pointer: whole.pointer + BigInt(n * Math.floor(half)),
+					byteLength: half,
+				}));
 	}
 	if (arrays.length !== (separate ? 2 : 1)) {
 		throw invalid(`layer ${name} has ${arrays.length} arrays: it must have ${separate ? 2 : 1}`);
 	}
 	return arrays;
+}
+
+/** Registers memory that copies may run to by themselves; returns the other, which each call must be given. */
+function registerArrays(
+	worker: NativeWorker,
+	arrays: readonly (Uint8Array | KvPointer)[],
+): Uint8Array[] | undefined {
+	const views = arrays.filter((array) => array instanceof Uint8Array);
+	if (views.length === 0) {
+		const pointers = arrays as readonly KvPointer[];
+		const addresses = BigUint64Array.from(pointers, ({ pointer }) => pointer);
+		wrap(() => worker.registerHost(addresses));
+		return undefined;
+	}
+	if (views.length < arrays.length) {
+		throw invalid("KV memory is given in typed arrays or by address, not both: choose one");
+	}
+	if (views.every(({ buffer }) => buffer instanceof SharedArrayBuffer)) {
+		wrap(() => worker.registerShared(views));
+		return undefined;
+	}
+	return views;
 }

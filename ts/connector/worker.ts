@@ -1,3 +1,4 @@
+import { invalid } from "../arguments.js";
 import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
 import type { KvCacheLayout, LayerKv, WorkerAdapter } from "./adapter.js";
 import {
@@ -28,6 +29,8 @@ export class WorkerConnector implements AsyncDisposable {
 	readonly #warn: (message: string) => void;
 	#warned = false;
 	#metadata = readMetadata({ requests: [] });
+	#layers: readonly string[] = [];
+	/** This step's loads, if the step waits for them. */
 	#loads: Promise<void> | undefined;
 	/** Loads that were refused here, and that nobody else reports. */
 	readonly #refused = { requests: new Set<string>(), blocks: new Set<number>() };
@@ -53,6 +56,7 @@ export class WorkerConnector implements AsyncDisposable {
 		layout: KvCacheLayout,
 	): Promise<void> {
 		await this.#adapter.registerKvCaches(kvCaches, layout);
+		this.#layers = Object.keys(kvCaches);
 	}
 
 	/**
@@ -79,11 +83,28 @@ export class WorkerConnector implements AsyncDisposable {
 	}
 
 	/**
-	 * Resolves when a layer is loaded: at once where loads end between steps. Whether it is good,
-	 * {@link WorkerConnector.getBlockIdsWithLoadErrors} tells.
+	 * Resolves when a layer is loaded, those before it too, or when its load has failed: which blocks are good,
+	 * {@link WorkerConnector.getBlockIdsWithLoadErrors} tells after {@link WorkerConnector.waitForSave}. At once
+	 * where loads end between steps. Memory on SharedArrayBuffers or by address is loaded layer by layer, so that
+	 * the first layers are computed while later ones are loaded.
+	 *
+	 * @param layer A name given to {@link WorkerConnector.registerKvCaches}. Default: all layers.
+	 * @throws `INVALID_ARGUMENT` for a name that was not.
 	 */
-	async waitForLayerLoad(_layerName?: string): Promise<void> {
-		await this.#loads;
+	async waitForLayerLoad(layer?: string): Promise<void> {
+		const place = layer === undefined ? undefined : this.#layers.indexOf(layer);
+		if (place === -1) {
+			throw invalid(`no layer ${layer} is registered: they are ${this.#layers.join(", ")}`);
+		}
+		if (
+			place === undefined ||
+			this.#loads === undefined ||
+			this.#adapter.waitForLayer === undefined
+		) {
+			await this.#loads;
+			return;
+		}
+		await this.#adapter.waitForLayer(place);
 	}
 
 	/** Tells that a layer is computed. Layers are stored together, in {@link WorkerConnector.waitForSave}. */
@@ -94,6 +115,7 @@ export class WorkerConnector implements AsyncDisposable {
 	 * computed anew or given to others; what the cache could not take until then is not stored.
 	 */
 	async waitForSave(): Promise<void> {
+		await this.#loads; // all that failed of them is known when the step ends
 		if (this.parallelStrategy.storesKv) {
 			const { requests } = this.#metadata;
 			const stores = this.#allowed(requests.filter(({ direction }) => direction === "STORE"));

@@ -1,20 +1,21 @@
 //! The handles of a paged engine's connectors.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use kvferry_copy::HostArrays;
+use kvferry_copy::{HostArrays, HostMemory};
 use kvferry_core::cache::Cache;
 use kvferry_core::copy_plan::CopyShape;
+use kvferry_core::copying::{Copying, KvMemory};
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
-use kvferry_core::paged::{Copies, Load, Place, Range, Scheduler, Store, Worker};
+use kvferry_core::paged::{self, Load, Place, Range, Scheduler, Store, Worker};
 use kvferry_core::{Error, ErrorCode};
-use napi::bindgen_prelude::{PromiseRaw, Uint8ArraySlice};
+use napi::bindgen_prelude::{PromiseRaw, Uint8Array, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 
 use crate::error::to_napi;
-use crate::promise::{begin, deadline};
+use crate::promise::{begin, deadline, promise};
 
 /// Bytes that are copied in one go while JavaScript stands still: a millisecond or two.
 const BORROWED: u64 = 8 << 20;
@@ -77,13 +78,14 @@ pub struct PagedScheduler {
 pub struct PagedWorker {
     inner: Arc<Worker>,
     array_bytes: f64,
+    memory: OnceLock<Arc<Registered>>,
 }
 
 /// Chunks to be copied into blocks.
 #[napi]
 pub struct PagedLoad {
     inner: Mutex<Option<Load>>,
-    planned: Mutex<Option<Planned>>,
+    copies: Copies,
     chunks: u32,
 }
 
@@ -91,9 +93,23 @@ pub struct PagedLoad {
 #[napi]
 pub struct PagedStore {
     inner: Mutex<Option<Store>>,
-    planned: Mutex<Option<Planned>>,
+    copies: Copies,
     chunks: u32,
     refused: Option<u32>,
+}
+
+/// The copies of a load or store: planned, then under way.
+#[derive(Default)]
+struct Copies {
+    planned: Mutex<Option<Planned>>,
+    copying: OnceLock<Copying>,
+}
+
+/// KV memory that copies run to and from by themselves.
+struct Registered {
+    memory: Box<dyn KvMemory>,
+    /// What keeps the memory alive, if it is JavaScript's.
+    _arrays: Vec<Uint8Array>,
 }
 
 impl From<PagedPlace> for Place {
@@ -132,40 +148,73 @@ impl TryFrom<PagedLayout> for KvLayout {
     }
 }
 
-/// Copies that are planned, and how many of their bytes are copied.
+/// What is planned, and how many of its bytes are copied.
 struct Planned {
-    copies: Copies,
+    copies: paged::Copies,
     at: u64,
 }
 
-impl Planned {
-    fn new(copies: Copies) -> Self {
-        Self { copies, at: 0 }
+impl Copies {
+    fn plan(&self, copies: paged::Copies) {
+        *lock(&self.planned) = Some(Planned { copies, at: 0 });
     }
 
-    /// Copies on, between a pool and arrays of JavaScript's, about so many bytes; `false` when that was the rest.
-    fn copy_some(
-        planned: &Mutex<Option<Self>>,
-        shape: &Arc<CopyShape>,
-        arrays: &mut [Uint8ArraySlice<'_>],
-    ) -> Result<bool> {
-        let taken = planned.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mut this) = taken else { return Ok(false) };
+    /// Copies on, between a pool and arrays of JavaScript's; `false` when that was the rest.
+    fn copy_some(&self, shape: &Arc<CopyShape>, arrays: &[Uint8ArraySlice<'_>]) -> Result<bool> {
+        let Some(mut planned) = lock(&self.planned).take() else { return Ok(false) };
         let places: Vec<(*mut u8, usize)> =
             arrays.iter().map(|array| (array.as_ptr().cast_mut(), array.len())).collect();
         // SAFETY: this thread, which runs the arrays' JavaScript, does nothing else during the call, and the value
         // is gone after it. A SharedArrayBuffer may be written by another thread meanwhile: its bytes are then any
         // mixture, and none of them is invalid.
         let arrays = unsafe { HostArrays::new(Arc::clone(shape), &places) }.map_err(to_napi)?;
-        let Copies { plan, memory } = &this.copies;
-        let end = plan.bytes().min(this.at + BORROWED);
-        arrays.copy(plan, this.at..end, &**memory).map_err(to_napi)?;
+        let paged::Copies { plan, memory } = &planned.copies;
+        let end = plan.bytes().min(planned.at + BORROWED);
+        arrays.copy(plan, planned.at..end, &**memory).map_err(to_napi)?;
+        planned.at = end;
         let more = end < plan.bytes();
-        this.at = end;
         if more {
-            *planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(this);
+            *lock(&self.planned) = Some(planned);
         }
         Ok(more)
+    }
+
+    /// Begins to copy between a pool and registered memory.
+    fn start(&self, memory: Option<&Arc<Registered>>) -> Result<Copying> {
+        let unregistered = || Error::invalid("no memory is registered that copies could run to");
+        let memory = memory.ok_or_else(|| to_napi(unregistered()))?;
+        let planned = lock(&self.planned).take().ok_or_else(ended)?;
+        let paged::Copies { plan, memory: pool } = planned.copies;
+        let copying = memory.memory.copy(plan, pool).map_err(to_napi)?;
+        Ok(self.copying.get_or_init(|| copying).clone())
+    }
+
+    /// What must have ended before slots are given back.
+    fn under_way(&self) -> Option<Copying> {
+        self.copying.get().cloned()
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.memory.close();
+    }
+}
+
+/// Ends copies with the environment that owns their memory.
+fn close_with(env: &Env, memory: &Arc<Registered>) -> Result<()> {
+    let close = |memory: Weak<Registered>| {
+        if let Some(memory) = memory.upgrade() {
+            memory.memory.close();
+        }
+    };
+    env.add_env_cleanup_hook(Arc::downgrade(memory), close).map(drop)
+}
+
+/// Waits until nothing is copied any more.
+async fn settled(copying: Option<Copying>) {
+    if let Some(copying) = copying {
+        let _ = copying.ended().await; // who began it hears of its error
     }
 }
 
@@ -263,7 +312,7 @@ impl PagedWorker {
         let array_bytes = layout.array_bytes() as f64;
         begin(env, async move {
             let inner = Worker::register(cache, place.into(), worker_id, layout, until).await?;
-            Ok(Self { inner: Arc::new(inner), array_bytes })
+            Ok(Self { inner: Arc::new(inner), array_bytes, memory: OnceLock::new() })
         })
     }
 }
@@ -274,6 +323,29 @@ impl PagedWorker {
     #[napi(getter, catch_unwind)]
     pub fn array_bytes(&self) -> f64 {
         self.array_bytes
+    }
+
+    /// Names arrays on SharedArrayBuffers, which copies then run to and from by themselves.
+    #[napi(catch_unwind)]
+    pub fn register_shared(&self, env: &Env, arrays: Vec<Uint8Array>) -> Result<()> {
+        let places: Vec<(*mut u8, usize)> =
+            arrays.iter().map(|array| (array.as_ptr().cast_mut(), array.len())).collect();
+        // SAFETY: a SharedArrayBuffer can neither move nor be detached, and the references to the arrays go after
+        // the memory was closed: by its drop, or by the hook when the environment ends before.
+        let arrays_by_address = unsafe { HostArrays::new(self.inner.shape().clone(), &places) };
+        let memory = Box::new(HostMemory::new(arrays_by_address.map_err(to_napi)?));
+        self.register(env, Registered { memory, _arrays: arrays })
+    }
+
+    /// Names host memory by address, which copies then run to and from by themselves. It must stay until
+    /// [`PagedWorker::close`] has resolved.
+    #[napi(catch_unwind)]
+    pub fn register_host(&self, env: &Env, addresses: &[u64]) -> Result<()> {
+        let places = self.places(addresses).map_err(to_napi)?;
+        // SAFETY: who calls promises it, see `KvPointer` in `ts/connector/adapter.ts`.
+        let arrays = unsafe { HostArrays::new(self.inner.shape().clone(), &places) };
+        let memory = Box::new(HostMemory::new(arrays.map_err(to_napi)?));
+        self.register(env, Registered { memory, _arrays: Vec::new() })
     }
 
     /// Begins a load.
@@ -292,7 +364,7 @@ impl PagedWorker {
             Ok(PagedLoad {
                 chunks: load.chunks(),
                 inner: Mutex::new(Some(load)),
-                planned: Mutex::default(),
+                copies: Copies::default(),
             })
         })
     }
@@ -300,18 +372,24 @@ impl PagedWorker {
     /// Plans a load into blocks; `false` when its chunks are gone.
     #[napi(catch_unwind)]
     pub fn plan_load(&self, load: &PagedLoad, blocks: &[u32], skip: u32) -> Result<bool> {
-        let inner = load.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = lock(&load.inner);
         let inner = inner.as_ref().ok_or_else(ended)?;
         let copies = self.inner.plan_load(inner, blocks, skip).map_err(to_napi)?;
-        let there = copies.is_some();
-        *load.planned.lock().unwrap_or_else(PoisonError::into_inner) = copies.map(Planned::new);
-        Ok(there)
+        Ok(copies.map(|copies| load.copies.plan(copies)).is_some())
     }
 
-    /// Copies on what was planned, some milliseconds long; `false` when that was the rest.
+    /// Copies on into arrays that it has for the time of the call, some milliseconds long; `false` when that was
+    /// the rest.
     #[napi(catch_unwind)]
-    pub fn copy_in(&self, load: &PagedLoad, mut arrays: Vec<Uint8ArraySlice<'_>>) -> Result<bool> {
-        Planned::copy_some(&load.planned, self.inner.shape(), &mut arrays)
+    pub fn copy_in(&self, load: &PagedLoad, arrays: Vec<Uint8ArraySlice<'_>>) -> Result<bool> {
+        load.copies.copy_some(self.inner.shape(), &arrays)
+    }
+
+    /// Copies into registered memory, all of it.
+    #[napi(catch_unwind)]
+    pub fn start_in<'env>(&self, env: &'env Env, load: &PagedLoad) -> Result<PromiseRaw<'env, ()>> {
+        let copying = load.copies.start(self.memory.get())?;
+        promise(env, async move { copying.ended().await })
     }
 
     /// Ends a load; `false` when what was copied must not be used.
@@ -322,9 +400,13 @@ impl PagedWorker {
         load: &PagedLoad,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, bool>> {
+        let under_way = load.copies.under_way();
         let (inner, load, until) =
             (Arc::clone(&self.inner), take(&load.inner)?, deadline(timeout_ms));
-        begin(env, async move { inner.finish(load, until).await })
+        begin(env, async move {
+            settled(under_way).await;
+            inner.finish(load, until).await
+        })
     }
 
     /// Begins a store.
@@ -343,7 +425,7 @@ impl PagedWorker {
             let (chunks, refused) = (store.chunks(), store.refused());
             Ok(PagedStore {
                 inner: Mutex::new(Some(store)),
-                planned: Mutex::default(),
+                copies: Copies::default(),
                 chunks,
                 refused,
             })
@@ -353,21 +435,29 @@ impl PagedWorker {
     /// Plans a store out of blocks.
     #[napi(catch_unwind)]
     pub fn plan_store(&self, store: &PagedStore, blocks: &[u32]) -> Result<()> {
-        let inner = store.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = lock(&store.inner);
         let inner = inner.as_ref().ok_or_else(ended)?;
         let copies = self.inner.plan_store(inner, blocks).map_err(to_napi)?;
-        *store.planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(Planned::new(copies));
+        store.copies.plan(copies);
         Ok(())
     }
 
-    /// Copies on what was planned, some milliseconds long; `false` when that was the rest.
+    /// Copies on out of arrays that it has for the time of the call, some milliseconds long; `false` when that
+    /// was the rest.
     #[napi(catch_unwind)]
-    pub fn copy_out(
+    pub fn copy_out(&self, store: &PagedStore, arrays: Vec<Uint8ArraySlice<'_>>) -> Result<bool> {
+        store.copies.copy_some(self.inner.shape(), &arrays)
+    }
+
+    /// Copies out of registered memory, all of it.
+    #[napi(catch_unwind)]
+    pub fn start_out<'env>(
         &self,
+        env: &'env Env,
         store: &PagedStore,
-        mut arrays: Vec<Uint8ArraySlice<'_>>,
-    ) -> Result<bool> {
-        Planned::copy_some(&store.planned, self.inner.shape(), &mut arrays)
+    ) -> Result<PromiseRaw<'env, ()>> {
+        let copying = store.copies.start(self.memory.get())?;
+        promise(env, async move { copying.ended().await })
     }
 
     /// Makes a store visible; the chunks that it had.
@@ -378,9 +468,13 @@ impl PagedWorker {
         store: &PagedStore,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, u32>> {
+        let under_way = store.copies.under_way();
         let (inner, store, until) =
             (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
-        begin(env, async move { inner.commit(store, until).await })
+        begin(env, async move {
+            settled(under_way).await;
+            inner.commit(store, until).await
+        })
     }
 
     /// Gives a store's room back.
@@ -391,16 +485,44 @@ impl PagedWorker {
         store: &PagedStore,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, ()>> {
+        let under_way = store.copies.under_way();
         let (inner, store, until) =
             (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
-        begin(env, async move { inner.abandon(store, until).await })
+        begin(env, async move {
+            settled(under_way).await;
+            inner.abandon(store, until).await
+        })
     }
 
     /// Unregisters.
     #[napi(catch_unwind)]
     pub fn close<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, ()>> {
         let (inner, until) = (Arc::clone(&self.inner), deadline(timeout_ms));
-        begin(env, async move { inner.unregister(until).await })
+        let memory = self.memory.get().cloned();
+        begin(env, async move {
+            if let Some(memory) = memory {
+                memory.memory.close();
+            }
+            inner.unregister(until).await
+        })
+    }
+
+    fn places(&self, addresses: &[u64]) -> kvferry_core::Result<Vec<(*mut u8, usize)>> {
+        let bytes = self.inner.shape().array_bytes();
+        let too_large = || Error::invalid(format!("this process cannot have {bytes} bytes"));
+        let bytes = usize::try_from(bytes).map_err(|_| too_large())?;
+        let place = |address: &u64| {
+            let address = usize::try_from(*address).map_err(|_| too_large())?;
+            Ok((std::ptr::with_exposed_provenance_mut(address), bytes))
+        };
+        addresses.iter().map(place).collect()
+    }
+
+    fn register(&self, env: &Env, registered: Registered) -> Result<()> {
+        let registered = Arc::new(registered);
+        close_with(env, &registered)?;
+        let again = || to_napi(Error::invalid("memory is registered already"));
+        self.memory.set(registered).map_err(|_| again())
     }
 }
 
@@ -410,6 +532,13 @@ impl PagedLoad {
     #[napi(getter, catch_unwind)]
     pub fn chunks(&self) -> u32 {
         self.chunks
+    }
+
+    /// Resolves when the first `arrays` arrays of registered memory have what is copied to them.
+    #[napi(catch_unwind)]
+    pub fn copied<'env>(&self, env: &'env Env, arrays: u32) -> Result<PromiseRaw<'env, ()>> {
+        let copying = self.copies.under_way().ok_or_else(ended)?;
+        begin(env, async move { copying.array(arrays as usize).await })
     }
 }
 
@@ -429,7 +558,11 @@ impl PagedStore {
 }
 
 fn take<T>(once: &Mutex<Option<T>>) -> Result<T> {
-    once.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(ended)
+    lock(once).take().ok_or_else(ended)
+}
+
+fn lock<T>(once: &Mutex<T>) -> MutexGuard<'_, T> {
+    once.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn ended() -> napi::Error {
