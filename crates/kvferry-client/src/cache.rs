@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant, check_checksums};
 use kvferry_core::events::Events;
 use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
@@ -132,7 +132,7 @@ impl Cache for Client {
             }
             let pool = session.pool().ok_or_else(no_pool)?;
             if !store.slots.slots.is_empty() {
-                session.grant(Operation::PrepareStore, key, instance);
+                session.grant(Operation::PrepareStore, key, instance, store.slots.slots.clone());
             }
             undo.disarm();
             Ok(StoreGrant {
@@ -148,12 +148,27 @@ impl Cache for Client {
         &'a self,
         key: &'a Key,
         instance: u64,
+        checksums: &'a [u64],
         deadline: Instant,
     ) -> CacheFuture<'a, bool> {
         Box::pin(async move {
             let session = self.session()?;
-            if !session.take_grant(Operation::PrepareStore, key, instance) {
+            if let Some(slots) = session.granted(Operation::PrepareStore, key, instance) {
+                check_checksums(checksums, slots)?;
+            }
+            let Some(slots) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(false);
+            };
+            let told = session.keeps_checksums && !checksums.is_empty();
+            if let Some((offsets, generations)) = uses(&slots).filter(|_| told) {
+                // Before the commit on the wire. Nobody waits for the answer: what cannot be kept, the
+                // commit goes without.
+                session.send(&Request::Checksums {
+                    instance_id: instance,
+                    offsets,
+                    generations,
+                    checksums: checksums.to_vec(),
+                });
             }
             let request = Request::CommitStore { key: key.clone().into(), instance_id: instance };
             boolean(&session, &request, self.deadline(deadline)).await
@@ -170,7 +185,7 @@ impl Cache for Client {
             let session = self.session()?;
             let granted = session.take_grant(Operation::PrepareStore, key, instance);
             // LMCache has no such operation; there the reservation ends by its own deadline.
-            if !granted || session.hello.is_none() {
+            if granted.is_none() || session.hello.is_none() {
                 return Ok(());
             }
             let request = Request::AbandonStore { key: key.clone().into(), instance_id: instance };
@@ -209,7 +224,8 @@ impl Cache for Client {
                 ));
             }
             let pool = session.pool().ok_or_else(no_pool)?;
-            session.grant(Operation::PrepareRetrieve, key, instance);
+            // Its commit is told the slots.
+            session.grant(Operation::PrepareRetrieve, key, instance, Vec::new());
             undo.disarm();
             Ok(Some(RetrieveGrant { slots: slots.slots, memory: session.memory(pool) }))
         })
@@ -250,16 +266,13 @@ impl Cache for Client {
         Box::pin(async move {
             let (session, deadline) = (self.session()?, self.deadline(deadline));
             // Slots of a connection that ended may have been used anew during the copy.
-            if !session.take_grant(Operation::PrepareRetrieve, key, instance) {
+            if session.take_grant(Operation::PrepareRetrieve, key, instance).is_none() {
                 return Ok(false);
             }
             let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
             let commit = boolean(&session, &commit, deadline);
-            let uses: Option<(Vec<u64>, Vec<u64>)> =
-                slots.iter().map(|slot| Some((slot.offset, slot.generation?))).collect();
-            let Some((offsets, generations)) = uses.filter(|_| session.hello.is_some()) else {
-                return commit.await;
-            };
+            let uses = uses(slots).filter(|_| session.hello.is_some());
+            let Some((offsets, generations)) = uses else { return commit.await };
             let confirm = Request::Confirm { instance_id: instance, offsets, generations };
             // In this order on the wire: what is confirmed is still granted.
             let (held, ended) = tokio::join!(boolean(&session, &confirm, deadline), commit);
@@ -364,6 +377,11 @@ fn check_slots(slots: &Slots, object_bytes: u64) -> Result<()> {
             ),
         )),
     }
+}
+
+/// The offsets and generations of slots; `None` when the server does not say all generations.
+fn uses(slots: &[Slot]) -> Option<(Vec<u64>, Vec<u64>)> {
+    slots.iter().map(|slot| Some((slot.offset, slot.generation?))).collect()
 }
 
 /// The answer to a request that is answered by yes or no.

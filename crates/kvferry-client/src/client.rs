@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::key::Layout;
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::message::Value;
+use kvferry_wire::message::{EXTENSION, Value};
 use kvferry_wire::{Dialect, Operation, Reply, Request};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout_at};
@@ -482,9 +482,10 @@ async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Resu
     };
     let mut link = by(deadline, Link::open(address), silent).await?;
     let asking = release::find(&mut link, time / 4);
-    let Release { dialect, chunk_size, extended } = by(deadline, asking, unknown).await?;
+    let release = by(deadline, asking, unknown).await?;
+    let Release { dialect, chunk_size, .. } = release;
     link.dialect = dialect;
-    let hello = match extended {
+    let hello = match release.announces(EXTENSION) {
         true => match by(deadline, link.exchange(&Request::Hello), silent).await? {
             Reply::Hello(hello) => Some(hello),
             reply => return Err(unexpected(Operation::Hello, &reply)),
@@ -503,7 +504,9 @@ async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Resu
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let (session, outgoing) = Session::new(address.clone(), dialect, link.uid(), hello, pool);
+    let checksums = hello.is_some() && release.announces(Operation::Checksums.name());
+    let (session, outgoing) =
+        Session::new(address.clone(), dialect, link.uid(), hello, checksums, pool);
     Ok((link, Arc::new(session), outgoing, info))
 }
 

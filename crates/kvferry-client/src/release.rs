@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kvferry_core::Result;
-use kvferry_wire::message::EXTENSION;
 use kvferry_wire::{Dialect, Operation, Reply, Request};
 use tokio::time::timeout;
 
@@ -16,8 +15,14 @@ pub(crate) struct Release {
     pub(crate) dialect: Dialect,
     /// Tokens of one chunk, at least 1.
     pub(crate) chunk_size: u32,
-    /// Whether it has our operations.
-    pub(crate) extended: bool,
+    /// What it can beside its dialect, by names.
+    pub(crate) announced: Vec<String>,
+}
+
+impl Release {
+    pub(crate) fn announces(&self, name: &str) -> bool {
+        self.announced.iter().any(|announced| announced == name)
+    }
 }
 
 /// Asks. A server that is silent for `patience` is asked the older question too; its answer to the
@@ -38,7 +43,7 @@ pub(crate) async fn find(link: &mut Link, patience: Duration) -> Result<Release>
                     return Ok(Release {
                         dialect: Dialect::Lmcache047,
                         chunk_size: chunk_size(link, size)?,
-                        extended: false,
+                        announced: Vec::new(),
                     });
                 }
             }
@@ -52,13 +57,14 @@ pub(crate) async fn find(link: &mut Link, patience: Duration) -> Result<Release>
         let noop = link.ask(&Request::Noop, Dialect::Current)?;
         let (uid, answer) = link.answer(&[&names, &noop]).await?;
         if uid == noop {
-            return Ok(Release { dialect: Dialect::Lmcache053, chunk_size, extended: false });
+            let (dialect, announced) = (Dialect::Lmcache053, Vec::new());
+            return Ok(Release { dialect, chunk_size, announced });
         }
-        let extended = match Reply::decode(Operation::GetExperimental, &answer) {
-            Ok(Reply::Names(names)) => names.iter().any(|name| name == EXTENSION),
-            _ => false,
+        let announced = match Reply::decode(Operation::GetExperimental, &answer) {
+            Ok(Reply::Names(names)) => names,
+            _ => Vec::new(),
         };
-        return Ok(Release { dialect: Dialect::Current, chunk_size, extended });
+        return Ok(Release { dialect: Dialect::Current, chunk_size, announced });
     }
     if Reply::decode(Operation::Noop, &answer).is_err() {
         return Err(link.broken(format!(
@@ -70,7 +76,7 @@ pub(crate) async fn find(link: &mut Link, patience: Duration) -> Result<Release>
     let (_, answer) = link.answer(&[&asked]).await?;
     let size = integer(&answer).unwrap_or(0);
     let chunk_size = chunk_size(link, size)?;
-    Ok(Release { dialect: Dialect::Lmcache050, chunk_size, extended: false })
+    Ok(Release { dialect: Dialect::Lmcache050, chunk_size, announced: Vec::new() })
 }
 
 fn integer(payload: &[Bytes]) -> Option<u64> {

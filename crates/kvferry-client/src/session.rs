@@ -1,12 +1,12 @@
 //! What belongs to one connection: requests under way, what the server granted, its pool.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use kvferry_core::cache::Memory;
+use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::Hello;
@@ -62,11 +62,14 @@ pub(crate) struct Session {
     pub(crate) dialect: Dialect,
     /// `None` for a server without our operations.
     pub(crate) hello: Option<Hello>,
+    /// Whether it takes [`Request::Checksums`].
+    pub(crate) keeps_checksums: bool,
     uids: AtomicU64,
     requests: Mutex<Requests>,
     queue: mpsc::UnboundedSender<Outgoing>,
     queued_bytes: AtomicUsize,
-    granted: Mutex<HashSet<Granted>>,
+    /// The slots of each, oldest first, as their commits come.
+    granted: Mutex<HashMap<Granted, VecDeque<Vec<Slot>>>>,
     pool: Mutex<Option<Pool>>,
     gate: Arc<Gate>,
 }
@@ -78,6 +81,7 @@ impl Session {
         dialect: Dialect,
         uid: u64,
         hello: Option<Hello>,
+        keeps_checksums: bool,
         pool: Option<Pool>,
     ) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         let (queue, outgoing) = mpsc::unbounded_channel();
@@ -85,6 +89,7 @@ impl Session {
             address,
             dialect,
             hello,
+            keeps_checksums,
             uids: AtomicU64::new(uid),
             requests: Mutex::new(Ok(HashMap::new())),
             queue,
@@ -203,15 +208,34 @@ impl Session {
         })
     }
 
-    /// Remembers that a prepare was granted.
-    pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64) {
-        lock(&self.granted).insert(Granted::new(operation, key, instance));
+    /// Remembers that a prepare was granted, with the slots that its commit tells the server of.
+    pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64, slots: Vec<Slot>) {
+        let granted = Granted::new(operation, key, instance);
+        lock(&self.granted).entry(granted).or_default().push_back(slots);
     }
 
-    /// Forgets it again. `false`: this session has not granted it. A commit must not go to the
-    /// server then: what it would end is another's.
-    pub(crate) fn take_grant(&self, operation: Operation, key: &Key, instance: u64) -> bool {
-        lock(&self.granted).remove(&Granted::new(operation, key, instance))
+    /// How many slots the grant has that [`Session::take_grant`] would forget; `None` for none.
+    pub(crate) fn granted(&self, operation: Operation, key: &Key, instance: u64) -> Option<usize> {
+        let granted = lock(&self.granted);
+        granted.get(&Granted::new(operation, key, instance))?.front().map(Vec::len)
+    }
+
+    /// Forgets it again and gives its slots, of several the oldest. `None`: this session has not granted
+    /// it. A commit must not go to the server then: what it would end is another's.
+    pub(crate) fn take_grant(
+        &self,
+        operation: Operation,
+        key: &Key,
+        instance: u64,
+    ) -> Option<Vec<Slot>> {
+        let granted = Granted::new(operation, key, instance);
+        let mut all = lock(&self.granted);
+        let grants = all.get_mut(&granted)?;
+        let oldest = grants.pop_front();
+        if grants.is_empty() {
+            all.remove(&granted);
+        }
+        oldest
     }
 
     /// The pool, once a registration was answered.

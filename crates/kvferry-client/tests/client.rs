@@ -239,12 +239,15 @@ async fn what_is_stored_lies_in_the_servers_pool() {
     assert_eq!((&grant.chunk_indices[..], grant.refused), (&[1][..], Some(0)));
     assert_eq!((grant.slots[0].length, grant.slots[0].generation), (OBJECT, Some(7)));
     grant.memory.write(grant.slots[0].offset, b"stored").unwrap();
-    assert!(client.commit_store(&key(), instance, soon()).await.unwrap());
+    assert!(client.commit_store(&key(), instance, &[], soon()).await.unwrap());
     let mut seen = [0; 6];
     region.read(0, &mut seen).unwrap();
     assert_eq!(&seen, b"stored");
 
-    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap(), "committed already");
+    assert!(
+        !client.commit_store(&key(), instance, &[], soon()).await.unwrap(),
+        "committed already"
+    );
 }
 
 #[tokio::test]
@@ -479,7 +482,7 @@ async fn an_abandoned_store_is_given_back_and_not_committed() {
     client.prepare_store(&key(), instance, soon()).await.unwrap();
     router.so_far();
     client.abandon_store(&key(), instance, soon()).await.unwrap();
-    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap());
+    assert!(!client.commit_store(&key(), instance, &[], soon()).await.unwrap());
     let abandon = Request::AbandonStore { key: key().into(), instance_id: instance };
     assert_eq!(router.so_far(), [abandon]);
 }
@@ -515,7 +518,7 @@ async fn the_salt_is_dropped_from_no_request() {
     client.lookup(salted, soon()).await.unwrap();
     client.release(salted, soon()).await.unwrap();
     client.prepare_store(salted, instance, soon()).await.unwrap();
-    assert!(client.commit_store(salted, instance, soon()).await.unwrap());
+    assert!(client.commit_store(salted, instance, &[], soon()).await.unwrap());
     client.prepare_store(salted, instance, soon()).await.unwrap();
     client.abandon_store(salted, instance, soon()).await.unwrap();
     let load = client.prepare_retrieve(salted, instance, soon()).await.unwrap().unwrap();
@@ -619,7 +622,7 @@ async fn a_server_started_anew_is_registered_with_and_its_pool_mapped() {
     router.so_far();
 
     // What the old server granted is not the new one's to commit, and cannot be confirmed.
-    assert!(!client.commit_store(&key(), instance, soon()).await.unwrap());
+    assert!(!client.commit_store(&key(), instance, &[], soon()).await.unwrap());
     assert!(!client.commit_retrieve(&key(), instance, &load.slots, soon()).await.unwrap());
     assert_eq!(router.so_far(), []);
 

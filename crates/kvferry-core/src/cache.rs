@@ -68,6 +68,9 @@ pub struct Slot {
     pub length: u64,
     /// How often the slot has been used; `None` when the server does not say.
     pub generation: Option<u64>,
+    /// CRC-64/NVME of the object's `length` bytes, as its writer told it; `None` when it told none, when the
+    /// server does not keep them, and as long as the slot is being written.
+    pub checksum: Option<u64>,
 }
 
 /// What `prepare_store` grants: slots to fill, then commit.
@@ -123,10 +126,18 @@ pub trait Cache: Send + Sync {
     ) -> CacheFuture<'a, StoreGrant>;
 
     /// Makes the reserved chunks visible. `false`: there was nothing to commit, they are not stored.
+    ///
+    /// `checksums` has the CRC-64/NVME of the bytes in each granted slot, in the order of the slots, or
+    /// nothing; readers find them in [`Slot::checksum`]. Servers that do not keep them commit without.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InvalidArgument`] when there are as many neither as slots nor none; nothing is
+    /// committed then, and the slots stay granted.
     fn commit_store<'a>(
         &'a self,
         key: &'a Key,
         instance: u64,
+        checksums: &'a [u64],
         deadline: Instant,
     ) -> CacheFuture<'a, bool>;
 
@@ -186,6 +197,20 @@ pub trait Cache: Send + Sync {
     fn explain<'a>(&'a self, _key: &'a Key, _deadline: Instant) -> CacheFuture<'a, Explanation> {
         not_offered("explanation of misses")
     }
+}
+
+/// [`Cache::commit_store`]'s error for checksums that do not go with so many granted slots.
+///
+/// # Errors
+/// [`ErrorCode::InvalidArgument`].
+pub fn check_checksums(checksums: &[u64], slots: usize) -> Result<()> {
+    if checksums.is_empty() || checksums.len() == slots {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "{} checksums were given for {slots} slots; give one for each slot, or none",
+        checksums.len()
+    )))
 }
 
 fn not_offered<'a, T: Send + 'a>(what: &str) -> CacheFuture<'a, T> {

@@ -230,7 +230,7 @@ impl Worker {
         let key = self.place.key(range, Some(self.worker_id));
         let grant = self.cache.prepare_store(&key, self.instance, deadline).await?;
         if is_active(Defect::CommitBeforeFill) {
-            self.cache.commit_store(&key, self.instance, deadline).await?;
+            self.cache.commit_store(&key, self.instance, &[], deadline).await?;
         }
         Ok(Store {
             key,
@@ -269,7 +269,7 @@ impl Worker {
         let chunks = u32::try_from(store.chunks.len()).unwrap_or(u32::MAX);
         let visible = chunks > 0
             && (is_active(Defect::CommitBeforeFill)
-                || self.cache.commit_store(&store.key, self.instance, deadline).await?);
+                || self.cache.commit_store(&store.key, self.instance, &[], deadline).await?);
         Ok(if visible { chunks } else { 0 })
     }
 

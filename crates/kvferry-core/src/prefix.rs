@@ -251,7 +251,7 @@ impl PrefixCache {
     pub async fn commit(&self, writing: Writing, deadline: Instant) -> Result<bool> {
         let committed = match writing.slots.is_empty() {
             true => Ok(true),
-            false => self.cache.commit_store(&writing.key, self.instance, deadline).await,
+            false => self.cache.commit_store(&writing.key, self.instance, &[], deadline).await,
         };
         self.end_store(writing, deadline).await;
         committed

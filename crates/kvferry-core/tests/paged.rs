@@ -49,7 +49,7 @@ fn answer<'a, T: Send + 'a>(value: T) -> CacheFuture<'a, T> {
 }
 
 fn slots() -> Vec<Slot> {
-    vec![Slot { offset: 0, length: 8, generation: None }]
+    vec![Slot { offset: 0, length: 8, generation: None, checksum: None }]
 }
 
 impl Cache for Recorder {
@@ -92,7 +92,13 @@ impl Cache for Recorder {
         self.asked("prepare_store", key, grant)
     }
 
-    fn commit_store<'a>(&'a self, key: &'a Key, _: u64, _: Instant) -> CacheFuture<'a, bool> {
+    fn commit_store<'a>(
+        &'a self,
+        key: &'a Key,
+        _: u64,
+        _: &'a [u64],
+        _: Instant,
+    ) -> CacheFuture<'a, bool> {
         self.asked("commit_store", key, true)
     }
 

@@ -57,6 +57,7 @@ impl Liar {
             offset: *offset,
             length: *length,
             generation: None,
+            checksum: None,
         };
         Arc::new(Self {
             hits,
@@ -115,7 +116,13 @@ impl Cache for Liar {
         })
     }
 
-    fn commit_store<'a>(&'a self, _: &'a Key, _: u64, _: Instant) -> CacheFuture<'a, bool> {
+    fn commit_store<'a>(
+        &'a self,
+        _: &'a Key,
+        _: u64,
+        _: &'a [u64],
+        _: Instant,
+    ) -> CacheFuture<'a, bool> {
         answer(true)
     }
 

@@ -112,7 +112,7 @@ impl Service {
                 self.prepare_store(owner, &key.key, instance_id, now)?
             }
             Request::CommitStore { key, instance_id } => {
-                Reply::Boolean(store.commit_store(&key.key, instance_id)?)
+                Reply::Boolean(store.commit_store(&key.key, instance_id, &[])?)
             }
             Request::PrepareRetrieve { key, instance_id } => {
                 let slots = store.prepare_retrieve(owner, &key.key, instance_id, now)?;
@@ -130,7 +130,9 @@ impl Service {
             Request::Ping { .. } => Reply::Boolean(true),
             Request::ReportBlockAllocation { .. } => Reply::None,
             Request::Noop => Reply::Text("OK".into()),
-            Request::GetExperimental => Reply::Names(vec![EXTENSION.into()]),
+            Request::GetExperimental => {
+                Reply::Names(vec![EXTENSION.into(), Operation::Checksums.name().into()])
+            }
             Request::Hello => {
                 peer.extended = true;
                 Reply::Hello(self.hello.clone())
@@ -146,6 +148,10 @@ impl Service {
             }
             Request::Discard { offsets, generations, .. } => {
                 Reply::Integer(store.discard(offsets.into_iter().zip(generations)))
+            }
+            Request::Checksums { instance_id, offsets, generations, checksums } => {
+                let slots = offsets.into_iter().zip(generations);
+                Reply::Integer(store.keep_checksums(instance_id, slots.zip(checksums)))
             }
             Request::Status => Reply::Status(self.status(now)),
             Request::Events { cursor, max } => Reply::Events(store.events(cursor, max)),
@@ -199,7 +205,7 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
-        Operation::Discard => Reply::Integer(0),
+        Operation::Discard | Operation::Checksums => Reply::Integer(0),
         _ => return None,
     })
 }

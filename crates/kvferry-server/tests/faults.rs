@@ -65,6 +65,12 @@ fn requests() -> Vec<Request> {
         Request::AbandonStore { key: request_key(), instance_id: INSTANCE },
         Request::Confirm { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
         Request::Discard { instance_id: INSTANCE, offsets: vec![0], generations: vec![1] },
+        Request::Checksums {
+            instance_id: INSTANCE,
+            offsets: vec![0],
+            generations: vec![1],
+            checksums: vec![2],
+        },
         Request::Status,
         Request::Events { cursor: 1, max: 9 },
         Request::Explain { key: request_key() },
@@ -112,7 +118,7 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
-        Operation::Discard => Reply::Integer(0),
+        Operation::Discard | Operation::Checksums => Reply::Integer(0),
         _ => return None,
     })
 }

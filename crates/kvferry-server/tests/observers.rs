@@ -10,7 +10,7 @@ use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, MODEL_NAME_BYTES_MAX};
 use kvferry_wire::message::EXTENSION;
 use kvferry_wire::zmtp::Limits;
-use kvferry_wire::{Reply, Request};
+use kvferry_wire::{Operation, Reply, Request};
 
 const PAGE: u64 = 4096;
 
@@ -35,7 +35,8 @@ fn a_listener_hears_what_others_store_and_what_is_evicted() {
     engine.register(7, layout("m"));
     let mut listener = Client::connect(server.address());
     let names = listener.call(&Request::GetExperimental);
-    assert_eq!(names, Reply::Names(vec![EXTENSION.into()]), "the operations are announced");
+    let announced = vec![EXTENSION.into(), Operation::Checksums.name().into()];
+    assert_eq!(names, Reply::Names(announced), "the operations are announced");
     assert_eq!(events(&mut listener, 0, 9).next(), 1);
     engine.store(key("a", 0, 2), 7);
     engine.store(key("b", 100, 1), 7);
@@ -79,9 +80,7 @@ fn answers_stay_within_a_message_however_long_the_names_are() {
         let frames = engine.receive();
         let bytes: usize = frames.iter().map(bytes::Bytes::len).sum();
         assert!(bytes < Limits::default().message_bytes_max);
-        let Ok(Reply::Events(events)) =
-            Reply::decode(kvferry_wire::Operation::Events, &frames[2..])
-        else {
+        let Ok(Reply::Events(events)) = Reply::decode(Operation::Events, &frames[2..]) else {
             panic!("{frames:?}")
         };
         assert_eq!((events.first, events.lost), (cursor, false));

@@ -31,7 +31,7 @@ fn nothing_to_store() -> Difference {
 }
 
 fn extension() -> Difference {
-    Difference::Other(Reply::Names(vec!["kvferry.v1".into()]))
+    Difference::Other(Reply::Names(vec!["kvferry.v1".into(), "kvferry.checksums".into()]))
 }
 
 struct Step {

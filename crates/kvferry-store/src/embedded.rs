@@ -83,9 +83,10 @@ impl Cache for Embedded {
         &'a self,
         key: &'a Key,
         instance: u64,
+        checksums: &'a [u64],
         _deadline: Instant,
     ) -> CacheFuture<'a, bool> {
-        Box::pin(ready(self.store.commit_store(key, instance)))
+        Box::pin(ready(self.store.commit_store(key, instance, checksums)))
     }
 
     fn abandon_store<'a>(

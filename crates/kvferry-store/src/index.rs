@@ -127,6 +127,13 @@ impl Index {
         handle
     }
 
+    /// The object's bytes have this checksum. It goes with the object's slot.
+    pub(crate) fn keep_checksum(&mut self, handle: Handle, checksum: u64) {
+        if let Some(object) = self.object_mut(handle) {
+            object.grant.slot.checksum = Some(checksum);
+        }
+    }
+
     /// Makes reserved objects, parents first, visible and takes their reservations' pins away.
     pub(crate) fn commit(&mut self, handles: &[Handle]) {
         let mut committed = Vec::with_capacity(handles.len());

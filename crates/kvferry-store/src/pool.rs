@@ -122,7 +122,8 @@ impl Pool {
         let offset = u64::from(allocation.page) * PAGE;
         self.uses += 1;
         self.generations.insert(offset, self.uses);
-        Some(Grant { allocation, slot: Slot { offset, length, generation: Some(self.uses) } })
+        let slot = Slot { offset, length, generation: Some(self.uses), checksum: None };
+        Some(Grant { allocation, slot })
     }
 
     /// Takes a slot back.

@@ -328,6 +328,18 @@ impl State {
         }
     }
 
+    /// Slots of the reservation that [`State::take_reservation`] would end; 0 for none.
+    pub(crate) fn reserved(&self, instance: u64, range: &Range) -> usize {
+        let Some(known) = self.instances.get(&instance) else { return 0 };
+        match known.apart.iter().find(|apart| apart.range == *range) {
+            Some(apart) => apart.grants.len(),
+            None => {
+                let oldest = known.stores.get(range).and_then(VecDeque::front);
+                oldest.map_or(0, |reservation| reservation.objects.len())
+            }
+        }
+    }
+
     /// Takes the range's oldest reservation out to end it. If it was set apart, its slots come back
     /// now, since the writer says that it is done, and nothing else does.
     pub(crate) fn take_reservation(&mut self, instance: u64, range: Range) -> Option<Reservation> {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvferry_copy::PrivateRegion;
-use kvferry_core::cache::{Memory, Slot};
+use kvferry_core::cache::{Memory, Slot, check_checksums};
 use kvferry_core::defect::{Defect, is_active};
 use kvferry_core::explain::RemovalCause;
 use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
@@ -435,15 +435,47 @@ impl Store {
     }
 
     /// Makes what was reserved for the range visible. `false`: nothing was reserved, or it was set
-    /// apart meanwhile.
-    pub fn commit_store(&self, key: &Key, instance: u64) -> Result<bool> {
+    /// apart meanwhile. `checksums` are those of the slots, in their order, or none; readers get them
+    /// with the slots.
+    pub fn commit_store(&self, key: &Key, instance: u64, checksums: &[u64]) -> Result<bool> {
         let Some((mut state, range)) = self.reserved_range(key, instance)? else {
             return Ok(false);
         };
+        match state.reserved(instance, &range) {
+            0 => return Ok(false),
+            slots => check_checksums(checksums, slots)?,
+        }
         let Some(reservation) = state.take_reservation(instance, range) else { return Ok(false) };
+        for (handle, checksum) in reservation.objects.iter().zip(checksums) {
+            state.index.keep_checksum(*handle, *checksum);
+        }
         state.index.commit(&reservation.objects);
         state.counters.stored_chunks += reservation.objects.len() as u64;
         Ok(true)
+    }
+
+    /// Keeps checksums of the bytes in slots (offset, generation) that the instance has reserved and not
+    /// committed; says how many it were. Other slots are left alone.
+    pub fn keep_checksums(
+        &self,
+        instance: u64,
+        checksums: impl IntoIterator<Item = ((u64, u64), u64)>,
+    ) -> u64 {
+        let mut checksums: HashMap<(u64, u64), u64> = checksums.into_iter().collect();
+        let told = checksums.len();
+        let mut state = self.lock();
+        let State { instances, index, .. } = &mut *state;
+        let Some(known) = instances.get(&instance) else { return 0 };
+        for handle in known.stores.values().flatten().flat_map(|reserved| &reserved.objects) {
+            if checksums.is_empty() {
+                break;
+            }
+            let Some(grant) = index.grant(*handle) else { continue };
+            if let Some(checksum) = checksums.remove(&(grant.slot.offset, grant.generation())) {
+                index.keep_checksum(*handle, checksum);
+            }
+        }
+        (told - checksums.len()) as u64
     }
 
     /// Gives what was reserved for the range back; nothing of it becomes visible.

@@ -43,7 +43,7 @@ fn a_commit_is_told_parents_first_with_whose_it_is_and_a_reservation_is_not() {
     let prompt = Key { cache_salt: "tenant".into(), ..key(0, 2) };
     engine.reserve(&prompt, 1);
     assert_eq!(all(&engine).events, [], "nobody can find it yet");
-    engine.store.commit_store(&prompt, 1).unwrap();
+    engine.store.commit_store(&prompt, 1, &[]).unwrap();
     let second = Key { model_name: "tp".into(), world_size: 2, worker_id: Some(1), ..key(0, 1) };
     engine.put_as(&second, 2);
     let after = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();

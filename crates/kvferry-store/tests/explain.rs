@@ -125,7 +125,7 @@ fn ranks_that_lack_a_chunk_are_named() {
     let (missing_ranks, writing_ranks) = (vec![1], vec![3]);
     assert_eq!(found, MissingChunk { missing_ranks, writing_ranks, ..nothing(&found) });
     engine.put(&rank(1));
-    engine.store.commit_store(&rank(3), 1).unwrap();
+    engine.store.commit_store(&rank(3), 1, &[]).unwrap();
     assert_eq!(explain(&engine, &rank(0)).missing, None);
 }
 

@@ -69,7 +69,7 @@ impl Engine {
             self.store.memory().write(slot.offset, &content(key, *chunk)).unwrap();
         }
         if !reserved.slots.is_empty() {
-            assert!(self.store.commit_store(key, 1).unwrap());
+            assert!(self.store.commit_store(key, 1, &[]).unwrap());
         }
         reserved.slots.len() as u64
     }
@@ -130,7 +130,7 @@ fn nothing_is_seen_before_its_commit() {
     let second = engine.store.prepare_store(engine.owner, &key, 1, engine.now).unwrap();
     assert!(second.slots.is_empty(), "one writer at a time");
     assert_eq!(second.refused, 0, "being written is not refused");
-    engine.store.commit_store(&key, 1).unwrap();
+    engine.store.commit_store(&key, 1, &[]).unwrap();
     assert_eq!(engine.hits(&key), 2);
 }
 
@@ -140,7 +140,7 @@ fn an_abandoned_store_leaves_nothing_and_can_be_done_again() {
     let key = key("a", 0, 2);
     engine.store.prepare_store(engine.owner, &key, 1, engine.now).unwrap();
     engine.store.abandon_store(&key, 1).unwrap();
-    assert!(!engine.store.commit_store(&key, 1).unwrap());
+    assert!(!engine.store.commit_store(&key, 1, &[]).unwrap());
     assert_eq!(engine.status("used_bytes"), 0);
     assert_eq!(engine.put(&key), 2);
 }
@@ -154,7 +154,7 @@ fn a_prefix_counts_only_where_every_rank_has_it() {
         engine.store.register(engine.owner, instance, layout("m", 2)).unwrap();
         let chunks = Key { end: u64::from(CHUNK * (3 - rank)), ..two(rank) };
         engine.store.prepare_store(engine.owner, &chunks, instance, engine.now).unwrap();
-        engine.store.commit_store(&chunks, instance).unwrap();
+        engine.store.commit_store(&chunks, instance, &[]).unwrap();
     }
     let lookup = Key { worker_id: None, ..two(0) };
     assert_eq!(engine.hits(&lookup), 2);
@@ -184,14 +184,14 @@ fn no_operation_with_another_salt_touches_what_a_tenant_holds() {
     for salt in ["tenant-b", ""] {
         let other = Key { cache_salt: salt.into(), ..mine.clone() };
         store.prepare_store(*owner, &mine, 1, *now).unwrap();
-        assert!(!store.commit_store(&other, 1).unwrap(), "a commit");
+        assert!(!store.commit_store(&other, 1, &[]).unwrap(), "a commit");
         store.abandon_store(&other, 1).unwrap();
         assert_eq!(status("slots_writing"), 2, "an abandoned store");
         store.abandon_store(&mine, 1).unwrap();
         assert_eq!(status("slots_writing"), 0);
     }
     store.prepare_store(*owner, &mine, 1, *now).unwrap();
-    assert!(store.commit_store(&mine, 1).unwrap());
+    assert!(store.commit_store(&mine, 1, &[]).unwrap());
     for salt in ["tenant-b", ""] {
         let other = Key { cache_salt: salt.into(), ..mine.clone() };
         assert_eq!(store.lookup(*owner, &mine, 1, *now).unwrap(), 2);
@@ -297,7 +297,7 @@ fn a_prompt_larger_than_the_pool_stores_its_leading_chunks() {
     let reserved = engine.store.prepare_store(engine.owner, &key, 1, engine.now).unwrap();
     assert_eq!(reserved.chunk_indices, [0, 1, 2, 3]);
     assert_eq!(reserved.refused, 2);
-    engine.store.commit_store(&key, 1).unwrap();
+    engine.store.commit_store(&key, 1, &[]).unwrap();
     assert_eq!(engine.hits(&key), 4);
     assert_eq!(engine.put(&key), 0, "its own prefix does not make room for its tail");
     assert_eq!(engine.hits(&key), 4);
@@ -360,7 +360,7 @@ fn slots_of_a_peer_that_was_given_up_are_never_reused_until_it_says_so() {
     engine.store.abandon_store(&key("n", 200, 4), 1).unwrap();
     let again = Key { request_id: "w2".into(), ..writing.clone() };
     assert_eq!(engine.put(&again), 1, "its chunks are free for others to store");
-    assert!(!engine.store.commit_store(&writing, 1).unwrap(), "late: nothing becomes visible");
+    assert!(!engine.store.commit_store(&writing, 1, &[]).unwrap(), "late: nothing becomes visible");
     assert_eq!(engine.status("slots_apart"), 1, "but its slots come back");
     engine.store.commit_retrieve(&reading, 1).unwrap();
     assert_eq!(engine.status("slots_apart"), 0);
@@ -381,11 +381,11 @@ fn a_writer_past_its_deadline_keeps_its_slots_and_loses_its_chunks() {
     for slot in &told {
         engine.store.memory().write(slot.offset, &[0xee; 4096]).unwrap(); // late, into its own slots
     }
-    assert!(!engine.store.commit_store(&writing, 1).unwrap());
+    assert!(!engine.store.commit_store(&writing, 1, &[]).unwrap());
     for (chunk, slot) in (0u32..).zip(&again) {
         engine.store.memory().write(slot.offset, &content(&writing, chunk)).unwrap();
     }
-    assert!(engine.store.commit_store(&writing, 2).unwrap());
+    assert!(engine.store.commit_store(&writing, 2, &[]).unwrap());
     assert_eq!(engine.get(&key("r", 0, 2)), 2, "what is served is what was committed");
     assert_eq!(engine.status("slots_apart"), 0);
 }
@@ -495,7 +495,7 @@ fn generations_tell_that_a_slot_was_used_anew() {
     let key_ = key("a", 0, 1);
     let slot =
         engine.store.prepare_store(engine.owner, &key_, 1, engine.now).unwrap().slots.remove(0);
-    engine.store.commit_store(&key_, 1).unwrap();
+    engine.store.commit_store(&key_, 1, &[]).unwrap();
     let pair = (slot.offset, slot.generation.unwrap());
     assert!(engine.store.holds([pair]));
     engine.put(&key("b", 100, 1));
@@ -553,7 +553,7 @@ fn another_shape_or_element_type_is_another_object() {
         let key = key("b", 0, 1);
         let slots = engine.store.prepare_store(engine.owner, &key, instance, engine.now).unwrap();
         assert_eq!(slots.slots.len(), 1);
-        assert!(engine.store.commit_store(&key, instance).unwrap());
+        assert!(engine.store.commit_store(&key, instance, &[]).unwrap());
     }
 }
 
@@ -613,7 +613,7 @@ fn one_answer_has_a_bounded_number_of_slots() {
     let whole = key("a", 0, MOST + 1);
     let first = engine.store.prepare_store(engine.owner, &whole, 1, engine.now).unwrap();
     assert_eq!((first.slots.len() as u64, first.refused), (MOST, 1));
-    assert!(engine.store.commit_store(&whole, 1).unwrap());
+    assert!(engine.store.commit_store(&whole, 1, &[]).unwrap());
     assert_eq!(engine.put(&whole), 1, "the rest is another store's");
     let hit = engine.store.lookup(engine.owner, &whole, 1, engine.now).unwrap();
     assert_eq!(hit, MOST + 1);
@@ -730,7 +730,7 @@ fn many_threads_store_and_read_and_nothing_wrong_is_served() {
                         let bytes = content(&key, *chunk);
                         engine.store.memory().write(slot.offset, &bytes).unwrap();
                     }
-                    engine.store.commit_store(&key, 1).unwrap();
+                    engine.store.commit_store(&key, 1, &[]).unwrap();
                     // Another thread's commit of the same range may come between: only reads count.
                     let hit = engine.store.lookup(engine.owner, &key, 1, engine.now).unwrap();
                     let range = Key { end: hit * u64::from(CHUNK), ..key.clone() };
@@ -828,7 +828,7 @@ proptest! {
                     }
                 }
                 Step::Commit { first, chunks, instance } => {
-                    let _ = engine.store.commit_store(&key("w", first * 100, chunks), instance);
+                    let _ = engine.store.commit_store(&key("w", first * 100, chunks), instance, &[]);
                     end_oldest(&mut told, instance, (first, chunks));
                 }
                 Step::Abandon { first, chunks, instance } => {

@@ -97,6 +97,9 @@ pub enum Operation {
     Confirm,
     /// kvferry: drops objects whose bytes are not what was stored.
     Discard,
+    /// kvferry: the checksums of what was written, before its commit. Sent only to a server whose
+    /// `get_experimental` reply holds this operation's name too.
+    Checksums,
     /// kvferry: the server's counters.
     Status,
     /// kvferry: what became visible and what went.
@@ -105,12 +108,13 @@ pub enum Operation {
     Explain,
 }
 
-/// The name in a `get_experimental` reply that announces the `kvferry.` operations.
+/// The name in a `get_experimental` reply that announces the `kvferry.` operations; one that came later is
+/// announced by its own name beside it.
 pub const EXTENSION: &str = "kvferry.v1";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Lookup,
         Self::QueryPrefetchStatus,
         Self::WaitPrefetchStatus,
@@ -132,6 +136,7 @@ impl Operation {
         Self::AbandonStore,
         Self::Confirm,
         Self::Discard,
+        Self::Checksums,
         Self::Status,
         Self::Events,
         Self::Explain,
@@ -164,6 +169,7 @@ impl Operation {
             | Self::AbandonStore
             | Self::Confirm
             | Self::Discard
+            | Self::Checksums
             | Self::Status
             | Self::Events
             | Self::Explain => [0; 4],
@@ -198,6 +204,7 @@ impl Operation {
             Self::AbandonStore => "kvferry.abandon_store",
             Self::Confirm => "kvferry.confirm",
             Self::Discard => "kvferry.discard",
+            Self::Checksums => "kvferry.checksums",
             Self::Status => "kvferry.status",
             Self::Events => "kvferry.events",
             Self::Explain => "kvferry.explain",

@@ -258,7 +258,7 @@ fn explanation(missing: Option<MissingChunk>) -> Explanation {
 /// Replies of the operations that no LMCache has, and what a hello adds to the others.
 #[test]
 fn our_own_messages_survive_the_wire() {
-    let slot = |offset, generation| Slot { offset, length: 1024, generation };
+    let slot = |offset, generation| Slot { offset, length: 1024, generation, checksum: None };
     let slots = Slots {
         slots: vec![slot(0, Some(7)), slot(4096, Some(1 << 40))],
         shape: vec![2, 2, 16, 8],

@@ -151,7 +151,7 @@ async fn each_release_is_asked_by_its_own_ids() {
         let instance = client.register(layout(), soon()).await.unwrap();
         let store = client.prepare_store(&key(), instance, soon()).await.unwrap();
         assert_eq!(store.chunk_indices, [1]);
-        assert!(client.commit_store(&key(), instance, soon()).await.unwrap());
+        assert!(client.commit_store(&key(), instance, &[], soon()).await.unwrap());
         assert_eq!(client.lookup(&key(), soon()).await.unwrap(), 2);
         let load = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
         assert!(client.commit_retrieve(&key(), instance, &load.slots, soon()).await.unwrap());

@@ -9,7 +9,7 @@ use kvferry_core::cache::Slot;
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
-use kvferry_wire::{Dialect, Header, Reply, Request};
+use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
@@ -161,7 +161,9 @@ async fn serve(mut stream: TcpStream, mut answer: impl FnMut(&Request) -> Answer
 pub(crate) fn honest(request: &Request, pool: &str) -> Reply {
     match request {
         Request::GetChunkSize => Reply::Integer(CHUNK.into()),
-        Request::GetExperimental => Reply::Names(vec!["other".to_owned(), EXTENSION.to_owned()]),
+        Request::GetExperimental => Reply::Names(
+            ["other", EXTENSION, Operation::Checksums.name()].map(str::to_owned).to_vec(),
+        ),
         Request::Hello => hello(1),
         Request::Register { .. } => {
             Reply::Registered { shm_name: pool.to_owned(), pool_size: POOL }
@@ -171,6 +173,7 @@ pub(crate) fn honest(request: &Request, pool: &str) -> Reply {
         | Request::CommitRetrieve { .. }
         | Request::Confirm { .. } => Reply::Boolean(true),
         Request::QueryPrefetchStatus { .. } => Reply::Integer(2),
+        Request::Checksums { checksums, .. } => Reply::Integer(checksums.len() as u64),
         Request::PrepareStore { .. } => Reply::StoreSlots(Some(StoreSlots {
             slots: slots(1, OBJECT),
             chunk_indices: vec![1],
@@ -189,7 +192,7 @@ pub(crate) fn hello(token: u8) -> Reply {
 
 /// Slots at the pool's begin.
 pub(crate) fn slots(count: u64, length: u64) -> Slots {
-    let slot = |i| Slot { offset: i * 4096, length, generation: Some(7 + i) };
+    let slot = |i| Slot { offset: i * 4096, length, generation: Some(7 + i), checksum: None };
     Slots {
         slots: (0..count).map(slot).collect(),
         shape: vec![2, 16, 8],

@@ -82,7 +82,7 @@ impl Engine {
     /// Stores, whatever lies in the slots; how many chunks were new.
     pub(crate) fn put_as(&self, key: &Key, instance: u64) -> usize {
         let new = self.reserve(key, instance);
-        assert_eq!(self.store.commit_store(key, instance).unwrap(), new > 0);
+        assert_eq!(self.store.commit_store(key, instance, &[]).unwrap(), new > 0);
         new
     }
 

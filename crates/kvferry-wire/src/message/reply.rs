@@ -6,7 +6,7 @@ use kvferry_core::events::Events;
 use kvferry_core::explain::Explanation;
 
 use super::{MessageError, Payload, events, explain, one, refuse_data};
-use crate::messagepack::{Kind, Problem, Reader, Result, Writer, once, required};
+use crate::messagepack::{Kind, Problem, Reader, Result, Writer, frame, once, required, within};
 use crate::operation::Operation;
 
 /// A result. Which one answers which operation, [`Request`](super::Request) says.
@@ -47,8 +47,9 @@ pub enum Reply {
 /// Slots of one layout.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Slots {
-    /// Where they lie. The generations are sent when every slot has one; they are only for
-    /// connections that said [`Request::Hello`](super::Request::Hello), see [`Reply::plain`].
+    /// Where they lie. The generations are sent when every slot has one, the checksums when any has
+    /// one; both are only for connections that said [`Request::Hello`](super::Request::Hello), see
+    /// [`Reply::plain`].
     pub slots: Vec<Slot>,
     /// The shape of each object, [`Layout::shape`](kvferry_core::key::Layout::shape); empty without
     /// slots.
@@ -92,7 +93,7 @@ pub enum Value {
 }
 
 impl Reply {
-    /// The same without generations and refusals: what a connection gets that has not said hello.
+    /// The same without generations, checksums and refusals: what a connection gets that has not said hello.
     #[must_use]
     pub fn plain(mut self) -> Self {
         let slots = match &mut self {
@@ -103,7 +104,10 @@ impl Reply {
             Self::RetrieveSlots(Some(slots)) => slots,
             _ => return self,
         };
-        slots.slots.iter_mut().for_each(|slot| slot.generation = None);
+        for slot in &mut slots.slots {
+            slot.generation = None;
+            slot.checksum = None;
+        }
         self
     }
 
@@ -147,9 +151,15 @@ impl Reply {
                     None => w.map(0),
                     Some(slots) => {
                         let generations = slots.generations();
-                        w.map(1 + usize::from(generations.is_some()));
+                        let checksums = slots.slots.iter().any(|slot| slot.checksum.is_some());
+                        w.map(1 + usize::from(generations.is_some()) + usize::from(checksums));
                         slots.encode(w);
                         encode_generations(generations.as_deref(), w);
+                        if checksums {
+                            w.str("checksums");
+                            w.array(slots.slots.len());
+                            slots.slots.iter().for_each(|slot| w.uint_or_nil(slot.checksum));
+                        }
                     }
                 }
             }
@@ -197,7 +207,8 @@ impl Reply {
             Operation::QueryPrefetchStatus
             | Operation::WaitPrefetchStatus
             | Operation::GetChunkSize
-            | Operation::Discard => Self::Integer(p.uint("result")?),
+            | Operation::Discard
+            | Operation::Checksums => Self::Integer(p.uint("result")?),
             Operation::CommitStore
             | Operation::CommitRetrieve
             | Operation::Ping
@@ -276,12 +287,15 @@ impl Context {
         let mut slots: Option<Slots> = None;
         let mut chunk_indices: Option<Vec<u32>> = None;
         let mut generations: Option<Vec<u64>> = None;
+        let mut checksums = None;
         let mut refused = None;
         for _ in 0..r.map_len()? {
             match r.str()? {
                 "slots" => once(&mut slots, "slots", Slots::decode(r)),
                 "chunk_indices" => once(&mut chunk_indices, "chunk_indices", r.integers()),
                 "generations" => once(&mut generations, "generations", r.integers()),
+                // As it came, until it is known for how many slots it must be.
+                "checksums" => once(&mut checksums, "checksums", r.skip()),
                 "refused" => once(&mut refused, "refused", r.integer()),
                 _ => r.skip().map(drop),
             }?;
@@ -298,6 +312,10 @@ impl Context {
             slots
                 .zip(generations)
                 .for_each(|(slot, generation)| slot.generation = Some(generation));
+        }
+        if let Some(checksums) = checksums {
+            let slots = slots.iter_mut().flat_map(|slots| &mut slots.slots);
+            within("checksums", frame(checksums, |r| decode_checksums(r, count, slots)))?;
         }
         Ok(Self { slots, chunk_indices, refused })
     }
@@ -363,8 +381,23 @@ fn decode_slot<'a>(r: &mut Reader<'a>) -> Result<(Slot, Vec<u64>, &'a str)> {
         offset: required(offset, "offset")?,
         length: required(length, "length")?,
         generation: None,
+        checksum: None,
     };
     Ok((slot, required(shape, "shape")?, required(dtype, "dtype")?))
+}
+
+fn decode_checksums<'a>(
+    r: &mut Reader<'_>,
+    count: usize,
+    slots: impl Iterator<Item = &'a mut Slot>,
+) -> Result<()> {
+    if r.array_len()? != count {
+        return Err(Problem::Inconsistent("each slot has one checksum or nil").into());
+    }
+    for slot in slots {
+        slot.checksum = r.integer_or_nil()?;
+    }
+    Ok(())
 }
 
 fn encode_generations(generations: Option<&[u64]>, w: &mut Writer) {

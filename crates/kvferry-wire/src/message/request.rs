@@ -164,6 +164,10 @@ pub enum Request {
     /// Answer: `Reply::Integer`, how many objects were dropped: those whose slots still hold their
     /// generation. The lists have the same length.
     Discard { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64> },
+    /// Answer: `Reply::Integer`, how many checksums (CRC-64/NVME) are kept: those of slots that the
+    /// instance has reserved, in the use that the generation counts, and has not committed. The lists
+    /// have the same length.
+    Checksums { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64>, checksums: Vec<u64> },
     /// Answer: `Reply::Status`.
     Status,
     /// Answer: `Reply::Events`, at most `max` from the one of sequence `cursor` on; 0 is the oldest.
@@ -197,6 +201,7 @@ impl Request {
             Self::AbandonStore { .. } => Operation::AbandonStore,
             Self::Confirm { .. } => Operation::Confirm,
             Self::Discard { .. } => Operation::Discard,
+            Self::Checksums { .. } => Operation::Checksums,
             Self::Status => Operation::Status,
             Self::Events { .. } => Operation::Events,
             Self::Explain { .. } => Operation::Explain,
@@ -263,18 +268,18 @@ impl Request {
             operation @ (Operation::Confirm | Operation::Discard) => {
                 let instance_id = p.uint("instance_id")?;
                 let offsets: Vec<u64> = p.next("offsets", Reader::integers)?;
-                let generations = p.next("generations", |r| {
-                    let generations: Vec<u64> = r.integers()?;
-                    if generations.len() == offsets.len() {
-                        Ok(generations)
-                    } else {
-                        Err(Problem::Inconsistent("each offset has one generation").into())
-                    }
-                })?;
+                let generations = p.one_each("generations", &offsets)?;
                 match operation {
                     Operation::Confirm => Self::Confirm { instance_id, offsets, generations },
                     _ => Self::Discard { instance_id, offsets, generations },
                 }
+            }
+            Operation::Checksums => {
+                let instance_id = p.uint("instance_id")?;
+                let offsets: Vec<u64> = p.next("offsets", Reader::integers)?;
+                let generations = p.one_each("generations", &offsets)?;
+                let checksums = p.one_each("checksums", &offsets)?;
+                Self::Checksums { instance_id, offsets, generations, checksums }
             }
             Operation::Status => Self::Status,
             Operation::Events => {
@@ -331,6 +336,12 @@ impl Request {
                 one(|w| w.uints(offsets)),
                 one(|w| w.uints(generations)),
             ]),
+            Self::Checksums { instance_id, offsets, generations, checksums } => frames.extend([
+                one(|w| w.uint(*instance_id)),
+                one(|w| w.uints(offsets)),
+                one(|w| w.uints(generations)),
+                one(|w| w.uints(checksums)),
+            ]),
             Self::Events { cursor, max } => {
                 frames.extend([one(|w| w.uint(*cursor)), one(|w| w.uint(*max))]);
             }
@@ -349,6 +360,18 @@ impl Payload<'_> {
     fn key(&mut self) -> Result<RequestKey, MessageError> {
         let key = RequestKey::decode(self.frame()?);
         self.within("key", key)
+    }
+
+    /// A list as long as that of the slots' offsets.
+    fn one_each(&mut self, name: &'static str, offsets: &[u64]) -> Result<Vec<u64>, MessageError> {
+        self.next(name, |r| {
+            let list: Vec<u64> = r.integers()?;
+            if list.len() == offsets.len() {
+                Ok(list)
+            } else {
+                Err(Problem::Inconsistent("each offset has one").into())
+            }
+        })
     }
 
     fn no_data(&mut self) -> Result<(), MessageError> {
