@@ -16,7 +16,7 @@ use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::explain::{Explanation, count_hits};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::message::{StoreSlots, Value};
+use kvferry_wire::message::{EXTENSION, StoreSlots, Value};
 use kvferry_wire::{Operation, Reply, Request};
 use router::{
     Answer, CHUNK, OBJECT, POOL, Router, hello, honest, key, layout, shortly, slots, soon,
@@ -248,6 +248,107 @@ async fn what_is_stored_lies_in_the_servers_pool() {
         !client.commit_store(&key(), instance, &[], soon()).await.unwrap(),
         "committed already"
     );
+}
+
+#[tokio::test]
+async fn checksums_go_just_before_the_commit_which_does_not_wait_for_their_answer() {
+    let (name, _region) = pool("checksums");
+    let mut answers =
+        [None, Some(Answer::Silence), Some(Answer::Reply(Reply::Integer(0)))].into_iter();
+    let mut router = Router::start(&name, move |_, request| match request {
+        Request::Checksums { .. } => answers.next().unwrap(),
+        Request::PrepareStore { .. } => {
+            let slots =
+                StoreSlots { slots: slots(2, OBJECT), chunk_indices: vec![0, 1], refused: Some(0) };
+            Some(Answer::Reply(Reply::StoreSlots(Some(slots))))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    for what in ["kept", "not answered", "not kept"] {
+        client.prepare_store(&key(), instance, soon()).await.unwrap();
+        router.so_far();
+        for wrong in [&[1][..], &[1, 2, 3]] {
+            let error = client.commit_store(&key(), instance, wrong, soon()).await.unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidArgument);
+        }
+        assert!(client.commit_store(&key(), instance, &[0, 9], soon()).await.unwrap(), "{what}");
+        let checksums = Request::Checksums {
+            instance_id: instance,
+            offsets: vec![0, 4096],
+            generations: vec![7, 8],
+            checksums: vec![0, 9],
+        };
+        let commit = Request::CommitStore { key: key().into(), instance_id: instance };
+        assert_eq!(router.so_far(), [checksums, commit], "{what}");
+    }
+    client.prepare_store(&key(), instance, soon()).await.unwrap();
+    router.so_far();
+    assert!(client.commit_store(&key(), instance, &[], soon()).await.unwrap());
+    assert_eq!(router.so_far().len(), 1, "there is nothing to tell");
+    assert!(!client.commit_store(&key(), instance, &[1], soon()).await.unwrap(), "or to commit");
+    assert_eq!(router.so_far(), []);
+}
+
+#[tokio::test]
+async fn two_grants_of_a_range_are_committed_each_with_the_checksums_of_its_own_slots() {
+    let (name, _region) = pool("twice");
+    let mut places = 0..;
+    let mut router = Router::start(&name, move |_, request| match request {
+        Request::PrepareStore { .. } => {
+            let mut slots = slots(1, OBJECT);
+            let place = places.next().unwrap();
+            slots.slots[0].offset = u64::from(place) * 4096;
+            let slots = StoreSlots { slots, chunk_indices: vec![place], refused: Some(0) };
+            Some(Answer::Reply(Reply::StoreSlots(Some(slots))))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    client.prepare_store(&key(), instance, soon()).await.unwrap();
+    client.prepare_store(&key(), instance, soon()).await.unwrap();
+    for (offset, checksum) in [(0, 5), (4096, 6)] {
+        router.so_far();
+        assert!(client.commit_store(&key(), instance, &[checksum], soon()).await.unwrap());
+        let checksums = Request::Checksums {
+            instance_id: instance,
+            offsets: vec![offset],
+            generations: vec![7],
+            checksums: vec![checksum],
+        };
+        assert_eq!(router.so_far()[0], checksums, "the oldest first, as the server commits them");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_announce_checksums_is_committed_to_without() {
+    let (name, _region) = pool("unannounced");
+    for announced in [vec![EXTENSION], vec!["kv_event_stream"], vec![Operation::Checksums.name()]] {
+        let says: Vec<String> = announced.iter().map(|name| (*name).to_owned()).collect();
+        let ours = announced.contains(&EXTENSION);
+        let mut router = Router::start(&name, move |_, request| match request {
+            Request::GetExperimental => Some(Answer::Reply(Reply::Names(says.clone()))),
+            Request::Checksums { .. } => panic!("not announced"),
+            Request::PrepareStore { .. } if !ours => {
+                Some(Answer::Reply(honest(request, "").plain()))
+            }
+            _ => None,
+        })
+        .await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        client.prepare_store(&key(), instance, soon()).await.unwrap();
+        router.so_far();
+        let error = client.commit_store(&key(), instance, &[1, 2], soon()).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidArgument, "there as well");
+        assert!(client.commit_store(&key(), instance, &[1], soon()).await.unwrap());
+        let commit = Request::CommitStore { key: key().into(), instance_id: instance };
+        assert_eq!(router.so_far(), [commit], "{announced:?}");
+    }
 }
 
 #[tokio::test]
@@ -783,6 +884,7 @@ async fn lmcache(pool: &str) -> Router {
         }
         Request::Hello
         | Request::Confirm { .. }
+        | Request::Checksums { .. }
         | Request::AbandonStore { .. }
         | Request::Events { .. }
         | Request::Explain { .. }

@@ -451,6 +451,46 @@ fn generations_tell_whether_a_slot_is_still_what_was_read() {
 }
 
 #[test]
+fn checksums_are_for_connections_that_said_hello() {
+    let (server, mut engine) = server_and_engine(8);
+    let mut ours = Client::connect(server.address());
+    ours.hello();
+    let granted = ours.prepare_store(key("r", 0, 2), INSTANCE).slots.slots;
+    let tell = |instance_id, checksums: [u64; 2]| Request::Checksums {
+        instance_id,
+        offsets: granted.iter().map(|slot| slot.offset).collect(),
+        generations: granted.iter().map(|slot| slot.generation.unwrap()).collect(),
+        checksums: checksums.to_vec(),
+    };
+    assert_eq!(ours.call(&tell(INSTANCE + 1, [8, 9])), Reply::Integer(0), "not its slots");
+    // Pipelined, as clients send them: the commit does not wait.
+    ours.request(&tell(INSTANCE, [1, 2]));
+    ours.request(&Request::CommitStore { key: key("r", 0, 2).into(), instance_id: INSTANCE });
+    assert_eq!(ours.reply(), Reply::Integer(2));
+    assert_eq!(ours.reply(), Reply::Boolean(true));
+    assert_eq!(ours.call(&tell(INSTANCE, [8, 9])), Reply::Integer(0), "committed");
+
+    let retrieve = |peer: &mut Client, request_id| {
+        assert_eq!(peer.lookup(key(request_id, 0, 2)), 2);
+        peer.prepare_retrieve(key(request_id, 0, 2), INSTANCE).unwrap()
+    };
+    let told = retrieve(&mut ours, "s");
+    assert!(told.slots.iter().map(|slot| slot.checksum).eq([Some(1), Some(2)]));
+    let plain = retrieve(&mut engine, "t");
+    let lmcaches = Slot { generation: None, checksum: None, ..told.slots[0].clone() };
+    assert_eq!(plain.slots[0], lmcaches);
+
+    // What a peer without the extension stored has none, and nothing is said of it.
+    assert_eq!(engine.store(key("u", 1000, 2), INSTANCE), 2);
+    assert_eq!(ours.lookup(key("v", 1000, 2)), 2);
+    let request = Request::PrepareRetrieve { key: key("v", 1000, 2).into(), instance_id: INSTANCE };
+    ours.request(&request);
+    let reply = ours.receive();
+    let says = |word: &[u8]| reply[2].windows(word.len()).any(|part| part == word);
+    assert!(says(b"generations") && !says(b"checksums"));
+}
+
+#[test]
 fn what_is_abandoned_is_free_again_and_was_never_there() {
     let (_server, mut engine) = server_and_engine(4);
     assert_eq!(engine.prepare_store(key("r", 0, 4), INSTANCE).chunk_indices.len(), 4);

@@ -11,8 +11,10 @@ use std::sync::{Arc, LazyLock};
 
 use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
+use kvferry_core::cache::Slot;
 use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
+use kvferry_wire::message::Slots;
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use proptest::collection::vec;
@@ -36,8 +38,8 @@ static RECORDED: LazyLock<Vec<Recorded>> = LazyLock::new(|| {
     messages
 });
 
-/// Replies of ours with lists in lists, which no recording has.
-fn ours() -> [Recorded; 2] {
+/// Messages of ours with lists that go together or lie in lists, which no recording has.
+fn ours() -> Vec<Recorded> {
     let space = |name: &str| {
         let (model_name, cache_salt) = (name.to_owned(), "tenant".to_owned());
         Arc::new(EventSpace { model_name, world_size: 2, cache_salt })
@@ -66,11 +68,28 @@ fn ours() -> [Recorded; 2] {
     };
     let explanation =
         Explanation { chunks: 9, hit_chunks: 8, registered: true, missing: Some(missing) };
-    [
+    let slot = |offset, checksum| Slot { offset, length: 512, generation: Some(9), checksum };
+    let slots = Slots {
+        slots: vec![slot(0, Some(u64::MAX)), slot(4096, None), slot(8192, Some(0))],
+        shape: vec![2, 16],
+        dtype: "half".to_owned(),
+    };
+    let checksums = Request::Checksums {
+        instance_id: 1,
+        offsets: vec![0, 4096],
+        generations: vec![1, 1 << 40],
+        checksums: vec![u64::MAX, 0],
+    };
+    let message = |request, frames| {
+        let (file, operation) = ("", String::new());
+        Recorded { file, step: 0, request, operation, frames }
+    };
+    let replies = [
         (&b"\xaekvferry.events"[..], Reply::Events(events)),
         (b"\xafkvferry.explain", Reply::Explanation(explanation)),
-    ]
-    .map(|(operation, reply)| {
+        (b"\xb0prepare_retrieve", Reply::RetrieveSlots(Some(slots))),
+    ];
+    let replies = replies.map(|(operation, reply)| {
         let frames = vec![
             Bytes::from_static(b"\x01"),
             Bytes::from_static(operation),
@@ -78,8 +97,9 @@ fn ours() -> [Recorded; 2] {
         ];
         let (header, payload) = Header::decode(&frames).unwrap();
         assert_eq!(Reply::decode(header.operation, payload).unwrap(), reply);
-        Recorded { file: "", step: 0, request: false, operation: String::new(), frames }
-    })
+        message(false, frames)
+    });
+    [message(true, checksums.encode(1, Dialect::Current))].into_iter().chain(replies).collect()
 }
 
 fn config() -> ProptestConfig {

@@ -354,6 +354,59 @@ fn the_lists_of_a_reply_go_together() {
 }
 
 #[test]
+fn the_checksums_of_a_reply_go_with_its_slots() {
+    let slot = b"\x84\xa6offset\x00\xa6length\x01\xa5shape\x91\x01\xa5dtype\xa4half";
+    let decode = |before: &[u8], after: &[u8]| {
+        let context = [b"\xa7context\x82", before, b"\xa5slots\x92", slot, slot, after].concat();
+        let reply = [b"\x83\xa7success\xc3\xa4data\xc4\x00", &context[..]].concat();
+        match Reply::decode(Operation::PrepareRetrieve, &[Bytes::from(reply)]) {
+            Ok(Reply::RetrieveSlots(Some(slots))) => {
+                Ok(slots.slots.iter().map(|slot| slot.checksum).collect::<Vec<_>>())
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err((error.label(), error.to_string().contains("checksums: "))),
+        }
+    };
+    assert_eq!(decode(b"", b"\xa9checksums\x92\x05\xc0"), Ok(vec![Some(5), None]));
+    assert_eq!(decode(b"\xa9checksums\x92\xc0\x06", b""), Ok(vec![None, Some(6)]), "in any order");
+    for (list, label) in [
+        (&b"\x90"[..], "inconsistent"),
+        (b"\x91\x05", "inconsistent"),
+        (b"\x93\x05\x06\x07", "inconsistent"),
+        (b"\x92\x05\xff", "out_of_range"),
+        (b"\x92\x05\xc3", "wrong_type"),
+        (b"\x92\x05\xcb\x00\x00\x00\x00\x00\x00\x00\x00", "wrong_type"),
+        (b"\xc0", "wrong_type"),
+        (b"\x82\x00\x05\x01\x06", "wrong_type"),
+        (b"\xdd\xff\xff\xff\xff", "truncated"),
+    ] {
+        assert_eq!(decode(b"", &[b"\xa9checksums", list].concat()), Err((label, true)), "{list:?}");
+    }
+}
+
+#[test]
+fn each_slot_of_a_request_has_a_generation_and_a_checksum() {
+    let decode = |lists: [&'static [u8]; 3]| {
+        let frames = [&[&b"\x05"[..]][..], &lists].concat();
+        let frames: Vec<Bytes> = frames.into_iter().map(Bytes::from_static).collect();
+        Request::decode(Operation::Checksums, &frames).map_err(|error| error.label())
+    };
+    assert!(decode([b"\x92\x00\x01", b"\x92\x02\x03", b"\x92\x04\x05"]).is_ok());
+    assert!(decode([b"\x90", b"\x90", b"\x90"]).is_ok());
+    for (lists, label) in [
+        ([&b"\x92\x00\x01"[..], b"\x91\x02", b"\x92\x04\x05"], "inconsistent"),
+        ([b"\x92\x00\x01", b"\x92\x02\x03", b"\x91\x04"], "inconsistent"),
+        ([b"\x91\x00", b"\x91\x02", b"\x92\x04\x05"], "inconsistent"),
+        ([b"\x91\x00", b"\x91\x02", b"\x91\xc0"], "wrong_type"),
+        ([b"\x91\x00", b"\x91\x02", b"\x91\xff"], "out_of_range"),
+        ([b"\x91\x00", b"\x91\x02", b"\x91\x04\x05"], "trailing_bytes"),
+        ([b"\x91\x00", b"\x91\x02", b"\xdd\xff\xff\xff\xff"], "truncated"),
+    ] {
+        assert_eq!(decode(lists), Err(label), "{lists:?}");
+    }
+}
+
+#[test]
 fn names_and_counters_are_few() {
     let many = |marker: u8, entry: &[u8]| {
         Bytes::from([&[marker, 0x04, 0x01], &entry.repeat(0x401)[..]].concat())

@@ -264,12 +264,24 @@ fn our_own_messages_survive_the_wire() {
         shape: vec![2, 2, 16, 8],
         dtype: "bfloat16".to_owned(),
     };
+    let with_checksums = |checksums: [Option<u64>; 2]| {
+        let mut slots = slots.clone();
+        for (slot, checksum) in slots.slots.iter_mut().zip(checksums) {
+            slot.checksum = checksum;
+        }
+        slots
+    };
     let store = StoreSlots { slots: slots.clone(), chunk_indices: vec![0, 3], refused: Some(2) };
     let replies = [
         (Operation::PrepareStore, Reply::StoreSlots(Some(store))),
         (
             Operation::PrepareStore,
             Reply::StoreSlots(Some(StoreSlots { refused: Some(4), ..StoreSlots::default() })),
+        ),
+        (Operation::PrepareRetrieve, Reply::RetrieveSlots(Some(with_checksums([Some(0), None])))),
+        (
+            Operation::PrepareRetrieve,
+            Reply::RetrieveSlots(Some(with_checksums([Some(1 << 20), Some(u64::MAX)]))),
         ),
         (Operation::PrepareRetrieve, Reply::RetrieveSlots(Some(slots))),
         (
@@ -289,6 +301,7 @@ fn our_own_messages_survive_the_wire() {
         (Operation::AbandonStore, Reply::None),
         (Operation::Confirm, Reply::Boolean(false)),
         (Operation::Discard, Reply::Integer(1)),
+        (Operation::Checksums, Reply::Integer(2)),
         (Operation::Events, Reply::Events(events())),
         (Operation::Explain, Reply::Explanation(explanation(Some(missing())))),
         (Operation::Explain, Reply::Explanation(explanation(None))),
@@ -303,6 +316,12 @@ fn our_own_messages_survive_the_wire() {
         Request::Status,
         Request::Confirm { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
         Request::Discard { instance_id: 5, offsets: vec![0, 4096], generations: vec![1, 2] },
+        Request::Checksums {
+            instance_id: 5,
+            offsets: vec![0, 4096],
+            generations: vec![1, 2],
+            checksums: vec![0, u64::MAX],
+        },
         Request::Events { cursor: 1 << 40, max: 1000 },
     ];
     for request in requests {
@@ -324,7 +343,10 @@ fn without_a_hello_a_reply_is_lmcaches() {
                 store.slots.slots.iter_mut().for_each(|slot| slot.generation = Some(1));
             }
             Reply::RetrieveSlots(Some(slots)) => {
-                slots.slots.iter_mut().for_each(|slot| slot.generation = Some(1));
+                for slot in &mut slots.slots {
+                    slot.generation = Some(1);
+                    slot.checksum = Some(2);
+                }
             }
             _ => continue,
         }
