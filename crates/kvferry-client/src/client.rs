@@ -504,7 +504,7 @@ async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Resu
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let checksums = hello.is_some() && release.announces(Operation::Checksums.name());
+    let checksums = release.announces(Operation::Checksums.name());
     let (session, outgoing) =
         Session::new(address.clone(), dialect, link.uid(), hello, checksums, pool);
     Ok((link, Arc::new(session), outgoing, info))
