@@ -19,7 +19,7 @@ fn soon() -> Instant {
 }
 
 async fn connect(address: std::net::SocketAddr) -> (Client, u64) {
-    let client = Client::connect(ConnectOptions::new(&address.to_string())).await.unwrap();
+    let client = Client::connect(ConnectOptions::new(address.to_string())).await.unwrap();
     let instance = client.register(layout("m"), soon()).await.unwrap();
     (client, instance)
 }

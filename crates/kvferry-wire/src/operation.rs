@@ -98,7 +98,7 @@ pub enum Operation {
     /// kvferry: drops objects whose bytes are not what was stored.
     Discard,
     /// kvferry: the checksums of what was written, before its commit. Sent only to a server whose
-    /// `get_experimental` reply holds this operation's name too.
+    /// `get_experimental` reply holds this operation's name.
     Checksums,
     /// kvferry: the server's counters.
     Status,
