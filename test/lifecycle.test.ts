@@ -27,6 +27,43 @@ const ENGINE = `
 	const bytes = new Uint8Array(bytesPerChunk);
 `;
 
+/** The same with paged KV memory on SharedArrayBuffers, which copies of 64 MiB run to and from by themselves. */
+const PAGED = `
+	import { createWorkerAdapter, WorkerConnector } from "${new URL("../dist/index.js", import.meta.url)}";
+	const layout = { numBlocks: 2, blockSize: 256, numKvHeads: 8, headSize: 1024, dtype: "float16" };
+	const layers = Array.from({ length: 4 }, (_, n) => [
+		"layer." + n,
+		new Uint8Array(new SharedArrayBuffer(2 * 2 * 256 * 8 * 1024 * 2)).fill(n + 1),
+	]);
+	const copying = async (url, first) => {
+		const via = await Client.connect({ url });
+		const adapter = createWorkerAdapter({ via, modelName: "m", saveTimeoutMs: 30_000 });
+		const connector = new WorkerConnector({ adapter });
+		const openWorker = via.openWorker.bind(via);
+		const begun = new Promise((resolve) => {
+			via.openWorker = async (...args) => {
+				const native = await openWorker(...args);
+				const startOut = native.startOut.bind(native);
+				native.startOut = (store) => {
+					const copying = startOut(store);
+					resolve();
+					return copying;
+				};
+				return native;
+			};
+		});
+		await connector.registerKvCaches(Object.fromEntries(layers), layout);
+		while ((await via.status()).reserved_bytes < 2 ** 27);
+		const tokenIds = Array.from({ length: 512 }, (_, at) => first * 10_000 + at);
+		const op = { tokenIds, start: 0, end: 512, blockIds: [[0, 1]], skipFirstNTokens: 0 };
+		connector.bindConnectorMetadata({
+			requests: [{ requestId: "r", direction: "STORE", op, cacheSalt: "" }],
+		});
+		void connector.waitForSave();
+		await begun;
+	};
+`;
+
 /** Runs a script in a process of its own; resolves to how that ended and what it printed. */
 async function run(script: string): Promise<{ code: number | null; out: string; err: string }> {
 	const child = spawn(process.execPath, ["--input-type=module", "-e", ENGINE + script], {
@@ -75,6 +112,22 @@ describe("a process with open handles", () => {
 			console.log((await cache.store(prompt(1), () => bytes)).storedChunks);
 		`);
 		expect(ended).toEqual({ code: 0, out: "4\n", err: "" });
+	});
+
+	it("exits in the middle of copies that run by themselves, and leaves the server whole", async () => {
+		await using server = await ServerProcess.start("--memory", "128MiB");
+		await using client = await Client.connect({ url: server.url });
+		for (const [first, turns] of [0, 1, 3, 10, 30, 100].entries()) {
+			const ended = await run(`
+				${PAGED}
+				await copying("${server.url}", ${first});
+				let left = ${turns};
+				const exit = () => left-- > 0 ? setImmediate(exit) : process.exit(7);
+				exit();
+			`);
+			expect(ended).toEqual({ code: 7, out: "", err: "" });
+		}
+		await expect.poll(async () => await client.status()).toMatchObject({ slots_writing: 0 });
 	});
 
 	it("exits at once when told to, in the middle of everything, and leaves the server whole", async () => {
@@ -144,6 +197,20 @@ describe("worker threads", () => {
 		const again = worker(`${busy}`, server.url);
 		expect((await once(again, "message"))[0]).toBe(true);
 		await again.terminate();
+	});
+
+	it("may end in the middle of copies that run by themselves", async () => {
+		await using server = await ServerProcess.start("--memory", "256MiB");
+		await using client = await Client.connect({ url: server.url });
+		for (let round = 0; round < 6; round++) {
+			const one = worker(
+				`${PAGED} await copying(url, ${round}); parentPort.postMessage("begun");`,
+				server.url,
+			);
+			await once(one, "message");
+			await one.terminate();
+			await expect.poll(async () => (await client.status()).slots_writing).toBe(0);
+		}
 	});
 
 	it("may be sent the buffer that a chunk was read into, and one that is to be stored", async () => {

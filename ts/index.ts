@@ -26,7 +26,9 @@ export {
 } from "./config.js";
 export type {
 	BlockAllocation,
+	KvArray,
 	KvCacheLayout,
+	KvPointer,
 	LayerKv,
 	SaltOption,
 	SchedulerAdapter,

@@ -1,7 +1,6 @@
 import { afterEach, describe, expect, it } from "vitest";
 import { Client } from "../../ts/client.js";
 import {
-	type ConnectorMetadata,
 	createSchedulerAdapter,
 	createWorkerAdapter,
 	type ErrorCode,
@@ -15,12 +14,21 @@ import {
 	WorkerConnector,
 } from "../../ts/index.js";
 import { ServerProcess } from "../server-process.js";
-
-const CHUNK = 16;
-const BLOCK = 4;
-const BLOCKS = 16;
-const LAYERS = 2;
-const range = (from: number, to: number) => Array.from({ length: to - from }, (_, i) => from + i);
+import {
+	BLOCK,
+	BLOCKS,
+	CHUNK,
+	Engine,
+	fill,
+	held,
+	range,
+	received,
+	run,
+	SHAPES,
+	sent,
+	step,
+	TOKENS,
+} from "./paged-engine.js";
 
 const open: AsyncDisposable[] = [];
 
@@ -36,83 +44,6 @@ async function server(): Promise<Server> {
 	return started;
 }
 
-type Shape = Required<Pick<KvCacheLayout, "planes" | "kvLayout">>;
-
-/** A worker with a small KV pool, whose elements can be read and written by what they mean. */
-class Engine {
-	readonly kv: Record<string, Uint16Array> = {};
-	readonly layout: KvCacheLayout;
-	readonly heads: number;
-	readonly halves: number;
-
-	constructor(shape: Shape) {
-		this.heads = shape.planes === "latent" ? 1 : 3;
-		this.halves = shape.planes === "latent" ? 1 : 2;
-		this.layout = {
-			...shape,
-			numBlocks: BLOCKS,
-			blockSize: BLOCK,
-			numKvHeads: this.heads,
-			headSize: 5,
-			dtype: "float16",
-		};
-		for (let layer = 0; layer < LAYERS; layer++) {
-			this.kv[`layer.${layer}`] = new Uint16Array(BLOCKS * BLOCK * this.heads * 5 * this.halves);
-		}
-	}
-
-	/** Where an element is in its layer's array, spelt out from the shapes. */
-	#at(block: number, token: number, half: number, head: number, element: number): number {
-		const { heads } = this;
-		const size = this.layout.planes === "fused" ? 10 : 5;
-		const inHead = this.layout.planes === "fused" ? half * 5 + element : element;
-		const plane = this.layout.planes === "separate" ? half * BLOCKS * BLOCK * heads * 5 : 0;
-		const row =
-			this.layout.kvLayout === "NHD"
-				? (block * BLOCK + token) * heads + head
-				: (block * heads + head) * BLOCK + token;
-		return plane + row * size + inHead;
-	}
-
-	#each(visit: (layer: string, half: number, head: number, element: number) => void): void {
-		for (const layer of Object.keys(this.kv)) {
-			for (let half = 0; half < this.halves; half++) {
-				for (let head = 0; head < this.heads; head++) {
-					for (let element = 0; element < 5; element++) {
-						visit(layer, half, head, element);
-					}
-				}
-			}
-		}
-	}
-
-	/** Computes the KV of a token that lies in a block: the same in every engine. */
-	compute(position: number, block: number): void {
-		this.#each((layer, half, head, element) => {
-			const at = this.#at(block, position % BLOCK, half, head, element);
-			(this.kv[layer] as Uint16Array)[at] = this.value(position, layer, half, head, element);
-		});
-	}
-
-	/** Whether a block's place for a token holds just its KV. */
-	holds(position: number, block: number): boolean {
-		let all = true;
-		this.#each((layer, half, head, element) => {
-			const at = this.#at(block, position % BLOCK, half, head, element);
-			all &&= this.kv[layer]?.[at] === this.value(position, layer, half, head, element);
-		});
-		return all;
-	}
-
-	value(position: number, layer: string, half: number, head: number, element: number): number {
-		return (
-			1 +
-			((position * 31 + Number(layer.at(-1)) * 7919 + half * 1009 + head * 101 + element * 11) %
-				65_000)
-		);
-	}
-}
-
 async function worker(
 	via: Server | Client,
 	engine: Engine,
@@ -121,58 +52,8 @@ async function worker(
 	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy });
 	const connector = new WorkerConnector({ adapter, parallelStrategy });
 	open.push(connector);
-	await connector.registerKvCaches(engine.kv, engine.layout);
+	await connector.registerKvCaches(engine.caches, engine.layout);
 	return connector;
-}
-
-const TOKENS = range(100, 100 + 3 * CHUNK);
-
-function step(
-	direction: "RETRIEVE" | "STORE",
-	blocks: number[],
-	rest: { skip?: number; start?: number; requestId?: string; salt?: string; sync?: boolean } = {},
-): ConnectorMetadata {
-	const { skip = 0, start = 0, requestId = "r", salt = "", sync = false } = rest;
-	const end = start + blocks.length * BLOCK;
-	const op: LoadStoreOp = {
-		tokenIds: TOKENS,
-		start,
-		end,
-		blockIds: [blocks],
-		skipFirstNTokens: skip,
-	};
-	return { loadAsync: !sync, requests: [{ requestId, direction, op, cacheSalt: salt }] };
-}
-
-async function run(connector: WorkerConnector, metadata: ConnectorMetadata): Promise<void> {
-	connector.bindConnectorMetadata(metadata);
-	connector.startLoadKv();
-	await connector.waitForLayerLoad();
-	await connector.waitForSave();
-}
-
-/** Awaits the end of a load. */
-async function received(connector: WorkerConnector, requestId: string): Promise<void> {
-	for (;;) {
-		const [, recving] = connector.getFinished(new Set());
-		if (recving.has(requestId)) {
-			return;
-		}
-		await new Promise((resolve) => setImmediate(resolve));
-	}
-}
-
-/** Awaits the report that an ended request's blocks are free, which includes its stores. */
-async function sent(connector: WorkerConnector, requestId: string): Promise<void> {
-	let ended = new Set([requestId]);
-	for (;;) {
-		const [sending] = connector.getFinished(ended);
-		if (sending.has(requestId)) {
-			return;
-		}
-		ended = new Set();
-		await new Promise((resolve) => setImmediate(resolve));
-	}
 }
 
 async function lookup(
@@ -192,24 +73,8 @@ async function lookup(
 	}
 }
 
-const SHAPES: Shape[] = (["separate", "fused", "latent"] as const).flatMap((planes) =>
-	(["NHD", "HND"] as const).map((kvLayout) => ({ planes, kvLayout })),
-);
-
 const BLOCKS_OF_3 = [3, 4, 5, 9, 0, 1, 15, 14, 13, 2, 7, 8];
 const OTHER_BLOCKS = [8, 1, 2, 3, 12, 11, 10, 9, 4, 5, 6, 7];
-
-function fill(engine: Engine, blocks: readonly number[]): void {
-	for (const position of range(0, blocks.length * BLOCK)) {
-		engine.compute(position, blocks[Math.floor(position / BLOCK)] as number);
-	}
-}
-
-function held(engine: Engine, blocks: readonly number[]): number[] {
-	return range(0, blocks.length * BLOCK).filter((position) =>
-		engine.holds(position, blocks[Math.floor(position / BLOCK)] as number),
-	);
-}
 
 describe("a worker's connector", () => {
 	for (const shape of SHAPES) {
@@ -514,7 +379,7 @@ describe("a cache that is slow", () => {
 		const adapter = createWorkerAdapter({ via, modelName: "m", saveTimeoutMs: 5 });
 		const connector = new WorkerConnector({ adapter });
 		open.push(connector);
-		await connector.registerKvCaches(engine.kv, engine.layout);
+		await connector.registerKvCaches(engine.caches, engine.layout);
 		await run(connector, step("STORE", BLOCKS_OF_3));
 		expect(via.status().slots_writing).toBe(3);
 		answer();
@@ -610,7 +475,7 @@ describe("memory that does not fit", () => {
 		const adapter = createWorkerAdapter({ via, modelName: "m" });
 		const connector = new WorkerConnector({ adapter });
 		open.push(connector);
-		await connector.registerKvCaches(engine.kv, engine.layout);
+		await connector.registerKvCaches(engine.caches, engine.layout);
 		await run(connector, step("STORE", [1, 2, 3, BLOCKS]));
 		await sent(connector, "r");
 		expect(adapter.failure?.message).toMatch(/block 16 is beyond the engine's 16/);

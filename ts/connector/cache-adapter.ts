@@ -395,7 +395,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				this.#copying.delete(copying);
 			});
 			const salt = cacheSalts?.[i] ?? "";
-			const mayCopy = () => this.#copying.has(copying);
+			const mayCopy = () => {
+				clearTimeout(late); // the engine waits for a copy that has begun
+				return this.#copying.has(copying);
+			};
 			const store = this.#store(worker, requestId, op, salt, mayCopy, copied);
 			this.#begin(requestId, this.#stores, store.finally(copied));
 		});

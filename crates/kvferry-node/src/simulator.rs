@@ -2,6 +2,7 @@
 
 use kvferry_core::{Error, defect};
 use napi::Result;
+use napi::bindgen_prelude::{BigInt, Uint8ArraySlice};
 use napi_derive::napi;
 
 use crate::error::to_napi;
@@ -26,6 +27,12 @@ pub fn simulator_defect(name: Option<String>) -> Result<()> {
 #[napi(catch_unwind)]
 pub fn simulator_defects() -> Vec<String> {
     defect::names()
+}
+
+/// Where an array's bytes lie.
+#[napi(catch_unwind)]
+pub fn simulator_address(array: Uint8ArraySlice<'_>) -> BigInt {
+    BigInt::from(array.as_ptr().expose_provenance() as u64)
 }
 
 /// What tells this build from others.
