@@ -189,7 +189,13 @@ impl State {
         self.streams.retain(|_, stream| stream.context != context);
         self.events.retain(|_, event| event.context != context);
         self.modules.retain(|_, module| module.context != context);
-        self.allocations.retain(|_, allocation| allocation.context != context);
+        self.allocations.retain(|_, allocation| {
+            let goes = allocation.context == context;
+            if goes && allocation.import.is_none() {
+                allocation.backing.note_freed();
+            }
+            !goes
+        });
         self.registrations.retain(|_, registration| registration.context != context);
         self.contexts.remove(&context);
     }
