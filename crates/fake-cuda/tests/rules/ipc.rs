@@ -26,8 +26,8 @@ impl Exporter {
         loop {
             let mut line = String::new();
             assert!(self.answers.read_line(&mut line).unwrap() > 0, "the exporter ended");
-            if let Some((_, answer)) = line.trim().split_once("answer ") {
-                return answer.to_owned();
+            if let Some((_, answer)) = line.trim().split_once("answer:") {
+                return answer.trim().to_owned();
             }
         }
     }
@@ -67,10 +67,10 @@ fn export() {
                 assert_eq!(fake.cuMemFree_v2(memory), 0);
                 fake.violations().join("; ")
             }
-            order => panic!("{order}"),
+            order => unreachable!("{order}"),
         };
         let mut out = std::io::stdout();
-        writeln!(out, "\nanswer {answer}").unwrap();
+        writeln!(out, "\nanswer: {answer}").unwrap();
     }
 }
 

@@ -6,32 +6,32 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-pub const INVALID_VALUE: u32 = 1;
-pub const OUT_OF_MEMORY: u32 = 2;
-pub const NOT_INITIALIZED: u32 = 3;
-pub const INVALID_CONTEXT: u32 = 201;
-pub const INVALID_HANDLE: u32 = 400;
-pub const NOT_FOUND: u32 = 500;
-pub const NOT_READY: u32 = 600;
-pub const ILLEGAL_ADDRESS: u32 = 700;
-pub const NON_BLOCKING: u32 = 1;
+pub(crate) const INVALID_VALUE: u32 = 1;
+pub(crate) const OUT_OF_MEMORY: u32 = 2;
+pub(crate) const NOT_INITIALIZED: u32 = 3;
+pub(crate) const INVALID_CONTEXT: u32 = 201;
+pub(crate) const INVALID_HANDLE: u32 = 400;
+pub(crate) const NOT_FOUND: u32 = 500;
+pub(crate) const NOT_READY: u32 = 600;
+pub(crate) const ILLEGAL_ADDRESS: u32 = 700;
+pub(crate) const NON_BLOCKING: u32 = 1;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct IpcHandle(pub [u8; 64]);
+pub(crate) struct IpcHandle(pub(crate) [u8; 64]);
 
 /// CUmemcpyAttributes: order, two locations, flags.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Attributes(pub u32, pub [i32; 4], pub u32);
+pub(crate) struct Attributes(pub(crate) u32, pub(crate) [i32; 4], pub(crate) u32);
 
-pub const STREAM_ORDER: u32 = 1;
-pub const DURING_CALL: u32 = 2;
-pub const ANY_ORDER: u32 = 3;
+pub(crate) const STREAM_ORDER: u32 = 1;
+pub(crate) const DURING_CALL: u32 = 2;
+pub(crate) const ANY_ORDER: u32 = 3;
 
-pub type HostFn = extern "C" fn(*mut c_void);
+pub(crate) type HostFn = extern "C" fn(*mut c_void);
 
-pub struct Fake {
+pub(crate) struct Fake {
     library: Library,
 }
 
@@ -39,7 +39,7 @@ macro_rules! functions {
     ($(fn $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
         #[allow(non_snake_case, clippy::too_many_arguments, reason = "the driver's names and signatures")]
         impl Fake {
-            $(pub fn $name(&self, $($arg: $type),*) $(-> $result)? {
+            $(pub(crate) fn $name(&self, $($arg: $type),*) $(-> $result)? {
                 type Function = unsafe extern "C" fn($($type),*) $(-> $result)?;
                 let function = unsafe { self.library.get::<Function>(stringify!($name)) };
                 unsafe { function.unwrap()($($arg),*) }
@@ -52,7 +52,6 @@ functions! {
     fn cuInit(flags: u32) -> u32;
     fn cuDriverGetVersion(version: &mut i32) -> u32;
     fn cuDeviceGetCount(count: &mut i32) -> u32;
-    fn cuDeviceGet(device: &mut i32, ordinal: i32) -> u32;
     fn cuDeviceGetName(name: *mut u8, length: i32, device: i32) -> u32;
     fn cuDevicePrimaryCtxRetain(context: &mut u64, device: i32) -> u32;
     fn cuDevicePrimaryCtxRelease_v2(device: i32) -> u32;
@@ -117,17 +116,17 @@ functions! {
 }
 
 /// What cargo has built for these tests.
-pub fn built() -> PathBuf {
+pub(crate) fn built() -> PathBuf {
     std::env::current_exe().unwrap().with_file_name("libfake_cuda.so")
 }
 
 impl Fake {
     /// A copy of the library, with nothing called.
-    pub fn load() -> Self {
+    pub(crate) fn load() -> Self {
         Self::load_bytes(&std::fs::read(built()).unwrap())
     }
 
-    pub fn load_bytes(library: &[u8]) -> Self {
+    pub(crate) fn load_bytes(library: &[u8]) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name =
             format!("fake-cuda-{}-{}.so", std::process::id(), NEXT.fetch_add(1, Ordering::SeqCst));
@@ -139,14 +138,14 @@ impl Fake {
     }
 
     /// A copy of the library with the primary context of device 0 current on this thread.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let fake = Self::load();
         fake.begin();
         fake
     }
 
     /// Initializes, and makes the primary context of device 0 current.
-    pub fn begin(&self) -> u64 {
+    pub(crate) fn begin(&self) -> u64 {
         assert_eq!(self.cuInit(0), 0);
         let mut context = 0;
         assert_eq!(self.cuDevicePrimaryCtxRetain(&mut context, 0), 0);
@@ -154,42 +153,47 @@ impl Fake {
         context
     }
 
-    pub fn exports(&self, name: &str) -> bool {
+    pub(crate) fn exports(&self, name: &str) -> bool {
         unsafe { self.library.get::<extern "C" fn()>(name) }.is_ok()
     }
 
-    pub fn stream(&self) -> u64 {
+    pub(crate) fn stream(&self) -> u64 {
         let mut stream = 0;
         assert_eq!(self.cuStreamCreate(&mut stream, NON_BLOCKING), 0);
         stream
     }
 
-    pub fn blocking_stream(&self) -> u64 {
+    pub(crate) fn blocking_stream(&self) -> u64 {
         let mut stream = 0;
         assert_eq!(self.cuStreamCreate(&mut stream, 0), 0);
         stream
     }
 
-    pub fn event(&self) -> u64 {
+    pub(crate) fn event(&self) -> u64 {
         let mut event = 0;
         assert_eq!(self.cuEventCreate(&mut event, 0), 0);
         event
     }
 
-    pub fn alloc(&self, bytes: usize) -> u64 {
+    pub(crate) fn alloc(&self, bytes: usize) -> u64 {
         let mut address = 0;
         assert_eq!(self.cuMemAlloc_v2(&mut address, bytes), 0);
         address
     }
 
-    pub fn pinned(&self, bytes: usize) -> &'static mut [u8] {
+    pub(crate) fn pinned(&self, bytes: usize) -> &'static mut [u8] {
         let mut pointer = std::ptr::null_mut();
         assert_eq!(self.cuMemHostAlloc(&mut pointer, bytes, 0), 0);
         unsafe { std::slice::from_raw_parts_mut(pointer, bytes) }
     }
 
     /// A batch with one kind of attributes, in the form of 12.8. The second is failIdx.
-    pub fn batch(&self, copies: &[(u64, u64, usize)], order: u32, stream: u64) -> (u32, usize) {
+    pub(crate) fn batch(
+        &self,
+        copies: &[(u64, u64, usize)],
+        order: u32,
+        stream: u64,
+    ) -> (u32, usize) {
         let to: Vec<u64> = copies.iter().map(|copy| copy.0).collect();
         let from: Vec<u64> = copies.iter().map(|copy| copy.1).collect();
         let sizes: Vec<usize> = copies.iter().map(|copy| copy.2).collect();
@@ -209,23 +213,23 @@ impl Fake {
         (code, failed)
     }
 
-    pub fn fail(&self, name: &str, nth: u64, code: u32) {
+    pub(crate) fn fail(&self, name: &str, nth: u64, code: u32) {
         let name = CString::new(name).unwrap();
         assert_eq!(self.fakeCudaControlFail(name.as_ptr(), nth, code), 0);
     }
 
-    pub fn calls(&self, name: &str) -> u64 {
+    pub(crate) fn calls(&self, name: &str) -> u64 {
         let name = CString::new(name).unwrap();
         self.fakeCudaCalls(name.as_ptr())
     }
 
-    pub fn leaks(&self) -> [u64; 6] {
+    pub(crate) fn leaks(&self) -> [u64; 6] {
         let mut leaks = [u64::MAX; 6];
         self.fakeCudaLeaks(&mut leaks);
         leaks
     }
 
-    pub fn violations(&self) -> Vec<String> {
+    pub(crate) fn violations(&self) -> Vec<String> {
         let count = usize::try_from(self.fakeCudaViolations()).unwrap();
         let read = |index| {
             let mut text = vec![0; 2000];
@@ -237,13 +241,13 @@ impl Fake {
     }
 
     #[track_caller]
-    pub fn assert_clean(&self) {
+    pub(crate) fn assert_clean(&self) {
         assert_eq!(self.violations(), Vec::<String>::new());
     }
 
     /// There is one violation, with these words; it is forgotten.
     #[track_caller]
-    pub fn assert_caught(&self, words: &str) {
+    pub(crate) fn assert_caught(&self, words: &str) {
         let violations = self.violations();
         assert!(
             violations.len() == 1 && violations[0].contains(words),
@@ -253,22 +257,22 @@ impl Fake {
     }
 }
 
-pub fn address(of: &[u8]) -> u64 {
+pub(crate) fn address(of: &[u8]) -> u64 {
     of.as_ptr().expose_provenance() as u64
 }
 
 /// Runs one test of this program in a process of its own, in which `ROLE` is set.
-pub fn child(test: &str, role: &str, environment: &[(&str, &str)]) -> Command {
+pub(crate) fn child(test: &str, role: &str, environment: &[(&str, &str)]) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env("ROLE", role);
     command.envs(environment.iter().copied());
     command
 }
 
-pub fn role() -> Option<String> {
+pub(crate) fn role() -> Option<String> {
     std::env::var("ROLE").ok()
 }
 
-pub fn text(output: &Output) -> String {
+pub(crate) fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
