@@ -152,8 +152,8 @@ extern "C" fn cuDevicePrimaryCtxRetain(context: Out<Handle>, device: i32) -> u32
     })
 }
 
-/// Driver API, Primary Context Management: the last release destroys the context; "it is an error" to release
-/// more often than it was retained: `INVALID_CONTEXT`. Our reading: what is alive in it by then has leaked.
+/// Driver API, Primary Context Management: the last release destroys the context; releasing more
+/// often than it was retained is `INVALID_CONTEXT`. Our reading: what is alive in it by then has leaked.
 #[unsafe(no_mangle)]
 extern "C" fn cuDevicePrimaryCtxRelease_v2(device: i32) -> u32 {
     call("cuDevicePrimaryCtxRelease_v2", |state| {
@@ -245,8 +245,8 @@ extern "C" fn cuCtxPopCurrent_v2(context: Out<Handle>) -> u32 {
     })
 }
 
-/// Driver API, Context Management: "this will replace the top of that stack with ctx. If ctx is NULL then this
-/// will be equivalent to popping the top of the current CUDA context stack (or a no-op […])".
+/// Driver API, Context Management: "this will replace the top of that stack with ctx"; null pops
+/// the top, or does nothing where there is none.
 #[unsafe(no_mangle)]
 extern "C" fn cuCtxSetCurrent(context: Handle) -> u32 {
     call("cuCtxSetCurrent", |state| {

@@ -78,8 +78,10 @@ impl State {
         Ok(Source::Staged(now.into()))
     }
 
-    /// Asks for one copy in stream order. Driver API, API synchronization behavior, Memcpy, Asynchronous: pageable to device is staged before the call
-    /// returns; device to pageable, and host to host, return only once done.
+    /// Asks for one copy in stream order. Driver API, API synchronization behavior, Memcpy,
+    /// Asynchronous: with pageable memory "the function might be synchronous with respect to host", between host and
+    /// host it is. Our reading, as older editions of that page have it: pageable to device is staged before the call
+    /// returns; device to pageable returns only once done.
     fn copy(
         &mut self,
         name: &str,
@@ -168,7 +170,7 @@ extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Han
     })
 }
 
-/// Driver API, Memory Management: "infers the type of the transfer […] from the pointer values".
+/// Driver API, Memory Management: the pointers tell the type of the transfer.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemcpyAsync(to: u64, from: u64, bytes: usize, stream: Handle) -> u32 {
     const NAME: &str = "cuMemcpyAsync";

@@ -105,7 +105,7 @@ extern "C" fn cuIpcOpenMemHandle_v2(address: Out<u64>, handle: IpcHandle, flags:
     })
 }
 
-/// Driver API, cuIpcCloseMemHandle: "Decrements the reference count of the memory returned by cuIpcOpenMemHandle() by 1. When
+/// Driver API, cuIpcCloseMemHandle: "Decrements the reference count of the memory returned by cuIpcOpenMemHandle by 1. When
 /// the reference count reaches 0, this API unmaps the memory". Our reading: nothing that uses it may be under way.
 #[unsafe(no_mangle)]
 extern "C" fn cuIpcCloseMemHandle(address: u64) -> u32 {

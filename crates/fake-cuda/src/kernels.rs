@@ -25,7 +25,7 @@ pub(crate) struct Module {
     launched: Option<Stamp>,
 }
 
-/// Driver API, Module Management: `image` "may be obtained by […] passing a NUL-terminated PTX text string". Our reading:
+/// Driver API, Module Management: `image` may be PTX as a text that ends with NUL. Our reading:
 /// `INVALID_PTX` for a text without `.version`, `.target` or an entry.
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleLoadData(module: Out<Handle>, image: In<c_char>) -> u32 {
@@ -51,8 +51,7 @@ fn first_word(text: &str) -> String {
     text.trim_start().chars().take_while(is_part).collect()
 }
 
-/// Driver API, Module Management: "If no function of that name exists, cuModuleGetFunction() returns
-/// CUDA_ERROR_NOT_FOUND".
+/// Driver API, Module Management: `NOT_FOUND` where no function has the name.
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleGetFunction(function: Out<Handle>, module: Handle, name: In<c_char>) -> u32 {
     call("cuModuleGetFunction", |state| {

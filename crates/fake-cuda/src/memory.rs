@@ -203,8 +203,7 @@ pub(crate) fn host_pointer(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(size_of(address))
 }
 
-/// Driver API, Memory Management: "If bytesize is 0, cuMemAlloc() returns CUDA_ERROR_INVALID_VALUE"; "The memory is
-/// not cleared". Aligned to 2 MiB here.
+/// Driver API, Memory Management: 0 bytes are `INVALID_VALUE`; the memory is not cleared. Aligned to 2 MiB here.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(address: Out<u64>, bytes: usize) -> u32 {
     call("cuMemAlloc_v2", |state| {
@@ -391,8 +390,8 @@ extern "C" fn cuMemFreeHost(pointer: u64) -> u32 {
     })
 }
 
-/// Driver API, Memory Management: flags PORTABLE (1), DEVICEMAP (2), READ_ONLY (8); IOMEMORY (4) is not modelled. "This
-/// memory range must not overlap" another registered one: `HOST_MEMORY_ALREADY_REGISTERED`. Our reading: memory that is
+/// Driver API, Memory Management: flags PORTABLE (1), DEVICEMAP (2), READ_ONLY (8); IOMEMORY (4) is not modelled. It must not overlap another
+/// registered one: `HOST_MEMORY_ALREADY_REGISTERED`. Our reading: memory that is
 /// not mapped is `INVALID_VALUE`.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostRegister_v2(pointer: u64, bytes: usize, flags: u32) -> u32 {
@@ -431,7 +430,7 @@ fn is_mapped(from: u64, to: u64) -> bool {
     result == 0
 }
 
-/// Driver API, Memory Management: "The base address must be the same one specified to cuMemHostRegister()";
+/// Driver API, Memory Management: the address must be the one that was registered;
 /// `HOST_MEMORY_NOT_REGISTERED` where it is not registered. Our reading: no copy from or to it may be under way.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemHostUnregister(pointer: u64) -> u32 {

@@ -72,8 +72,8 @@ impl State {
     }
 
     /// Whose streams order themselves with this one. Driver API, Stream synchronization behavior, Legacy default
-    /// stream: it "implicitly synchronizes with all other streams in the same CUcontext except for non-blocking
-    /// streams": an action in it waits for all blocking streams, and all blocking streams wait for it.
+    /// stream: it synchronizes with
+    /// all other streams of its context except for non-blocking ones: an action in it waits for all blocking streams, and all blocking streams wait for it.
     fn neighbours(&self, handle: Handle) -> Vec<Handle> {
         let Some(stream) = self.streams.get(&handle) else { return Vec::new() };
         let counterpart = match stream.kind {
@@ -183,7 +183,8 @@ extern "C" fn cuStreamSynchronize(stream: Handle) -> u32 {
 }
 
 /// Driver API, Stream Management: success "if all operations in the stream specified by hStream have completed",
-/// which for Unified Memory "is equivalent to having called cuStreamSynchronize()"; else `NOT_READY`.
+/// else `NOT_READY`. Our
+/// reading: success is as good as having synchronized, which the page says of Unified Memory.
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamQuery(stream: Handle) -> u32 {
     call("cuStreamQuery", |state| {
