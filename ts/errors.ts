@@ -35,6 +35,10 @@ export const ErrorCodes = {
 	POOL_IN_USE: "POOL_IN_USE",
 	/** Shared memory cannot hold the pool; the message has both sizes. Ask for less or enlarge it. */
 	POOL_TOO_LARGE: "POOL_TOO_LARGE",
+	/** There is no usable CUDA driver, device or symbol; the message says which, and the remedy. */
+	CUDA_UNAVAILABLE: "CUDA_UNAVAILABLE",
+	/** A call of the CUDA driver failed; the message names it, CUDA's error and what it means. */
+	CUDA_FAILED: "CUDA_FAILED",
 	/** The operating system refused; the message has its reason. A retry helps only if that reason went away. */
 	SYSTEM: "SYSTEM",
 	/** A bug in kvferry. Please report it with its message. */

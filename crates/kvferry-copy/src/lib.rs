@@ -1,6 +1,7 @@
 //! Memory regions and copies: the only crate with unsafe code beside the binding.
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
 
+pub mod cuda;
 mod host;
 #[cfg(target_os = "linux")]
 mod mapping;
@@ -24,6 +25,7 @@ pub use threads::run_copies;
 pub const POOL_STEP: u64 = 64 << 20;
 
 use std::any::Any;
+use std::sync::Arc;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, Result};
@@ -37,6 +39,19 @@ fn range_of(offset: u64, length: usize, bytes: usize) -> Result<std::ops::Range<
             "{length} bytes at {offset} lie outside the region of {bytes} bytes"
         ))
     })
+}
+
+/// The pins of a pool's region; `None` for memory that is no region of this crate's.
+fn pins_of(pool: &dyn Memory) -> Option<&Arc<cuda::Pins>> {
+    if let Some(inner) = pool.guarded() {
+        return pins_of(&**inner);
+    }
+    let any: &dyn Any = pool;
+    #[cfg(target_os = "linux")]
+    if let Some(region) = any.downcast_ref::<SharedRegion>() {
+        return Some(region.pins());
+    }
+    any.downcast_ref::<PrivateRegion>().map(PrivateRegion::pins)
 }
 
 /// Where `bytes` at `offset` of a pool lie in this process, ready to be copied to or from; `None` for memory

@@ -2,10 +2,12 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::cuda::Pins;
 use crate::range_of;
 
 const PAGE: usize = 4096;
@@ -18,6 +20,7 @@ pub struct PrivateRegion {
     /// What was allocated: a page more than the region, which begins at a page within it.
     allocated: NonNull<u8>,
     layout: Layout,
+    pins: Arc<Pins>,
 }
 
 // SAFETY: plain memory that any thread may use; freed once, on drop.
@@ -43,13 +46,17 @@ impl PrivateRegion {
         let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(too_large)?;
         // SAFETY: the next page begins less than PAGE bytes on, and PAGE bytes more were allocated.
         let start = unsafe { allocated.add(allocated.align_offset(PAGE)) };
-        Ok(Self { start, bytes, allocated, layout })
+        Ok(Self { start, bytes, allocated, layout, pins: Arc::default() })
     }
 
     /// Where `bytes` at `offset` lie, while this region lives.
     pub(crate) fn place(&self, offset: u64, bytes: usize) -> Result<*mut u8> {
         let range = range_of(offset, bytes, self.bytes)?;
         Ok(self.start.as_ptr().wrapping_add(range.start))
+    }
+
+    pub(crate) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
     }
 }
 
@@ -87,6 +94,7 @@ impl Memory for PrivateRegion {
 
 impl Drop for PrivateRegion {
     fn drop(&mut self) {
+        self.pins.release(); // while the pages are there
         // SAFETY: allocated in `new` with this layout.
         unsafe { dealloc(self.allocated.as_ptr(), self.layout) };
     }

@@ -5,12 +5,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::cuda::Pins;
 use crate::mapping::Mapping;
 use crate::{POOL_STEP, range_of};
 
@@ -32,6 +34,7 @@ pub struct SharedRegion {
     populated: Vec<AtomicBool>,
     /// Set in the process that created the segment: removed on drop.
     owned: Option<PathBuf>,
+    pins: Arc<Pins>,
 }
 
 impl SharedRegion {
@@ -116,7 +119,7 @@ impl SharedRegion {
         let _ = mapping.advise(0, length, libc::MADV_HUGEPAGE);
         let steps = bytes.div_ceil(POOL_STEP);
         let populated = (0..steps).map(|_| AtomicBool::new(false)).collect();
-        Ok(Self { mapping, file, populated, owned: None })
+        Ok(Self { mapping, file, populated, owned: None, pins: Arc::default() })
     }
 
     /// Reserves the pages of step `step` (of [`POOL_STEP`] bytes; the last may be shorter), or says
@@ -167,6 +170,10 @@ impl SharedRegion {
         Ok(self.mapping.as_ptr().wrapping_add(range.start))
     }
 
+    pub(crate) fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
     fn step(&self, step: u64) -> Result<(u64, u64)> {
         let offset = step.checked_mul(POOL_STEP).filter(|offset| *offset < self.bytes());
         let offset =
@@ -193,6 +200,7 @@ impl Memory for SharedRegion {
 
 impl Drop for SharedRegion {
     fn drop(&mut self) {
+        self.pins.release(); // while the pages are mapped
         // Someone may have removed the file, and another server made its own under the name.
         if let Some(path) = &self.owned
             && names(path, &self.file)

@@ -39,6 +39,10 @@ pub enum ErrorCode {
     PoolInUse,
     /// Shared memory cannot hold the pool; the message has both sizes.
     PoolTooLarge,
+    /// There is no usable CUDA driver, device or symbol; the message says which, and the remedy.
+    CudaUnavailable,
+    /// A call of the CUDA driver failed; the message names it, CUDA's error and what it means.
+    CudaFailed,
     /// The operating system refused; the message has its reason.
     System,
     /// A bug in kvferry.
@@ -65,6 +69,8 @@ impl ErrorCode {
             Self::AddressInUse => "ADDRESS_IN_USE",
             Self::PoolInUse => "POOL_IN_USE",
             Self::PoolTooLarge => "POOL_TOO_LARGE",
+            Self::CudaUnavailable => "CUDA_UNAVAILABLE",
+            Self::CudaFailed => "CUDA_FAILED",
             Self::System => "SYSTEM",
             Self::Internal => "INTERNAL",
         }

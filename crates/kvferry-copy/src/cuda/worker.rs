@@ -1,0 +1,549 @@
+//! The thread that asks a device for copies and sees when they are done. It never waits for one of them: what
+//! is asked for is looked at in turns, loads before stores.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use kvferry_core::cache::{Memory, Permit};
+use kvferry_core::copy_plan::{CopyShape, Direction, Piece};
+use kvferry_core::{Error, ErrorCode, Result};
+
+use super::context::{Context, Current};
+use super::driver::Handle;
+use super::pins::PinUse;
+use super::submit::{Kernel, Method, Pieces, Submission, Table};
+use super::{IpcArray, Job, Shared, unreachable_pool};
+use crate::{POOL_STEP, pins_of, place_of};
+
+/// Bytes of a part, which has an event of its own: about 0.2 ms, so that layers are told of early, and a pool's
+/// [`Permit`] is not held for long.
+const PART_BYTES: u64 = 4 << 20;
+/// Pieces of a part at most, for the same reasons.
+const PART_PIECES: usize = 4096;
+/// Parts of a direction that are under way at most: enough for the copy engine never to wait for us.
+const PARTS: usize = 4;
+/// Looks without news before the thread sleeps between them, and how long it sleeps then.
+const EAGER: u32 = 64;
+const PAUSE_MIN: Duration = Duration::from_micros(10);
+const PAUSE_MAX: Duration = Duration::from_micros(320);
+
+/// Turns a kernel for small pieces on.
+const KERNEL_VARIABLE: &str = "KVFERRY_CUDA_KERNEL";
+/// The handle that means each thread's own default stream.
+const PER_THREAD_STREAM: Handle = 2;
+
+/// Arrays by address and bytes, or in another process's memory.
+pub(super) enum Arrays {
+    Ours(Vec<(u64, u64)>),
+    Ipc(Vec<IpcArray>),
+}
+
+pub(super) struct SetUp {
+    pub(super) shared: Arc<Shared>,
+    pub(super) shape: Arc<CopyShape>,
+    pub(super) device: u32,
+    pub(super) stream: Handle,
+    pub(super) arrays: Arrays,
+}
+
+/// What is made at the beginning and given back at the end.
+#[derive(Default)]
+struct Made {
+    opened: Vec<([u8; 64], u64)>,
+    streams: Vec<Handle>,
+}
+
+/// The thread's whole life. `ready` hears how the beginning went.
+pub(super) fn run(set_up: SetUp, ready: &SyncSender<Result<()>>) {
+    let shared = Arc::clone(&set_up.shared);
+    let begun = Context::retain(set_up.device).and_then(|context| {
+        let current = context.enter()?;
+        let mut made = Made::default();
+        let worker = made.begin(&set_up, &context, &current);
+        let worker = worker.map(|worker| {
+            let _ = ready.send(Ok(()));
+            let ended = catch_unwind(AssertUnwindSafe(|| {
+                let mut worker = worker;
+                worker.run();
+                worker.end();
+            }));
+            if ended.is_err() {
+                shared.lock().failed =
+                    Some(Error::new(ErrorCode::Internal, "the thread for CUDA panicked"));
+            }
+        });
+        made.release(&shared, &current);
+        worker
+    });
+    let mut state = shared.lock();
+    state.context = None;
+    state.ended = true;
+    let jobs = std::mem::take(&mut state.jobs);
+    drop(state);
+    drop(jobs); // none, unless the thread panicked
+    shared.ended.notify_all();
+    if let Err(error) = begun {
+        let _ = ready.send(Err(error));
+    }
+}
+
+impl Made {
+    fn begin<'a>(
+        &mut self,
+        set_up: &SetUp,
+        context: &'a Arc<Context>,
+        current: &'a Current<'a>,
+    ) -> Result<Worker<'a>> {
+        let arrays = match &set_up.arrays {
+            Arrays::Ours(arrays) => arrays.clone(),
+            Arrays::Ipc(arrays) => {
+                let arrays: Result<Vec<_>> =
+                    arrays.iter().map(|array| self.open(current, array)).collect();
+                let arrays = arrays?;
+                set_up.shape.check_arrays(&arrays)?;
+                arrays
+            }
+        };
+        for (address, bytes) in &arrays {
+            current.check_memory(*address, *bytes)?;
+        }
+        let mut lane = |direction| -> Result<Lane> {
+            let stream = current.new_stream()?;
+            self.streams.push(stream);
+            Ok(Lane { direction, stream, jobs: VecDeque::new(), parts: VecDeque::new() })
+        };
+        let lanes = [lane(Direction::Scatter)?, lane(Direction::Gather)?];
+        let kernel = std::env::var_os(KERNEL_VARIABLE).is_some_and(|value| value == "1");
+        let kernel = kernel.then(|| Kernel::load(current)).transpose()?;
+        let mut state = set_up.shared.lock();
+        state.context = Some(Arc::clone(context));
+        if kernel.is_some() {
+            state.method = Method::KernelForSmall;
+        }
+        state.kernel = kernel;
+        drop(state);
+        Ok(Worker {
+            shared: Arc::clone(&set_up.shared),
+            context,
+            current,
+            stream: set_up.stream,
+            arrays: arrays.into_iter().map(|(address, _)| address).collect(),
+            lanes,
+            pins: Vec::new(),
+            pieces: Pieces::default(),
+            tables: Vec::new(),
+            ids: 0,
+        })
+    }
+
+    /// Where an exported array is in this process.
+    fn open(&mut self, current: &Current<'_>, array: &IpcArray) -> Result<(u64, u64)> {
+        let known = self.opened.iter().find(|(handle, _)| *handle == array.handle);
+        let start = match known {
+            Some((_, start)) => *start,
+            None => {
+                let start = current.open_ipc(&array.handle)?;
+                self.opened.push((array.handle, start));
+                start
+            }
+        };
+        let (from, length) = current.allocation(start).unwrap_or((start, u64::MAX - start));
+        let end = array.offset.checked_add(array.bytes);
+        if end.is_none_or(|end| end > length - (start - from)) {
+            return Err(Error::invalid(format!(
+                "{} bytes at {} lie beyond the exported memory's {length} bytes",
+                array.bytes, array.offset
+            )));
+        }
+        Ok((start + array.offset, array.bytes))
+    }
+
+    fn release(self, shared: &Shared, current: &Current<'_>) {
+        for stream in self.streams {
+            let _ = current.synchronize(stream); // nothing is under way, unless the thread panicked
+            current.destroy_stream(stream);
+        }
+        let mut state = shared.lock();
+        state.events.all.drain(..).for_each(|event| current.destroy_event(event));
+        state.events.free.clear();
+        if let Some(kernel) = state.kernel.take() {
+            kernel.unload(current);
+        }
+        drop(state);
+        for (_, start) in self.opened {
+            current.close_ipc(start);
+        }
+    }
+}
+
+struct Worker<'a> {
+    shared: Arc<Shared>,
+    context: &'a Arc<Context>,
+    current: &'a Current<'a>,
+    /// The engine's.
+    stream: Handle,
+    arrays: Vec<u64>,
+    /// Loads, stores.
+    lanes: [Lane; 2],
+    pins: Vec<PinUse>,
+    pieces: Pieces,
+    tables: Vec<Table>,
+    ids: u64,
+}
+
+/// One direction.
+struct Lane {
+    direction: Direction,
+    stream: Handle,
+    jobs: VecDeque<Running>,
+    parts: VecDeque<Part>,
+}
+
+struct Running {
+    id: u64,
+    job: Job,
+    /// What is asked for comes after the engine's compute.
+    ordered: bool,
+    /// Bytes of the plan that were asked for.
+    at: u64,
+    /// Parts under way.
+    parts: usize,
+    failed: Option<Error>,
+}
+
+/// Copies that were asked for together.
+struct Part {
+    job: u64,
+    /// Bytes of the plan that are done with it.
+    until: u64,
+    event: Handle,
+    table: Option<Table>,
+    permit: Option<Permit>,
+}
+
+impl Running {
+    fn is_asked_for(&self) -> bool {
+        self.failed.is_some() || self.at == self.job.plan.bytes()
+    }
+}
+
+impl Worker<'_> {
+    fn run(&mut self) {
+        let mut looks = 0;
+        while self.take(looks) {
+            let mut news = false;
+            for lane in [0, 1] {
+                news |= self.poll(lane);
+            }
+            for lane in [0, 1] {
+                news |= self.ask(lane);
+            }
+            looks = if news { 0 } else { looks + 1 };
+        }
+    }
+
+    fn end(mut self) {
+        self.tables.drain(..).for_each(|table| table.free(self.current));
+        self.pins.clear(); // while the context is current
+    }
+
+    /// Takes new jobs, after a pause where there was nothing new `looks` times; `false` when all is done.
+    fn take(&mut self, looks: u32) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut state = shared.lock();
+        while state.jobs.is_empty() && self.lanes.iter().all(|lane| lane.jobs.is_empty()) {
+            if state.closed {
+                return false;
+            }
+            state = shared.jobs.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.jobs.is_empty() && looks > EAGER {
+            let longer = (looks - EAGER).min(16);
+            let pause = PAUSE_MAX.min(PAUSE_MIN * 2u32.pow(longer / 2));
+            let waited = shared.jobs.wait_timeout(state, pause);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let jobs = std::mem::take(&mut state.jobs);
+        let failed = state.failed.clone();
+        drop(state);
+        if looks > 0 && looks <= EAGER {
+            thread::yield_now();
+        }
+        for job in jobs {
+            self.ids += 1;
+            let lane = usize::from(job.plan.direction() == Direction::Gather);
+            let running =
+                Running { id: self.ids, job, ordered: false, at: 0, parts: 0, failed: None };
+            self.lanes[lane].jobs.push_back(running);
+        }
+        if let Some(error) = failed {
+            self.lose(&error);
+        }
+        true
+    }
+
+    /// Looks whether parts are done.
+    fn poll(&mut self, lane: usize) -> bool {
+        let mut news = false;
+        while let Some(part) = self.lanes[lane].parts.front() {
+            match self.current.is_done(part.event) {
+                Ok(false) => break,
+                Ok(true) => {
+                    if let Some(part) = self.lanes[lane].parts.pop_front() {
+                        self.complete(lane, part, true);
+                    }
+                }
+                Err(error) => {
+                    let job = part.job;
+                    self.fail(lane, job, error);
+                }
+            }
+            news = true;
+        }
+        news
+    }
+
+    /// Asks for the next part.
+    fn ask(&mut self, lane: usize) -> bool {
+        let Lane { jobs, parts, .. } = &self.lanes[lane];
+        if parts.len() >= PARTS {
+            return false;
+        }
+        let Some(index) = jobs.iter().position(|running| !running.is_asked_for()) else {
+            return false;
+        };
+        let id = jobs[index].id;
+        match self.order(lane, index) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                self.fail(lane, id, error);
+                return true;
+            }
+        }
+        let mut permit = None;
+        if let Err(error) = self.ask_part(lane, index, &mut permit) {
+            self.fail(lane, id, error); // some may be under way until then, under the permit
+        }
+        true
+    }
+
+    /// Puts a job's copies after the engine's compute; `false` while they must wait for it here.
+    fn order(&mut self, lane: usize, index: usize) -> Result<bool> {
+        let Lane { direction, stream, jobs, .. } = &mut self.lanes[lane];
+        let running = &mut jobs[index];
+        if !running.ordered {
+            match direction {
+                // The stream waits. Loads need no permit.
+                Direction::Scatter => self.current.wait(*stream, running.job.compute)?,
+                // We wait: while a stream did, the pool's permit would be held, for as long as the compute takes.
+                Direction::Gather if !self.current.is_done(running.job.compute)? => {
+                    return Ok(false);
+                }
+                Direction::Gather => {}
+            }
+            running.ordered = true;
+        }
+        Ok(true)
+    }
+
+    fn ask_part(&mut self, lane: usize, index: usize, permit: &mut Option<Permit>) -> Result<()> {
+        let pins = self.pins(lane, index)?;
+        let Lane { direction, stream, jobs, parts } = &mut self.lanes[lane];
+        let (direction, running) = (*direction, &mut jobs[index]);
+        if direction == Direction::Gather {
+            *permit = Some(running.job.pool.permit()?);
+        }
+        collect(
+            running,
+            &self.arrays,
+            &self.pins[pins],
+            (self.current, self.context),
+            &mut self.pieces,
+        )?;
+        let state = self.shared.lock();
+        let (method, kernel) = (state.method, state.kernel);
+        drop(state);
+        let current = self.current;
+        let submission = Submission { current, stream: *stream, direction, method, kernel };
+        let table = submission.submit(&self.pieces, &mut self.tables)?;
+        running.at += self.pieces.total();
+        let recorded = self.shared.lock().events.record(current, *stream);
+        let event = match recorded {
+            Ok(event) => event,
+            Err(error) => {
+                // The table may be read until the stream was seen to be done; the failure sees to that.
+                self.tables.extend(table);
+                return Err(error);
+            }
+        };
+        running.parts += 1;
+        let (job, until, permit) = (running.id, running.at, permit.take());
+        parts.push_back(Part { job, until, event, table, permit });
+        // What the engine asks for from now on comes after the load. Not earlier: layers that are there could not
+        // be used while others are loaded.
+        if direction == Direction::Scatter
+            && running.is_asked_for()
+            && self.stream != PER_THREAD_STREAM
+        {
+            current.wait(self.stream, event)?;
+        }
+        Ok(())
+    }
+
+    /// The use of a job's pool's pins, by its place in the list.
+    fn pins(&mut self, lane: usize, index: usize) -> Result<usize> {
+        let pool = &self.lanes[lane].jobs[index].job.pool;
+        let pins = pins_of(&**pool).ok_or_else(unreachable_pool)?;
+        if let Some(known) = self.pins.iter().position(|known| known.is_of(pins)) {
+            return Ok(known);
+        }
+        let joined = pins.join();
+        self.pins.retain(|known| !known.is_over());
+        self.pins.push(joined);
+        Ok(self.pins.len() - 1)
+    }
+
+    /// Ends a part, which was done or never will be.
+    fn complete(&mut self, lane: usize, part: Part, is_done: bool) {
+        let Part { job, until, event, table, permit } = part;
+        drop(permit);
+        self.tables.extend(table);
+        self.shared.lock().events.free.push(event);
+        let jobs = &mut self.lanes[lane].jobs;
+        let Some(index) = jobs.iter().position(|running| running.id == job) else { return };
+        let running = &mut jobs[index];
+        running.parts -= 1;
+        if is_done {
+            let arrays = until / running.job.plan.bytes_per_array();
+            running.job.progress.arrays(usize::try_from(arrays).unwrap_or(usize::MAX));
+        }
+        if running.parts == 0 && running.is_asked_for() {
+            self.finish(lane, index);
+        }
+    }
+
+    fn finish(&mut self, lane: usize, index: usize) {
+        let Some(running) = self.lanes[lane].jobs.remove(index) else { return };
+        let Job { pool, progress, compute, .. } = running.job;
+        let mut state = self.shared.lock();
+        state.events.free.push(compute);
+        state.unfinished -= 1;
+        drop(state);
+        drop(pool);
+        progress.end(running.failed.map_or(Ok(()), Err));
+    }
+
+    /// Ends a job with an error, once nothing of it is under way.
+    fn fail(&mut self, lane: usize, job: u64, error: Error) {
+        if let Some(running) = self.lanes[lane].jobs.iter_mut().find(|running| running.id == job) {
+            running.failed.get_or_insert(error);
+        }
+        let stream = self.lanes[lane].stream;
+        // A call may fail once for reasons of its own.
+        let settled =
+            self.current.synchronize(stream).or_else(|_| self.current.synchronize(stream));
+        match settled {
+            Ok(()) => {
+                for part in std::mem::take(&mut self.lanes[lane].parts) {
+                    self.complete(lane, part, true);
+                }
+                let jobs = &self.lanes[lane].jobs;
+                if let Some(index) = jobs.iter().position(|running| running.id == job) {
+                    self.finish(lane, index); // it had no part
+                }
+            }
+            Err(error) => {
+                self.shared.lock().failed.get_or_insert_with(|| error.clone());
+                self.lose(&error);
+            }
+        }
+    }
+
+    /// Ends all jobs: the device does not answer any more.
+    fn lose(&mut self, error: &Error) {
+        for lane in [0, 1] {
+            for running in &mut self.lanes[lane].jobs {
+                running.failed.get_or_insert_with(|| error.clone());
+            }
+            for part in std::mem::take(&mut self.lanes[lane].parts) {
+                self.complete(lane, part, false);
+            }
+            while !self.lanes[lane].jobs.is_empty() {
+                self.finish(lane, 0);
+            }
+        }
+    }
+}
+
+/// Collects the pieces of a job's next part, cut where one registration ends and the next begins.
+fn collect(
+    running: &Running,
+    arrays: &[u64],
+    pins: &PinUse,
+    (current, context): (&Current<'_>, &Arc<Context>),
+    pieces: &mut Pieces,
+) -> Result<()> {
+    let (plan, pool) = (&running.job.plan, &*running.job.pool);
+    let (limit, of_array) = (running.at + PART_BYTES, plan.bytes_per_array());
+    let whole_arrays = limit / of_array * of_array;
+    let end = if whole_arrays > running.at { whole_arrays } else { limit };
+    pieces.clear();
+    let mut step: Option<Step> = None;
+    let mut is_full = false;
+    let collected = plan.pieces(running.at..end, |piece| {
+        let Piece { array, mut at, pool: mut offset, mut length } = piece;
+        while length > 0 {
+            if pieces.len() == PART_PIECES {
+                is_full = true;
+                return Err(Error::new(ErrorCode::Internal, "enough pieces for one part"));
+            }
+            let step = match &mut step {
+                Some(step) if step.number == offset / POOL_STEP => step,
+                other => other.insert(Step::find(pool, pins, (current, context), offset)?),
+            };
+            let within = offset % POOL_STEP;
+            let bytes = length.min(step.bytes - within);
+            pieces.push(
+                step.host + within,
+                step.mapped + within,
+                arrays[array] + at,
+                usize::try_from(bytes).unwrap_or(usize::MAX),
+            );
+            at += bytes;
+            offset += bytes;
+            length -= bytes;
+        }
+        Ok(())
+    });
+    if is_full { Ok(()) } else { collected }
+}
+
+/// A registered step of a pool.
+struct Step {
+    number: u64,
+    bytes: u64,
+    host: u64,
+    mapped: u64,
+}
+
+impl Step {
+    fn find(
+        pool: &dyn Memory,
+        pins: &PinUse,
+        (current, context): (&Current<'_>, &Arc<Context>),
+        offset: u64,
+    ) -> Result<Self> {
+        let number = offset / POOL_STEP;
+        let start = number * POOL_STEP;
+        let bytes = POOL_STEP.min(pool.bytes().saturating_sub(start));
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let host = place_of(pool, start, length)?.ok_or_else(unreachable_pool)?;
+        let mapped = pins.step(current, context, number, (host, length))?;
+        Ok(Self { number, bytes, host: host.expose_provenance() as u64, mapped })
+    }
+}
