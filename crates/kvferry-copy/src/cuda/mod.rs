@@ -170,7 +170,7 @@ impl CudaMemory {
         };
         let worker = thread::Builder::new()
             .name("kvferry-cuda".into())
-            .spawn(move || worker::run(set_up, &ready))
+            .spawn(move || worker::run(&set_up, &ready))
             .map_err(|error| Error::system("cannot start a thread for CUDA", &error))?;
         let lost = || Error::new(ErrorCode::Internal, "the thread for CUDA ended by itself");
         is_ready.recv().map_err(|_| lost())??;

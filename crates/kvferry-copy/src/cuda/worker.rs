@@ -58,12 +58,12 @@ struct Made {
 }
 
 /// The thread's whole life. `ready` hears how the beginning went.
-pub(super) fn run(set_up: SetUp, ready: &SyncSender<Result<()>>) {
+pub(super) fn run(set_up: &SetUp, ready: &SyncSender<Result<()>>) {
     let shared = Arc::clone(&set_up.shared);
     let begun = Context::retain(set_up.device).and_then(|context| {
         let current = context.enter()?;
         let mut made = Made::default();
-        let worker = made.begin(&set_up, &context, &current);
+        let worker = made.begin(set_up, &context, &current);
         let worker = worker.map(|worker| {
             let _ = ready.send(Ok(()));
             let ended = catch_unwind(AssertUnwindSafe(|| {
