@@ -68,6 +68,7 @@ const PAGED = `
 async function run(script: string): Promise<{ code: number | null; out: string; err: string }> {
 	const child = spawn(process.execPath, ["--input-type=module", "-e", ENGINE + script], {
 		cwd: ROOT,
+		timeout: 25_000, // a test that fails leaves nothing behind
 		stdio: ["ignore", "pipe", "pipe"],
 	});
 	const exit = once(child, "exit") as Promise<[number | null]>;

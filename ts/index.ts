@@ -28,6 +28,7 @@ export type {
 	BlockAllocation,
 	KvArray,
 	KvCacheLayout,
+	KvIpcHandle,
 	KvPointer,
 	LayerKv,
 	SaltOption,

@@ -122,6 +122,13 @@ export declare class PagedWorker {
    * [`PagedWorker::close`] has resolved.
    */
   registerHost(addresses: BigUint64Array): void
+  /**
+   * Names a GPU's memory by address, which copies then run to and from by themselves. It must stay until
+   * [`PagedWorker::close`] has resolved.
+   */
+  registerCuda(device: number, stream: bigint, addresses: BigUint64Array): Promise<undefined>
+  /** The same for memory that another process has: handles of 64 bytes, behind each other. */
+  registerCudaIpc(device: number, stream: bigint, handles: Uint8Array, offsets: BigUint64Array): Promise<undefined>
   /** Begins a load. */
   load(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedLoad>
   /** Plans a load into blocks; `false` when its chunks are gone. */

@@ -6,8 +6,7 @@ import { spawn } from "node:child_process";
 import { randomFillSync } from "node:crypto";
 import { once } from "node:events";
 import { createInterface } from "node:readline";
-import { capture, root } from "../../scripts/setup.mjs";
-import { load, median } from "./rows.mjs";
+import { buildProgram, load, median } from "./rows.mjs";
 
 const kvferry = await load();
 
@@ -30,7 +29,7 @@ const HASHERS = [
  */
 export default async function boundary() {
 	const tokens = randomFillSync(new Uint32Array(TOKENS)).map((id) => id % 128_256);
-	const program = buildReference();
+	const program = buildProgram("boundary");
 	const rows = [];
 	for (const [algorithm, make] of HASHERS) {
 		const hasher = make();
@@ -88,17 +87,4 @@ async function compare(
 		unit: "ns",
 		ratio: median(pairs.map(([ns, reference]) => ns / reference)),
 	};
-}
-
-/** Builds the program and tells its path. */
-function buildReference() {
-	const build = ["build", "--release", "--quiet", "--locked", "-p", "kvferry-bench"];
-	const messages = capture("cargo", [...build, "--bin", "boundary", "--message-format=json"]);
-	for (const line of messages.split("\n")) {
-		const { executable } = JSON.parse(line || "{}");
-		if (executable) {
-			return String(executable);
-		}
-	}
-	throw new Error(`cargo ${build.join(" ")} in ${root} gave no program`);
 }

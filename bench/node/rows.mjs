@@ -1,5 +1,7 @@
 // What the benchmarks share.
 
+import { capture, root } from "../../scripts/setup.mjs";
+
 /**
  * Ours beside a reference, measured in the same run.
  *
@@ -16,4 +18,17 @@ export async function load() {
 /** The middle value, of an odd number of them. */
 export function median(/** @type {number[]} */ values) {
 	return values.toSorted((a, b) => a - b)[Math.floor(values.length / 2)] ?? Number.NaN;
+}
+
+/** Builds a program of bench/ and tells its path. */
+export function buildProgram(/** @type {string} */ name) {
+	const build = ["build", "--release", "--quiet", "--locked", "-p", "kvferry-bench"];
+	const messages = capture("cargo", [...build, "--bin", name, "--message-format=json"]);
+	for (const line of messages.split("\n")) {
+		const { executable } = JSON.parse(line || "{}");
+		if (executable) {
+			return String(executable);
+		}
+	}
+	throw new Error(`cargo ${build.join(" ")} in ${root} gave no program`);
 }

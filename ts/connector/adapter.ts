@@ -58,7 +58,7 @@ export interface SchedulerAdapter {
 	resetCache?(): Promise<boolean>;
 }
 
-/** KV memory by its address in this process, for engines in native code. */
+/** KV memory by its address, for engines in native code: of this process, or of a GPU. */
 export interface KvPointer {
 	/** The first byte's address, a multiple of an element's size. */
 	readonly pointer: bigint;
@@ -66,12 +66,22 @@ export interface KvPointer {
 	readonly byteLength: number;
 }
 
+/** KV memory of a GPU that another process has, for {@link KvCacheLayout.device} `"cuda"`. */
+export interface KvIpcHandle {
+	/** The 64 bytes of `cuIpcGetMemHandle`, which name an allocation. */
+	readonly ipcHandle: Uint8Array;
+	/** Bytes from the allocation's start to the array's. Default 0. */
+	readonly byteOffset?: number | undefined;
+	/** Bytes that lie there. */
+	readonly byteLength: number;
+}
+
 /**
- * Part of a layer's KV memory. What lies on a SharedArrayBuffer or is named by its address is copied by threads
- * of kvferry's own while JavaScript goes on. Other memory is copied on the thread that runs JavaScript, a
- * millisecond or two at a time.
+ * Part of a layer's KV memory. What lies on a SharedArrayBuffer, is named by its address or is a GPU's is copied
+ * while JavaScript goes on, by threads of kvferry's own or by the GPU. Other memory is copied on the thread that
+ * runs JavaScript, a millisecond or two at a time.
  */
-export type KvArray = ArrayBufferView | KvPointer;
+export type KvArray = ArrayBufferView | KvPointer | KvIpcHandle;
 
 /** The KV memory of one layer: K and V, or both in one array. */
 export type LayerKv = KvArray | readonly [k: KvArray, v: KvArray];
@@ -102,6 +112,16 @@ export interface KvCacheLayout {
 	 * blocks. An array ends with its last block. Default: the bytes of a block.
 	 */
 	readonly blockStride?: number | undefined;
+	/**
+	 * Where the memory is, as torch names it: `"cpu"` (the default), `"cuda"` or `"cuda:1"`. A GPU's memory is given
+	 * by address or by IPC handle, and must be of the device's primary context.
+	 */
+	readonly device?: string | undefined;
+	/**
+	 * The CUDA stream (`CUstream`) that the engine computes on: stores wait for what it was given before
+	 * `waitForSave`, and what it is given after a load waits for that. Default 0, the legacy default stream.
+	 */
+	readonly stream?: bigint | undefined;
 }
 
 /**

@@ -16,6 +16,7 @@ import { waitFor } from "../waiting.js";
 import type {
 	KvArray,
 	KvCacheLayout,
+	KvIpcHandle,
 	KvPointer,
 	LayerKv,
 	SaltOption,
@@ -307,6 +308,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		}
 		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
 		const { planes = "separate", kvLayout = "NHD", blockStride } = layout;
+		const gpu = gpuOf(layout);
 		const sizes = { numBlocks, blockSize, numKvHeads, headSize };
 		for (const [name, size] of Object.entries(sizes)) {
 			checkInteger(name, size, 1, U32_MAX);
@@ -337,10 +339,6 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				() => this.#options.via.openWorker(this.#place, this.#workerId, native, this.#timeoutMs),
 				undefined,
 			);
-			if (this.#closed) {
-				await worker.close(this.#timeoutMs).catch(() => {});
-				throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
-			}
 			const perLayer = planes === "separate" ? 2 : 1;
 			try {
 				const wrong = arrays.findIndex(({ byteLength }) => byteLength !== worker.arrayBytes);
@@ -350,7 +348,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 							`${arrays[wrong]?.byteLength} bytes; by its layout each has ${worker.arrayBytes}`,
 					);
 				}
-				this.#borrowed = registerArrays(worker, arrays);
+				this.#borrowed = await registerArrays(worker, arrays, gpu);
+				if (this.#closed) {
+					throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
+				}
 			} catch (error) {
 				await worker.close(this.#timeoutMs).catch(() => {}); // its connection's end does it
 				throw error;
@@ -641,30 +642,40 @@ function blocksOf(op: LoadStoreOp): Uint32Array {
 	return Uint32Array.from(groups[0] as readonly number[]);
 }
 
-function arraysOf(name: string, kv: LayerKv, separate: boolean): (Uint8Array | KvPointer)[] {
-	const arrays = ((Array.isArray(kv) ? kv : [kv]) as KvArray[]).map((array) => {
-		if (ArrayBuffer.isView(array)) {
-			const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
-			checkAttached(`layer ${name}`, bytes);
-			return bytes;
-		}
-		const { pointer, byteLength } = array ?? {};
-		if (typeof pointer !== "bigint" || BigInt.asUintN(64, pointer) !== pointer) {
-			const two = separate ? ", or two of them" : "";
-			throw invalid(`layer ${name} must be a typed array, or { pointer, byteLength }${two}`);
-		}
-		checkInteger(`byteLength of layer ${name}`, byteLength, 1, Number.MAX_SAFE_INTEGER);
-		return { pointer, byteLength };
-	});
+/** A GPU, and the stream that its engine computes on. */
+interface Gpu {
+	readonly device: number;
+	readonly stream: bigint;
+}
+
+function gpuOf({ device = "cpu", stream = 0n }: KvCacheLayout): Gpu | undefined {
+	if (typeof stream !== "bigint" || BigInt.asUintN(64, stream) !== stream) {
+		throw invalid("stream must be a CUstream's address, a bigint");
+	}
+	if (device === "cpu") {
+		return undefined;
+	}
+	const found = /^cuda(?::(\d{1,4}))?$/.exec(device);
+	if (found === null) {
+		throw invalid(`device is ${JSON.stringify(device)}: it must be "cpu", "cuda" or "cuda:N"`);
+	}
+	return { device: Number(found[1] ?? 0), stream };
+}
+
+function arraysOf(name: string, kv: LayerKv, separate: boolean): AnyArray[] {
+	const arrays = ((Array.isArray(kv) ? kv : [kv]) as KvArray[]).map((array) =>
+		arrayOf(name, array, separate),
+	);
 	const [whole] = arrays;
 	if (separate && arrays.length === 1 && whole !== undefined) {
-		const half = whole.byteLength / 2;
-		return whole instanceof Uint8Array
-			? [whole.subarray(0, half), whole.subarray(half)]
-			: [0, 1].map((n) => ({
-					pointer: whole.pointer + BigInt(n * Math.floor(half)),
-					byteLength: half,
-				}));
+		const byteLength = whole.byteLength / 2;
+		const second = Math.floor(byteLength);
+		if (whole instanceof Uint8Array) {
+			return [whole.subarray(0, second), whole.subarray(second)];
+		}
+		return "pointer" in whole
+			? [0, second].map((at) => ({ pointer: whole.pointer + BigInt(at), byteLength }))
+			: [0, second].map((at) => ({ ...whole, byteOffset: whole.byteOffset + at, byteLength }));
 	}
 	if (arrays.length !== (separate ? 2 : 1)) {
 		throw invalid(`layer ${name} has ${arrays.length} arrays: it must have ${separate ? 2 : 1}`);
@@ -672,20 +683,67 @@ function arraysOf(name: string, kv: LayerKv, separate: boolean): (Uint8Array | K
 	return arrays;
 }
 
+type AnyArray = Uint8Array | KvPointer | (KvIpcHandle & { readonly byteOffset: number });
+
+function arrayOf(name: string, array: KvArray, separate: boolean): AnyArray {
+	if (ArrayBuffer.isView(array)) {
+		const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+		checkAttached(`layer ${name}`, bytes);
+		return bytes;
+	}
+	const {
+		pointer,
+		ipcHandle,
+		byteOffset = 0,
+		byteLength,
+	} = (array ?? {}) as KvPointer & KvIpcHandle;
+	const address = typeof pointer === "bigint" && BigInt.asUintN(64, pointer) === pointer;
+	if (!address && !(ipcHandle instanceof Uint8Array && ipcHandle.length === 64)) {
+		const two = separate ? ", or two of them" : "";
+		throw invalid(
+			`layer ${name} must be a typed array, { pointer, byteLength } or { ipcHandle, byteLength }${two}`,
+		);
+	}
+	checkInteger(`byteLength of layer ${name}`, byteLength, 1, Number.MAX_SAFE_INTEGER);
+	checkInteger(`byteOffset of layer ${name}`, byteOffset, 0, Number.MAX_SAFE_INTEGER);
+	return address ? { pointer, byteLength } : { ipcHandle, byteOffset, byteLength };
+}
+
 /** Registers memory that copies may run to by themselves; returns the other, which each call must be given. */
-function registerArrays(
+async function registerArrays(
 	worker: NativeWorker,
-	arrays: readonly (Uint8Array | KvPointer)[],
-): Uint8Array[] | undefined {
+	arrays: readonly AnyArray[],
+	gpu: Gpu | undefined,
+): Promise<Uint8Array[] | undefined> {
 	const views = arrays.filter((array) => array instanceof Uint8Array);
-	if (views.length === 0) {
-		const pointers = arrays as readonly KvPointer[];
-		const addresses = BigUint64Array.from(pointers, ({ pointer }) => pointer);
-		wrap(() => worker.registerHost(addresses));
+	const pointers = arrays.filter((array) => "pointer" in array);
+	const handles = arrays.filter((array) => "ipcHandle" in array);
+	if (Math.max(views.length, pointers.length, handles.length) < arrays.length) {
+		throw invalid("KV memory is given in typed arrays, by address or by IPC handle: choose one");
+	}
+	if (gpu === undefined ? handles.length > 0 : views.length > 0) {
+		throw invalid(
+			gpu === undefined
+				? 'an IPC handle is of a GPU\'s memory: give the layout\'s device, "cuda" or "cuda:N"'
+				: "a GPU's memory is given by address or by IPC handle, not in typed arrays",
+		);
+	}
+	const addresses = BigUint64Array.from(pointers, ({ pointer }) => pointer);
+	if (gpu !== undefined) {
+		const ipc = Buffer.concat(handles.map(({ ipcHandle }) => ipcHandle));
+		const offsets = BigUint64Array.from(handles, ({ byteOffset }) => BigInt(byteOffset));
+		await waitFor(
+			() =>
+				handles.length > 0
+					? worker.registerCudaIpc(gpu.device, gpu.stream, ipc, offsets)
+					: worker.registerCuda(gpu.device, gpu.stream, addresses),
+			undefined,
+		);
 		return undefined;
 	}
-	if (views.length < arrays.length) {
-		throw invalid("KV memory is given in typed arrays or by address, not both: choose one");
+	if (pointers.length > 0) {
+		wrap(() => worker.registerHost(addresses));
+		return undefined;
 	}
 	if (views.every(({ buffer }) => buffer instanceof SharedArrayBuffer)) {
 		wrap(() => worker.registerShared(views));

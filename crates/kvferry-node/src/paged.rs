@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use kvferry_copy::cuda::{CudaMemory, IpcArray};
 use kvferry_copy::{HostArrays, HostMemory};
 use kvferry_core::cache::Cache;
 use kvferry_core::copy_plan::CopyShape;
@@ -10,7 +11,7 @@ use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 use kvferry_core::paged::{self, Load, Place, Range, Scheduler, Store, Worker};
 use kvferry_core::{Error, ErrorCode};
-use napi::bindgen_prelude::{PromiseRaw, Uint8Array, Uint8ArraySlice};
+use napi::bindgen_prelude::{BigInt, PromiseRaw, Uint8Array, Uint8ArraySlice};
 use napi::{Env, Result};
 use napi_derive::napi;
 
@@ -78,7 +79,7 @@ pub struct PagedScheduler {
 pub struct PagedWorker {
     inner: Arc<Worker>,
     array_bytes: f64,
-    memory: OnceLock<Arc<Registered>>,
+    memory: Arc<OnceLock<Registered>>,
 }
 
 /// Chunks to be copied into blocks.
@@ -180,7 +181,7 @@ impl Copies {
     }
 
     /// Begins to copy between a pool and registered memory.
-    fn start(&self, memory: Option<&Arc<Registered>>) -> Result<Copying> {
+    fn start(&self, memory: Option<&Registered>) -> Result<Copying> {
         let unregistered = || Error::invalid("no memory is registered that copies could run to");
         let memory = memory.ok_or_else(|| to_napi(unregistered()))?;
         let planned = lock(&self.planned).take().ok_or_else(ended)?;
@@ -202,9 +203,11 @@ impl Drop for Registered {
 }
 
 /// Ends copies with the environment that owns their memory.
-fn close_with(env: &Env, memory: &Arc<Registered>) -> Result<()> {
-    let close = |memory: Weak<Registered>| {
-        if let Some(memory) = memory.upgrade() {
+fn close_with(env: &Env, memory: &Arc<OnceLock<Registered>>) -> Result<()> {
+    let close = |memory: Weak<OnceLock<Registered>>| {
+        if let Some(memory) = memory.upgrade()
+            && let Some(memory) = memory.get()
+        {
             memory.memory.close();
         }
     };
@@ -312,7 +315,7 @@ impl PagedWorker {
         let array_bytes = layout.array_bytes() as f64;
         begin(env, async move {
             let inner = Worker::register(cache, place.into(), worker_id, layout, until).await?;
-            Ok(Self { inner: Arc::new(inner), array_bytes, memory: OnceLock::new() })
+            Ok(Self { inner: Arc::new(inner), array_bytes, memory: Arc::default() })
         })
     }
 }
@@ -346,6 +349,45 @@ impl PagedWorker {
         let arrays = unsafe { HostArrays::new(self.inner.shape().clone(), &places) };
         let memory = Box::new(HostMemory::new(arrays.map_err(to_napi)?));
         self.register(env, Registered { memory, _arrays: Vec::new() })
+    }
+
+    /// Names a GPU's memory by address, which copies then run to and from by themselves. It must stay until
+    /// [`PagedWorker::close`] has resolved.
+    #[napi(catch_unwind)]
+    pub fn register_cuda<'env>(
+        &self,
+        env: &'env Env,
+        device: u32,
+        stream: BigInt,
+        addresses: &[u64],
+    ) -> Result<PromiseRaw<'env, ()>> {
+        let (bytes, stream) = (self.inner.shape().array_bytes(), stream.get_u64().1);
+        let arrays: Vec<(u64, u64)> = addresses.iter().map(|address| (*address, bytes)).collect();
+        self.register_later(env, move |shape| {
+            // SAFETY: who calls promises it, see `KvPointer` in `ts/connector/adapter.ts`.
+            unsafe { CudaMemory::new(shape, device, stream, &arrays) }
+        })
+    }
+
+    /// The same for memory that another process has: handles of 64 bytes, behind each other.
+    #[napi(catch_unwind)]
+    pub fn register_cuda_ipc<'env>(
+        &self,
+        env: &'env Env,
+        device: u32,
+        stream: BigInt,
+        handles: &[u8],
+        offsets: &[u64],
+    ) -> Result<PromiseRaw<'env, ()>> {
+        let (bytes, stream) = (self.inner.shape().array_bytes(), stream.get_u64().1);
+        let handles = handles.as_chunks().0.iter().zip(offsets);
+        let arrays: Vec<IpcArray> = handles
+            .map(|(handle, offset)| IpcArray { handle: *handle, offset: *offset, bytes })
+            .collect();
+        self.register_later(env, move |shape| {
+            // SAFETY: who calls promises it, see `KvIpcHandle` in `ts/connector/adapter.ts`.
+            unsafe { CudaMemory::open_ipc(shape, device, stream, &arrays) }
+        })
     }
 
     /// Begins a load.
@@ -498,9 +540,9 @@ impl PagedWorker {
     #[napi(catch_unwind)]
     pub fn close<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, ()>> {
         let (inner, until) = (Arc::clone(&self.inner), deadline(timeout_ms));
-        let memory = self.memory.get().cloned();
+        let memory = Arc::clone(&self.memory);
         begin(env, async move {
-            if let Some(memory) = memory {
+            if let Some(memory) = memory.get() {
                 memory.memory.close();
             }
             inner.unregister(until).await
@@ -519,11 +561,30 @@ impl PagedWorker {
     }
 
     fn register(&self, env: &Env, registered: Registered) -> Result<()> {
-        let registered = Arc::new(registered);
-        close_with(env, &registered)?;
-        let again = || to_napi(Error::invalid("memory is registered already"));
-        self.memory.set(registered).map_err(|_| again())
+        close_with(env, &self.memory)?;
+        self.memory.set(registered).map_err(|_| to_napi(again()))
     }
+
+    /// The same for memory that takes a while to make.
+    fn register_later<'env, M: KvMemory + 'static>(
+        &self,
+        env: &'env Env,
+        make: impl FnOnce(Arc<CopyShape>) -> kvferry_core::Result<M> + Send + 'static,
+    ) -> Result<PromiseRaw<'env, ()>> {
+        close_with(env, &self.memory)?;
+        let (memory, shape) = (Arc::clone(&self.memory), Arc::clone(self.inner.shape()));
+        promise(env, async move {
+            let made = tokio::task::spawn_blocking(move || make(shape)).await;
+            let lost = |_| Error::new(ErrorCode::Internal, "registering memory was given up");
+            let registered =
+                Registered { memory: Box::new(made.map_err(lost)??), _arrays: Vec::new() };
+            memory.set(registered).map_err(|_| again())
+        })
+    }
+}
+
+fn again() -> Error {
+    Error::invalid("memory is registered already")
 }
 
 #[napi]
