@@ -44,7 +44,7 @@ impl Rows {
         };
         let (ours, reference) = (median(|pair| pair.0), median(|pair| pair.1));
         let ratio = median(|pair| pair.0 / pair.1);
-        self.add(name, ours / units, reference / units, ratio);
+        self.row(name, ours / units, reference / units, "ns", ratio);
     }
 
     /// Prints the row of a limit: the median of `sample`, which gives nanoseconds for one unit of work.
@@ -52,19 +52,20 @@ impl Rows {
         let mut samples: Vec<f64> = (0..PAIRS).map(|_| sample()).collect();
         samples.sort_by(f64::total_cmp);
         let ours = samples[PAIRS / 2];
-        self.add(name, ours, limit, ours / limit);
+        self.row(name, ours, limit, "ns", ours / limit);
     }
 
-    fn add(&mut self, name: &str, ours: f64, reference: f64, ratio: f64) {
+    /// Prints the row of a comparison that was measured elsewhere.
+    pub fn row(&mut self, name: &str, ours: f64, reference: f64, unit: &str, ratio: f64) {
         let row = serde_json::json!({
             "name": name,
             "ours": rounded(ours),
             "reference": rounded(reference),
-            "unit": "ns",
+            "unit": unit,
             "ratio": rounded(ratio),
         });
         println!(
-            "{name:<62} ours {:>9} ns   reference {:>9} ns   ratio {:>6}",
+            "{name:<62} ours {:>9} {unit}   reference {:>9} {unit}   ratio {:>6}",
             row["ours"], row["reference"], row["ratio"]
         );
         self.0.push(row);

@@ -2,21 +2,32 @@
 
 use std::ops::Range;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::{slice, thread};
+use std::slice;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{CopyPlan, CopyShape, Direction, Piece};
-use kvferry_core::copying::{Copying, KvMemory, copying};
+use kvferry_core::copying::{Copying, KvMemory, Progress, copying};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::kernels::{Kernel, Span};
 use crate::place_of;
+use crate::threads::{CopyThreads, Job, Parts};
+
+/// Bytes that a thread copies in one go: tens of microseconds, during which a connection that closes waits for
+/// it.
+const PART: u64 = 512 << 10;
+/// A piece is cut into spans of so many bytes, which are copied side by side.
+const SPAN: usize = 128 << 10;
+/// Spans that the kernel gets at once.
+const SPANS: usize = 128;
 
 /// An engine's arrays by address.
 #[derive(Debug)]
 pub struct HostArrays {
     shape: Arc<CopyShape>,
     starts: Vec<NonNull<u8>>,
+    kernel: Kernel,
 }
 
 // SAFETY: plain memory that any thread may use, as the caller of `new` has promised.
@@ -24,6 +35,33 @@ unsafe impl Send for HostArrays {}
 // SAFETY: as above; that copies of several threads may overlap is the engine's business: its blocks hold
 // numbers, and none is invalid.
 unsafe impl Sync for HostArrays {}
+
+/// Where a pool lies, as far as a plan needs it.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// Its first byte, in this process. All of the plan's ranges are within, and their pages are mapped.
+    Here(*mut u8),
+    /// Only its own calls know.
+    Elsewhere,
+}
+
+// SAFETY: an address of memory that any thread may use, see `Memory`.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    /// Looks at all of the plan's ranges, and has their pages mapped.
+    fn of(pool: &dyn Memory, plan: &CopyPlan) -> Result<Self> {
+        let mut place = Self::Elsewhere;
+        for range in plan.pool_ranges() {
+            let start = place_of(pool, range.start, length(range.end - range.start))?;
+            let Some(start) = start else { return Ok(Self::Elsewhere) };
+            place = Self::Here(start.wrapping_sub(length(range.start)));
+        }
+        Ok(place)
+    }
+}
 
 impl HostArrays {
     /// Arrays at these addresses, of so many bytes.
@@ -38,71 +76,161 @@ impl HostArrays {
             arrays.iter().map(|(start, bytes)| (start.addr() as u64, *bytes as u64)).collect();
         shape.check_arrays(&places)?;
         let starts = arrays.iter().filter_map(|(start, _)| NonNull::new(*start)).collect();
-        Ok(Self { shape, starts })
+        Ok(Self { shape, starts, kernel: Kernel::best() })
     }
 
-    /// Copies a part of the plan's bytes; returns when it is done.
+    /// Copies a part of the plan's bytes, on this thread and the process's copy threads; returns when it is done.
     ///
     /// # Errors
-    /// A plan of another shape; what the pool says.
+    /// A plan of another shape; what the pool says; a wrong `KVFERRY_COPY_THREADS`.
     pub fn copy(&self, plan: &CopyPlan, part: Range<u64>, pool: &dyn Memory) -> Result<()> {
+        self.check(plan)?;
+        let end = part.end.min(plan.bytes());
+        let parts = end.saturating_sub(part.start).div_ceil(PART);
+        if parts == 0 {
+            return Ok(());
+        }
+        let place = Place::of(pool, plan)?;
+        CopyThreads::global()?.run(plan.direction(), length(parts), true, &|number| {
+            let start = part.start + number as u64 * PART;
+            self.copy_part(plan, start..end.min(start + PART), place, pool)
+        })
+    }
+
+    fn check(&self, plan: &CopyPlan) -> Result<()> {
         if *plan.shape() != *self.shape {
             return Err(Error::invalid("the plan is of other arrays"));
         }
-        plan.pieces(part, |Piece { array, at, pool: offset, length }| {
-            let length = usize::try_from(length).unwrap_or(usize::MAX);
-            let ours =
-                self.starts[array].as_ptr().wrapping_add(usize::try_from(at).unwrap_or(usize::MAX));
-            let theirs = place_of(pool, offset, length)?;
-            match (plan.direction(), theirs) {
-                (Direction::Gather, Some(theirs)) => {
-                    let _permit = pool.permit()?;
-                    // SAFETY: the plan stays within the arrays, `place_of` within the pool, and the two are
-                    // different memory.
-                    unsafe { ptr::copy_nonoverlapping(ours, theirs, length) };
+        Ok(())
+    }
+
+    /// Copies a part; `plan` is of this shape, and `place` the pool's for it.
+    fn copy_part(
+        &self,
+        plan: &CopyPlan,
+        part: Range<u64>,
+        place: Place,
+        pool: &dyn Memory,
+    ) -> Result<()> {
+        let ours = |piece: &Piece| self.starts[piece.array].as_ptr().wrapping_add(length(piece.at));
+        match (place, plan.direction()) {
+            (Place::Here(pool_start), direction) => {
+                let _permit = match direction {
+                    Direction::Gather => Some(pool.permit()?),
+                    Direction::Scatter => None,
+                };
+                let mut spans = Spans::new(self.kernel);
+                let copied = plan.pieces(part, |piece| {
+                    let (ours, theirs) = (ours(&piece), pool_start.wrapping_add(length(piece.pool)));
+                    let (to, from) = match direction {
+                        Direction::Gather => (theirs, ours),
+                        Direction::Scatter => (ours, theirs),
+                    };
+                    // SAFETY: the plan stays within the arrays and the pool's ranges, its pieces do not overlap where
+                    // they are written, and arrays and pool are different memory.
+                    unsafe { spans.push(Span { to, from, bytes: length(piece.length) }) };
                     Ok(())
-                }
-                (Direction::Scatter, Some(theirs)) => {
-                    // SAFETY: as above.
-                    unsafe { ptr::copy_nonoverlapping(theirs, ours, length) };
-                    Ok(())
-                }
-                (Direction::Gather, None) => {
-                    // SAFETY: the plan stays within the arrays.
-                    pool.write(offset, unsafe { slice::from_raw_parts(ours, length) })
-                }
-                (Direction::Scatter, None) => {
-                    // SAFETY: as above; nobody else has a reference into the arrays.
-                    pool.read(offset, unsafe { slice::from_raw_parts_mut(ours, length) })
-                }
+                });
+                spans.finish();
+                copied
             }
-        })
+            (Place::Elsewhere, Direction::Gather) => plan.pieces(part, |piece| {
+                // SAFETY: the plan stays within the arrays.
+                let bytes = unsafe { slice::from_raw_parts(ours(&piece), length(piece.length)) };
+                pool.write(piece.pool, bytes)
+            }),
+            (Place::Elsewhere, Direction::Scatter) => plan.pieces(part, |piece| {
+                // SAFETY: as above; nobody else has a reference into the arrays.
+                let bytes =
+                    unsafe { slice::from_raw_parts_mut(ours(&piece), length(piece.length)) };
+                pool.read(piece.pool, bytes)
+            }),
+        }
     }
 }
 
-/// Arrays that copies run to and from by themselves.
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Spans on their way to the kernel.
+struct Spans {
+    kernel: Kernel,
+    spans: [Span; SPANS],
+    count: usize,
+}
+
+impl Spans {
+    fn new(kernel: Kernel) -> Self {
+        let none = Span { to: ptr::null_mut(), from: ptr::null(), bytes: 0 };
+        Self { kernel, spans: [none; SPANS], count: 0 }
+    }
+
+    /// Copies it, now or by [`Spans::finish`].
+    ///
+    /// # Safety
+    /// As for [`Kernel::copy`], until [`Spans::finish`].
+    unsafe fn push(&mut self, mut span: Span) {
+        while span.bytes > 0 {
+            if self.count == SPANS {
+                self.flush();
+            }
+            let bytes = span.bytes.min(SPAN);
+            self.spans[self.count] = Span { bytes, ..span };
+            self.count += 1;
+            span = Span {
+                to: span.to.wrapping_add(bytes),
+                from: span.from.wrapping_add(bytes),
+                bytes: span.bytes - bytes,
+            };
+        }
+    }
+
+    fn flush(&mut self) {
+        // SAFETY: what `push` was promised.
+        unsafe { self.kernel.copy(&self.spans[..self.count]) };
+        self.count = 0;
+    }
+
+    /// Copies the rest; all of it is visible to whoever learns of it now.
+    fn finish(mut self) {
+        self.flush();
+        self.kernel.fence();
+    }
+}
+
+/// Arrays that copies run to and from by themselves. Dropped, it closes.
 #[derive(Debug)]
 pub struct HostMemory {
     arrays: Arc<HostArrays>,
-    running: Arc<Running>,
+    threads: Result<Arc<CopyThreads>>,
+    running: Mutex<Running>,
 }
 
 #[derive(Debug, Default)]
 struct Running {
-    state: Mutex<State>,
-    none: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    copies: usize,
+    copies: Vec<Weak<Job>>,
     closed: bool,
 }
 
 impl HostMemory {
-    /// Makes copies of `arrays` run by themselves.
+    /// Makes copies of `arrays` run by themselves, on the process's copy threads. Where these cannot be had, each
+    /// copy is the error of [`CopyThreads::global`].
     pub fn new(arrays: HostArrays) -> Self {
-        Self { arrays: Arc::new(arrays), running: Arc::default() }
+        Self::with(CopyThreads::global().cloned(), arrays)
+    }
+
+    /// The same, on other threads.
+    pub fn on(threads: &Arc<CopyThreads>, arrays: HostArrays) -> Self {
+        Self::with(Ok(Arc::clone(threads)), arrays)
+    }
+
+    fn with(threads: Result<Arc<CopyThreads>>, arrays: HostArrays) -> Self {
+        Self { arrays: Arc::new(arrays), threads, running: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -112,38 +240,114 @@ impl KvMemory for HostMemory {
     }
 
     fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>) -> Result<Copying> {
-        let mut state = self.running.lock();
-        if state.closed {
-            return Err(Error::new(
-                ErrorCode::Closed,
-                "the KV memory was closed; register it anew",
-            ));
+        self.arrays.check(&plan)?;
+        let threads = self.threads.as_ref().map_err(Clone::clone)?;
+        let mut running = self.lock();
+        if running.closed {
+            return Err(closed());
         }
-        state.copies += 1;
-        drop(state);
+        running.copies.retain(|copy| copy.strong_count() > 0);
         let (progress, copying) = copying();
-        let (arrays, running) = (Arc::clone(&self.arrays), Arc::clone(&self.running));
-        thread::spawn(move || {
-            let copied = arrays.copy(&plan, 0..plan.bytes(), &*pool);
-            progress.arrays(if copied.is_ok() { plan.shape().arrays() } else { 0 });
-            running.lock().copies -= 1;
-            running.none.notify_all();
-            progress.end(copied);
-        });
+        let (direction, parts) = (plan.direction(), length(plan.bytes().div_ceil(PART)));
+        let left = Left { bytes: vec![plan.bytes_per_array(); plan.shape().arrays()], arrays: 0 };
+        let arrays = Arc::clone(&self.arrays);
+        let copy =
+            HostCopy { arrays, plan, pool, place: OnceLock::new(), progress, left: Mutex::new(left) };
+        let job = threads.begin(direction, parts, Box::new(copy))?;
+        running.copies.push(Arc::downgrade(&job));
         Ok(copying)
     }
 
     fn close(&self) {
-        let mut state = self.running.lock();
-        state.closed = true;
-        while state.copies > 0 {
-            state = self.running.none.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let copies = {
+            let mut running = self.lock();
+            running.closed = true;
+            running.copies.clone()
+        };
+        let copies: Vec<Arc<Job>> = copies.iter().filter_map(Weak::upgrade).collect();
+        for copy in &copies {
+            copy.stop(Err(closed()));
+        }
+        for copy in &copies {
+            let _ = copy.wait(); // how it ended is told to whoever began it
         }
     }
 }
 
-impl Running {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorCode::Closed, "the KV memory was closed; register it anew")
+}
+
+/// A copy that runs by itself.
+struct HostCopy {
+    arrays: Arc<HostArrays>,
+    plan: CopyPlan,
+    pool: Arc<dyn Memory>,
+    place: OnceLock<Place>,
+    progress: Progress,
+    left: Mutex<Left>,
+}
+
+/// What is not copied yet.
+struct Left {
+    /// Bytes of each array.
+    bytes: Vec<u64>,
+    /// Leading arrays that have none.
+    arrays: usize,
+}
+
+impl HostCopy {
+    fn part(&self, part: usize) -> Range<u64> {
+        let start = part as u64 * PART;
+        start..self.plan.bytes().min(start + PART)
+    }
+}
+
+impl Parts for HostCopy {
+    fn copy(&self, part: usize) -> Result<()> {
+        let place = match self.place.get() {
+            Some(place) => *place,
+            // Two threads may both find out, to the same end: no lock is held while pages are mapped.
+            None => {
+                let place = Place::of(&*self.pool, &self.plan)?;
+                *self.place.get_or_init(|| place)
+            }
+        };
+        self.arrays.copy_part(&self.plan, self.part(part), place, &*self.pool)
+    }
+
+    fn copied(&self, part: usize) {
+        let Range { start, end } = self.part(part);
+        let of_array = self.plan.bytes_per_array();
+        let arrays = {
+            let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut at = start;
+            while at < end {
+                let bytes = (of_array - at % of_array).min(end - at);
+                left.bytes[length(at / of_array)] -= bytes;
+                at += bytes;
+            }
+            let before = left.arrays;
+            while left.bytes.get(left.arrays) == Some(&0) {
+                left.arrays += 1;
+            }
+            (left.arrays > before).then_some(left.arrays)
+        };
+        if let Some(arrays) = arrays {
+            self.progress.arrays(arrays);
+        }
+    }
+
+    fn ended(&self, result: Result<()>) {
+        if result.is_ok() {
+            self.progress.arrays(self.plan.shape().arrays());
+        }
+        self.progress.end(result);
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod cuda;
 mod host;
+mod kernels;
 #[cfg(target_os = "linux")]
 mod mapping;
 #[cfg(target_os = "linux")]
@@ -18,7 +19,7 @@ pub use memfd::MemFd;
 pub use private::PrivateRegion;
 #[cfg(target_os = "linux")]
 pub use shared::SharedRegion;
-pub use threads::run_copies;
+pub use threads::{CopyThreads, run_copies};
 
 /// Bytes of one step in which a pool is reserved and mapped: 64 MiB. Servers reserve whole steps, so
 /// clients may populate whole steps.
@@ -29,6 +30,11 @@ use std::sync::Arc;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, Result};
+
+/// How this process copies: "AVX-512", "AVX2", "NEON" or "memcpy".
+pub fn kernel_name() -> &'static str {
+    kernels::Kernel::best().name()
+}
 
 /// `offset..offset + length` as the range of a region of `bytes`, or an error that names all three.
 fn range_of(offset: u64, length: usize, bytes: usize) -> Result<std::ops::Range<usize>> {

@@ -279,11 +279,24 @@ impl CopyPlan {
         self.bytes_per_array
     }
 
-    /// Where the slots lie in the pool, each row's first byte to its last, for an array whose part begins where
-    /// the object does; for readers who prepare a pool's pages.
+    /// What the plan's pieces use of the pool, a range for each chunk, gaps included: for those who look at a pool
+    /// once, before they copy.
     pub fn pool_ranges(&self) -> impl Iterator<Item = Range<u64>> {
         let last = self.shape.bases.iter().copied().max().unwrap_or(0);
-        self.rows.iter().map(move |row| row.pool..row.pool + last + row.bytes)
+        let mut ranges = self.rows.iter().map(move |row| row.pool..row.pool + last + row.bytes);
+        let mut open = ranges.next();
+        std::iter::from_fn(move || {
+            let mut range = open.take()?;
+            for next in ranges.by_ref() {
+                // Rows of a chunk overlap, since each reaches to its object's last array.
+                if next.start < range.start || next.start > range.end {
+                    open = Some(next);
+                    break;
+                }
+                range.end = range.end.max(next.end);
+            }
+            Some(range)
+        })
     }
 
     /// Calls `visit` for the pieces of the plan's bytes `part`, all of them being `0..bytes()`. A piece at the

@@ -98,9 +98,11 @@ impl Progress {
         self.0.change(|state| state.arrays = state.arrays.max(arrays));
     }
 
-    /// Nothing of the copy is under way any more.
-    pub fn end(self, result: Result<()>) {
-        self.0.change(|state| state.ended = Some(result));
+    /// Nothing of the copy is under way any more. Only the first end counts.
+    pub fn end(&self, result: Result<()>) {
+        self.0.change(|state| {
+            state.ended.get_or_insert(result);
+        });
     }
 }
 

@@ -1,0 +1,295 @@
+//! Copies between ordinary memory and a shared-memory pool, 256 MiB in all and in pieces of 256 bytes to 2 MiB, against
+//! one large copy of as many bytes by as many threads, in turns. The large copy is the faster one of memcpy and of our
+//! own kernel over one range, each thread having its half. Ratios of "GB/s" rows are ours ÷ reference: more is better.
+//! A row named "memcpy" is the plain loop over the same pieces instead of ours.
+#![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
+#![allow(clippy::cast_possible_truncation, reason = "the sizes are known here")]
+#![allow(unsafe_code, reason = "the reference copies by address")]
+
+use std::future::Future;
+use std::hint::black_box;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::Instant;
+
+use kvferry_bench::Rows;
+use kvferry_copy::{CopyThreads, HostArrays, HostMemory, POOL_STEP, SharedRegion};
+use kvferry_core::cache::Memory;
+use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
+use kvferry_core::copying::KvMemory;
+use kvferry_core::key::Dtype;
+use kvferry_core::kv_layout::{KvLayout, Order, Planes};
+
+const TOTAL: usize = 256 << 20;
+const CHUNK: u32 = 256;
+/// How often each copy is timed.
+const TURNS: usize = 9;
+const PIECES: [(&str, usize); 6] = [
+    ("256 B heads", 256),
+    ("1 KiB", 1 << 10),
+    ("4 KiB", 4 << 10),
+    ("64 KiB", 64 << 10),
+    ("512 KiB", 512 << 10),
+    ("2 MiB", 2 << 20),
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut rows = Rows::default();
+    let name = format!("kvferry_bench_{}", std::process::id());
+    let pool = Arc::new(SharedRegion::create(&name, TOTAL as u64)?);
+    for step in 0..TOTAL as u64 / POOL_STEP {
+        pool.reserve(step)?;
+    }
+    let mut memory = vec![1u8; TOTAL + 4096];
+    let start = memory.as_mut_ptr().wrapping_add(memory.as_ptr().align_offset(4096));
+    for direction in [Direction::Gather, Direction::Scatter] {
+        for (name, piece) in PIECES {
+            let mut one = 0.0;
+            for threads in [1, 2] {
+                let speed = measure(&mut rows, direction, (name, piece), threads, start, &pool);
+                if threads == 1 {
+                    one = speed;
+                } else {
+                    let name = format!("{}, {name}, 2 threads ÷ 1", way(direction));
+                    rows.row(&name, speed, one, "GB/s", speed / one);
+                }
+            }
+        }
+    }
+    rows.finish()?;
+    drop(memory);
+    Ok(())
+}
+
+fn way(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Gather => "gather",
+        Direction::Scatter => "scatter",
+    }
+}
+
+/// A layout whose pieces have so many bytes; of 256, heads that lie apart.
+fn layout(piece: usize) -> KvLayout {
+    let latent = |block_size: u32, head_size: usize| KvLayout {
+        num_layers: 1,
+        num_blocks: (TOTAL / piece) as u32,
+        block_size,
+        num_kv_heads: 1,
+        head_size: head_size as u32,
+        dtype: Dtype::new("uint8").unwrap(),
+        planes: Planes::Latent,
+        order: Order::Nhd,
+        block_stride: None,
+    };
+    match piece {
+        256 => KvLayout {
+            num_blocks: (TOTAL / (16 * 8 * piece)) as u32,
+            num_kv_heads: 8,
+            planes: Planes::Fused,
+            order: Order::Hnd,
+            ..latent(16, piece / 2)
+        },
+        _ => latent(16, piece / 16),
+    }
+}
+
+/// Copies of all blocks in a random order.
+struct Load {
+    shape: Arc<CopyShape>,
+    blocks: Vec<u32>,
+    of_chunk: usize,
+}
+
+impl Load {
+    fn new(piece: usize) -> Self {
+        let layout = layout(piece);
+        let of_chunk = (CHUNK / layout.block_size).min(layout.num_blocks);
+        let shape = Arc::new(layout.copy_shape(layout.block_size * of_chunk));
+        let mut blocks: Vec<u32> = (0..layout.num_blocks).collect();
+        let mut random = 1u64;
+        for last in (1..blocks.len()).rev() {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            blocks.swap(last, (random >> 33) as usize % (last + 1));
+        }
+        Self { shape, blocks, of_chunk: of_chunk as usize }
+    }
+
+    fn plan(&self, direction: Direction) -> CopyPlan {
+        let chunks: Vec<ChunkCopy<'_>> = self
+            .blocks
+            .chunks(self.of_chunk)
+            .zip(0u64..)
+            .map(|(blocks, chunk)| {
+                ChunkCopy { blocks, skip: 0, slot: chunk * self.shape.object_bytes() }
+            })
+            .collect();
+        self.shape.plan(direction, &chunks, TOTAL as u64).unwrap()
+    }
+
+    fn memory(&self, start: *mut u8, threads: &Arc<CopyThreads>) -> HostMemory {
+        let bytes = self.shape.array_bytes() as usize;
+        // SAFETY: `main` keeps the memory until the end.
+        let arrays = unsafe { HostArrays::new(Arc::clone(&self.shape), &[(start, bytes)]) };
+        HostMemory::on(threads, arrays.unwrap())
+    }
+}
+
+/// The rows of one direction, size and number of threads; our speed in GB/s.
+fn measure(
+    rows: &mut Rows,
+    direction: Direction,
+    (name, piece): (&str, usize),
+    threads: usize,
+    start: *mut u8,
+    pool: &Arc<SharedRegion>,
+) -> f64 {
+    let ours = Load::new(piece);
+    let large = Load::new(TOTAL / threads);
+    let copiers = Arc::new(CopyThreads::new(threads));
+    let (memory, range) = (ours.memory(start, &copiers), large.memory(start, &copiers));
+    let (plan, one_range) = (ours.plan(direction), large.plan(direction));
+    let mut pieces: Vec<(usize, usize, usize)> = Vec::new();
+    plan.pieces(0..plan.bytes(), |piece| {
+        pieces.push((piece.at as usize, piece.pool as usize, piece.length as usize));
+        Ok(())
+    })
+    .unwrap();
+    check(direction, &pieces, start, pool, || run(&memory, &plan, pool));
+
+    let half = TOTAL / threads;
+    let whole: Vec<(usize, usize, usize)> =
+        (0..threads).map(|part| (part * half, part * half, half)).collect();
+    let start = Start(start);
+    let mut times: [Vec<f64>; 5] = Default::default();
+    for turn in 0..TURNS {
+        for which in 0..times.len() {
+            let which = (which + turn) % times.len();
+            let begun = Instant::now();
+            match which {
+                0 => run(&memory, &plan, pool),
+                1 => run(&range, &one_range, pool),
+                2 => memcpy(direction, &whole, threads, start, pool),
+                3 => memcpy(direction, &pieces, threads, start, pool),
+                _ => {
+                    black_box(ours.plan(direction));
+                }
+            }
+            times[which].push(begun.elapsed().as_secs_f64());
+        }
+    }
+    let speed = |which: usize| TOTAL as f64 / median(&times[which]) / 1e9;
+    let reference = speed(1).max(speed(2));
+    let of = if speed(1) > speed(2) { "our kernel" } else { "memcpy" };
+    let plural = if threads == 1 { "" } else { "s" };
+    let title = format!("{}, {name}, {threads} thread{plural}", way(direction));
+    rows.row(&format!("{title} ÷ one large ({of})"), speed(0), reference, "GB/s", speed(0) / reference);
+    rows.row(&format!("{title}, memcpy"), speed(3), reference, "GB/s", speed(3) / reference);
+    let (planning, copy) = (median(&times[4]) * 1e3, median(&times[0]) * 1e3);
+    rows.row(&format!("{title}, planning ÷ copy"), planning, copy, "ms", planning / copy);
+    speed(0)
+}
+
+/// Asserts that `copy` moves just these bytes.
+fn check(
+    direction: Direction,
+    pieces: &[(usize, usize, usize)],
+    start: *mut u8,
+    pool: &SharedRegion,
+    copy: impl FnOnce(),
+) {
+    let pattern: Vec<u8> = (0..TOTAL as u64)
+        .step_by(8)
+        .flat_map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes())
+        .collect();
+    // SAFETY: `main` keeps the memory, and nobody else uses it now.
+    let memory = || unsafe { std::slice::from_raw_parts_mut(start, TOTAL) };
+    match direction {
+        Direction::Gather => {
+            memory().copy_from_slice(&pattern);
+            pool.write(0, &vec![0; TOTAL]).unwrap();
+        }
+        Direction::Scatter => {
+            memory().fill(0);
+            pool.write(0, &pattern).unwrap();
+        }
+    }
+    copy();
+    let mut copied = vec![0; TOTAL];
+    pool.read(0, &mut copied).unwrap();
+    for (at, theirs, length) in pieces {
+        assert!(memory()[*at..at + length] == copied[*theirs..theirs + length], "at {at}");
+    }
+    assert_eq!(pieces.iter().map(|piece| piece.2).sum::<usize>(), TOTAL);
+}
+
+/// From submission to completion.
+fn run(memory: &HostMemory, plan: &CopyPlan, pool: &Arc<SharedRegion>) {
+    let copying = memory.copy(plan.clone(), Arc::<SharedRegion>::clone(pool)).unwrap();
+    wait(copying.ended()).unwrap();
+}
+
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
+
+/// Places in memory and in the pool, and bytes.
+type Pieces = [(usize, usize, usize)];
+
+/// The memory under test, for several threads.
+#[derive(Clone, Copy)]
+struct Start(*mut u8);
+
+// SAFETY: plain memory; each thread uses a part of its own.
+unsafe impl Send for Start {}
+// SAFETY: as above.
+unsafe impl Sync for Start {}
+
+impl Start {
+    #[allow(clippy::mut_from_ref, reason = "the pieces of a plan do not overlap")]
+    fn bytes(&self, at: usize, length: usize) -> &mut [u8] {
+        // SAFETY: a piece of a plan of the memory, which `main` keeps, and which nobody else uses now.
+        unsafe { std::slice::from_raw_parts_mut(self.0.wrapping_add(at), length) }
+    }
+}
+
+/// The plain loop, each thread with as many bytes.
+fn memcpy(direction: Direction, pieces: &Pieces, threads: usize, start: Start, pool: &SharedRegion) {
+    let copy = |pieces: &Pieces| {
+        for (at, theirs, length) in pieces {
+            match direction {
+                Direction::Gather => pool.write(*theirs as u64, start.bytes(*at, *length)),
+                Direction::Scatter => pool.read(*theirs as u64, start.bytes(*at, *length)),
+            }
+            .unwrap();
+        }
+    };
+    thread::scope(|scope| {
+        let mut parts = pieces.chunks(pieces.len().div_ceil(threads));
+        let first = parts.next().unwrap_or_default();
+        for part in parts {
+            scope.spawn(|| copy(part));
+        }
+        copy(first);
+    });
+}
+
+fn median(times: &[f64]) -> f64 {
+    let mut times = times.to_vec();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}

@@ -1,0 +1,354 @@
+//! Copying pieces of memory with what this processor has.
+//!
+//! KV memory is much larger than the caches, and a plain store reads the line first that it then fills.
+//! Non-temporal stores do not. Two things more decide how fast they are, both measured (docs/benchmarks.md): the
+//! processor's own prefetchers follow several streams at once, so four pieces are copied side by side; and they
+//! begin anew at each page, so the next pieces are fetched into the second cache while these are copied.
+
+use std::ptr;
+
+/// Bytes that lie together on both sides.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Span {
+    pub(crate) to: *mut u8,
+    pub(crate) from: *const u8,
+    pub(crate) bytes: usize,
+}
+
+/// Copies each span. Nobody else sees all that was written before [`Kernel::fence`].
+///
+/// # Safety
+/// The processor has what the function is made for; each span can be read and written, and no byte that is
+/// written belongs to another span or is read.
+type CopySpans = unsafe fn(&[Span]);
+
+/// A way to copy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kernel {
+    name: &'static str,
+    copy: CopySpans,
+}
+
+/// Spans from here on are copied side by side; shorter ones have ended before their streams are recognised.
+const SIDE_BY_SIDE: usize = 1024;
+/// From here on spans need no prefetch of ours.
+const LONG: usize = 32 << 10;
+/// Shorter spans are memcpy's.
+const SHORT: usize = 128;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Bytes of one turn of the loops.
+const TURN: usize = 4 * LINE;
+/// Spans that are copied side by side.
+const STREAMS: usize = 4;
+/// Bytes of the prefetch ahead, in spans of their own.
+const AHEAD: usize = 2048;
+
+impl Kernel {
+    /// The best one of this processor.
+    pub(crate) fn best() -> Self {
+        Self::all().next().unwrap_or(Self::PLAIN)
+    }
+
+    /// What any processor has.
+    const PLAIN: Self = Self { name: "memcpy", copy: plain };
+
+    /// All that this processor can run, the best first.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                all.push(Self { name: "AVX-512", copy: avx512::copy });
+            }
+            if is_x86_feature_detected!("avx2") {
+                all.push(Self { name: "AVX2", copy: avx2::copy });
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        all.push(Self { name: "NEON", copy: neon::copy }); // untested: there was no such machine
+        all.push(Self::PLAIN);
+        all.into_iter()
+    }
+
+    /// "AVX-512", "AVX2", "NEON" or "memcpy".
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Copies the spans; call [`Kernel::fence`] before telling anybody.
+    ///
+    /// # Safety
+    /// Each span can be read and written, and no byte that is written belongs to another span or is read.
+    pub(crate) unsafe fn copy(&self, spans: &[Span]) {
+        // SAFETY: the caller's promise; `all` has only what the processor can run.
+        unsafe { (self.copy)(spans) };
+    }
+
+    /// Makes what was copied visible before whatever this thread writes later.
+    pub(crate) fn fence(&self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has this barrier, which touches no memory.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        };
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: a barrier touches no memory. `stnp` is ordered by nothing weaker.
+        unsafe {
+            std::arch::asm!("dmb ishst", options(nostack, preserves_flags))
+        };
+    }
+}
+
+unsafe fn plain(spans: &[Span]) {
+    for span in spans {
+        // SAFETY: the caller's promise.
+        unsafe { ptr::copy_nonoverlapping(span.from, span.to, span.bytes) };
+    }
+}
+
+/// The loops, for one instruction set: `turn` copies four lines to an aligned address without caching them,
+/// `line` one; `prefetch` fetches a line, which need not exist, into the second cache.
+macro_rules! kernel {
+    ($name:ident, $feature:literal, $turn:ident, $line:ident, $prefetch:ident) => {
+        mod $name {
+            use super::*;
+
+            /// See [`CopySpans`].
+            #[target_feature(enable = $feature)]
+            pub(super) unsafe fn copy(spans: &[Span]) {
+                let longest = spans.iter().map(|span| span.bytes).max().unwrap_or(0);
+                match longest {
+                    // SAFETY: the caller's promise.
+                    0..SIDE_BY_SIDE => unsafe { one_by_one(spans) },
+                    // SAFETY: as above.
+                    SIDE_BY_SIDE..LONG => unsafe { side_by_side::<true>(spans) },
+                    // SAFETY: as above.
+                    _ => unsafe { side_by_side::<false>(spans) },
+                }
+            }
+
+            #[target_feature(enable = $feature)]
+            unsafe fn one_by_one(spans: &[Span]) {
+                let bytes = spans.first().map_or(1, |span| span.bytes.max(1));
+                let ahead = (AHEAD / bytes).clamp(1, 8);
+                for (number, span) in spans.iter().enumerate() {
+                    if let Some(next) = spans.get(number + ahead) {
+                        for line in (0..next.bytes).step_by(LINE) {
+                            $prefetch(next.from.wrapping_add(line));
+                        }
+                    }
+                    // SAFETY: the caller's promise.
+                    let Span { to, from, bytes } = unsafe { edges(*span) };
+                    for at in (0..bytes).step_by(TURN) {
+                        // SAFETY: what `edges` left is whole turns to an aligned address, within the span.
+                        unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
+                    }
+                }
+            }
+
+            #[target_feature(enable = $feature)]
+            unsafe fn side_by_side<const PREFETCH: bool>(spans: &[Span]) {
+                let none = Span { to: ptr::null_mut(), from: ptr::null(), bytes: 0 };
+                let mut streams = [none; STREAMS];
+                let mut next = 0;
+                loop {
+                    for stream in &mut streams {
+                        while stream.bytes == 0 && next < spans.len() {
+                            // SAFETY: the caller's promise.
+                            *stream = unsafe { edges(spans[next]) };
+                            next += 1;
+                        }
+                    }
+                    let step = streams.iter().map(|stream| stream.bytes).min().unwrap_or(0);
+                    if step == 0 {
+                        break;
+                    }
+                    let mut later = [ptr::null::<u8>(); STREAMS];
+                    if PREFETCH {
+                        for (number, later) in later.iter_mut().enumerate() {
+                            *later = spans.get(next + number).map_or(ptr::null(), |span| span.from);
+                        }
+                    }
+                    for at in (0..step).step_by(TURN) {
+                        for number in 0..STREAMS {
+                            if PREFETCH && !later[number].is_null() {
+                                for line in [0, LINE, 2 * LINE, 3 * LINE] {
+                                    $prefetch(later[number].wrapping_add(at + line));
+                                }
+                            }
+                            let Span { to, from, .. } = streams[number];
+                            // SAFETY: as in `one_by_one`; no stream has fewer bytes than `step`.
+                            unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
+                        }
+                    }
+                    for Span { to, from, bytes } in &mut streams {
+                        *to = to.wrapping_add(step);
+                        *from = from.wrapping_add(step);
+                        *bytes -= step;
+                    }
+                }
+                for Span { to, from, bytes } in streams {
+                    for at in (0..bytes).step_by(TURN) {
+                        // SAFETY: as above.
+                        unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
+                    }
+                }
+            }
+
+            /// Copies what comes before the first aligned address and after the last whole turn; the rest is left.
+            #[inline]
+            #[target_feature(enable = $feature)]
+            unsafe fn edges(span: Span) -> Span {
+                let Span { to, from, bytes } = span;
+                let copy = |at: usize, bytes: usize| {
+                    // SAFETY: within the span, which the caller vouches for.
+                    unsafe {
+                        ptr::copy_nonoverlapping(from.wrapping_add(at), to.wrapping_add(at), bytes);
+                    }
+                };
+                if bytes < SHORT {
+                    copy(0, bytes);
+                    return Span { bytes: 0, ..span };
+                }
+                let head = to.addr().wrapping_neg() % LINE;
+                if head > 0 {
+                    copy(0, head);
+                }
+                let rest = bytes - head;
+                let mut at = head + rest / TURN * TURN;
+                while at + LINE <= bytes {
+                    // SAFETY: a line within the span, to an aligned address.
+                    unsafe { $line(to.wrapping_add(at), from.wrapping_add(at)) };
+                    at += LINE;
+                }
+                if at < bytes {
+                    copy(at, bytes - at);
+                }
+                Span {
+                    to: to.wrapping_add(head),
+                    from: from.wrapping_add(head),
+                    bytes: rest / TURN * TURN,
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::LINE;
+
+    #[inline]
+    pub(super) fn prefetch(from: *const u8) {
+        // SAFETY: a hint, which reads nothing and may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn line_512(to: *mut u8, from: *const u8) {
+        // SAFETY: the caller lets a line be read.
+        let line = unsafe { _mm512_loadu_si512(from.cast()) };
+        // SAFETY: and written; the address is aligned.
+        unsafe { _mm512_stream_si512(to.cast(), line) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn turn_512(to: *mut u8, from: *const u8) {
+        let at = |line: usize| from.wrapping_add(line * LINE).cast();
+        // SAFETY: the caller lets four lines be read.
+        let first = unsafe { _mm512_loadu_si512(at(0)) };
+        // SAFETY: as above.
+        let second = unsafe { _mm512_loadu_si512(at(1)) };
+        // SAFETY: as above.
+        let third = unsafe { _mm512_loadu_si512(at(2)) };
+        // SAFETY: as above.
+        let fourth = unsafe { _mm512_loadu_si512(at(3)) };
+        for (number, line) in [first, second, third, fourth].into_iter().enumerate() {
+            // SAFETY: the caller lets four lines be written; the address is aligned.
+            unsafe { _mm512_stream_si512(to.wrapping_add(number * LINE).cast(), line) };
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn line_256(to: *mut u8, from: *const u8) {
+        // SAFETY: the caller lets a line be read.
+        let low = unsafe { _mm256_loadu_si256(from.cast()) };
+        // SAFETY: as above.
+        let high = unsafe { _mm256_loadu_si256(from.wrapping_add(32).cast()) };
+        // SAFETY: and written; the address is aligned.
+        unsafe { _mm256_stream_si256(to.cast(), low) };
+        // SAFETY: as above.
+        unsafe { _mm256_stream_si256(to.wrapping_add(32).cast(), high) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn turn_256(to: *mut u8, from: *const u8) {
+        for line in [0, LINE, 2 * LINE, 3 * LINE] {
+            // SAFETY: the caller lets four lines be copied.
+            unsafe { line_256(to.wrapping_add(line), from.wrapping_add(line)) };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+use x86::{line_256, line_512, prefetch, turn_256, turn_512};
+
+#[cfg(target_arch = "x86_64")]
+kernel!(avx512, "avx512f", turn_512, line_512, prefetch);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx2, "avx2", turn_256, line_256, prefetch);
+
+/// Compiled, and never run: there was no machine to test it on.
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::arch::asm;
+
+    use super::LINE;
+
+    #[inline]
+    pub(super) fn prefetch(from: *const u8) {
+        // SAFETY: a hint, which reads nothing and may name any address.
+        unsafe {
+            asm!("prfm pldl2keep, [{from}]", from = in(reg) from, options(nostack, preserves_flags));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn line(to: *mut u8, from: *const u8) {
+        // SAFETY: the caller lets a line be read and written.
+        unsafe {
+            asm!(
+                "ldp {a:q}, {b:q}, [{from}]",
+                "ldp {c:q}, {d:q}, [{from}, #32]",
+                "stnp {a:q}, {b:q}, [{to}]",
+                "stnp {c:q}, {d:q}, [{to}, #32]",
+                a = out(vreg) _, b = out(vreg) _, c = out(vreg) _, d = out(vreg) _,
+                from = in(reg) from, to = in(reg) to,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn turn(to: *mut u8, from: *const u8) {
+        for at in [0, LINE, 2 * LINE, 3 * LINE] {
+            // SAFETY: the caller lets four lines be copied.
+            unsafe { line(to.wrapping_add(at), from.wrapping_add(at)) };
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+use arm::{line, prefetch, turn};
+
+#[cfg(target_arch = "aarch64")]
+kernel!(neon, "neon", turn, line, prefetch);
