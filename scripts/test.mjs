@@ -4,6 +4,7 @@ import { spawn } from "node:child_process";
 import { mkdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { buildAddon, buildJavaScript } from "./build.mjs";
+import { buildFakeCuda } from "./fake-cuda.mjs";
 import { cache, root, setup, step, toolEnvironment } from "./setup.mjs";
 import { buildSimulator } from "./simulator-build.mjs";
 
@@ -11,6 +12,9 @@ setup();
 buildAddon();
 buildJavaScript();
 await buildSimulator();
+if (process.platform === "linux") {
+	buildFakeCuda();
+}
 const rust = await testRust();
 const typescript = await testTypeScript();
 const passed = rust.passed + typescript.passed;

@@ -247,6 +247,10 @@ impl Worker<'_> {
     }
 
     fn end(mut self) {
+        // Nothing is under way, unless the device was taken for lost and was not.
+        for lane in &self.lanes {
+            let _ = self.current.synchronize(lane.stream);
+        }
         self.tables.drain(..).for_each(|table| table.free(self.current));
         self.pins.clear(); // while the context is current
     }

@@ -151,6 +151,21 @@ impl Drop for Folder {
     }
 }
 
+/// The device and the driver, in a line.
+pub(crate) fn describe() -> String {
+    let (mut name, mut version) = ([0 as c_char; 256], 0);
+    unsafe {
+        done(sys::cuDeviceGetName(name.as_mut_ptr(), 256, 0));
+        done(sys::cuDriverGetVersion(&raw mut version));
+    }
+    let name: String = name
+        .iter()
+        .take_while(|byte| **byte != 0)
+        .map(|byte| char::from(byte.cast_unsigned()))
+        .collect();
+    format!("CUDA device 0: {name}, driver of CUDA {}.{}", version / 1000, version % 1000 / 10)
+}
+
 pub(crate) fn done(result: CUresult) {
     assert_eq!(result, CUresult::CUDA_SUCCESS);
 }
@@ -263,6 +278,12 @@ impl Fake {
             Self::symbol("fakeCudaControlFail").unwrap();
         let call = CString::new(call).unwrap();
         assert_eq!(fail(call.as_ptr(), nth, code), 0);
+    }
+
+    /// Any call fails with `code`, about `per_mille` of 1000 of them.
+    pub(crate) fn fail_at_random(&self, seed: u64, per_mille: u64, code: u32) {
+        let fail: extern "C" fn(u64, u64, u32) = Self::symbol("fakeCudaControlFailRandom").unwrap();
+        fail(seed, per_mille, code);
     }
 
     pub(crate) fn reset(&self) {

@@ -7,6 +7,7 @@
     clippy::multiple_unsafe_ops_per_block,
     reason = "the fake driver checks what the engine of the tests asks for"
 )]
+#![allow(clippy::print_stdout, reason = "scripts/test-gpu.mjs reads it")]
 
 mod driver;
 mod model;
@@ -30,7 +31,7 @@ use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 use kvferry_core::{Error, ErrorCode, Result};
 
 use driver::{CUDA_12_4, CUDA_12_8, CUDA_13, Engine, Fake, On, done, on};
-use model::{CHUNK, flat, heads, layout, noise, shape};
+use model::{flat, heads, layout, noise, shape};
 
 const ALL: [On; 3] = [CUDA_12_4, CUDA_12_8, CUDA_13];
 const METHODS: [Method; 3] = [Method::Batch, Method::Single, Method::Kernel];
@@ -138,6 +139,15 @@ fn violations() -> u64 {
     Fake::here().map_or(0, |fake| fake.violations())
 }
 
+/// What `npm run test:gpu` asks first.
+#[test]
+fn device_and_driver() {
+    match cuda::check_available() {
+        Err(error) => println!("{error}"),
+        Ok(()) => println!("{}", driver::describe()),
+    }
+}
+
 #[test]
 fn every_layout_is_copied_both_ways_by_every_method_and_nothing_beside_it() {
     on(
@@ -204,11 +214,11 @@ fn round_trip(engine: &Engine, kv: &Kv, pool: &Arc<dyn Memory>, what: &str) {
 fn large_copies_go_over_the_pools_steps_and_in_many_parts() {
     on("large_copies_go_over_the_pools_steps_and_in_many_parts", &ALL, false, || {
         let mut engine = Engine::new(0);
-        let kv = Kv::new(&mut engine, flat(20, 4, 1 << 20));
+        let kv = Kv::new(&mut engine, flat(6, 4, 1 << 20));
         let object = kv.shape.object_bytes();
         let (pool, start) = shared("steps", 2 * POOL_STEP, 2);
         // The object lies over the end of the first step, by an odd number of bytes.
-        let slot = POOL_STEP - 7 * (1 << 20) - 333;
+        let slot = POOL_STEP - 2 * (1 << 20) - 333;
         for method in METHODS {
             kv.memory.set_method(method).unwrap();
             let arrays = kv.fill(&engine, 3);
@@ -223,11 +233,11 @@ fn large_copies_go_over_the_pools_steps_and_in_many_parts() {
             });
             assert!(stored == expected, "{method:?}");
             ends(kv.copy(Direction::Scatter, &[chunk(&[3], slot)], &pool)).unwrap();
-            for (number, (address, bytes)) in kv.arrays.iter().enumerate() {
+            for ((address, bytes), filled) in kv.arrays.iter().zip(&arrays) {
                 let block = bytes / 4;
                 let loaded = engine.read(address + 3 * block, block);
                 let at = usize::try_from(2 * block).unwrap();
-                assert!(loaded == arrays[number][at..at + loaded.len()], "{method:?}, {number}");
+                assert!(loaded == filled[at..at + loaded.len()], "{method:?}");
             }
         }
         assert_eq!(violations(), 0);
@@ -476,7 +486,16 @@ fn copies_that_make_no_sense_are_refused_before_any_byte_moves() {
 struct Guarded {
     pool: Arc<dyn Memory>,
     held: Arc<AtomicUsize>,
-    shut: Mutex<bool>,
+    /// What asking for a permit does first.
+    asked: Mutex<Asked>,
+}
+
+#[derive(Clone, Copy)]
+enum Asked {
+    Grant,
+    /// Nothing runs on the device from then on.
+    Hold,
+    Refuse,
 }
 
 struct Held(Arc<AtomicUsize>);
@@ -501,8 +520,10 @@ impl Memory for Guarded {
         Some(&self.pool)
     }
     fn permit(&self) -> Result<Permit> {
-        if *self.shut.lock().unwrap() {
-            return Err(Error::new(ErrorCode::Unreachable, "the server is gone"));
+        match *self.asked.lock().unwrap() {
+            Asked::Grant => {}
+            Asked::Hold => Fake::here().unwrap().hold(true),
+            Asked::Refuse => return Err(Error::new(ErrorCode::Unreachable, "the server is gone")),
         }
         self.held.fetch_add(1, Ordering::SeqCst);
         Ok(Permit::holding(Held(Arc::clone(&self.held))))
@@ -516,8 +537,8 @@ fn a_store_writes_under_the_pools_permit_and_only_then() {
         let kv = Kv::new(&mut engine, flat(2, 2, 4096));
         let fake = Fake::here().unwrap();
         let held = Arc::new(AtomicUsize::new(0));
-        let shut = Mutex::new(false);
-        let guarded = Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), shut });
+        let asked = Mutex::new(Asked::Grant);
+        let guarded = Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked });
         let pool: Arc<dyn Memory> = guarded.clone();
         fake.hold(true);
         engine.compute(kv.arrays[0].0, 7, 4096);
@@ -530,18 +551,16 @@ fn a_store_writes_under_the_pools_permit_and_only_then() {
         assert_eq!(held.load(Ordering::SeqCst), 0, "none after the end");
         assert!(read(&*pool, 0, 4096).iter().all(|byte| *byte == 7));
 
-        engine.synchronize();
-        fake.schedule(1, 0);
-        // With compute done the copies are asked for at once, and held on the device.
+        *guarded.asked.lock().unwrap() = Asked::Hold;
         let records = fake.calls("cuEventRecord");
-        let copying = {
-            let copying = kv.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
-            fake.await_calls("cuEventRecord", records + 2);
-            copying
-        };
+        let copying = kv.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        fake.await_calls("cuEventRecord", records + 2);
+        assert_eq!(held.load(Ordering::SeqCst), 1, "one while the device writes");
+        fake.hold(false);
         wait(copying.ended()).unwrap();
+        assert_eq!(held.load(Ordering::SeqCst), 0);
 
-        *guarded.shut.lock().unwrap() = true;
+        *guarded.asked.lock().unwrap() = Asked::Refuse;
         pool.write(0, &[9; 4096]).unwrap();
         let error = ends(kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool)).unwrap_err();
         assert_eq!(error.code, ErrorCode::Unreachable);
@@ -725,6 +744,44 @@ fn every_failing_call_is_a_typed_error_that_leaves_nothing_behind() {
             }
         }
         assert!(seen > 50, "{seen}");
+    });
+}
+
+#[test]
+fn calls_that_fail_at_random_hang_and_leak_nothing() {
+    on("calls_that_fail_at_random_hang_and_leak_nothing", &ALL, true, || {
+        cuda::check_available().unwrap();
+        let fake = Fake::here().unwrap();
+        for seed in 0..60 {
+            let mut engine = Engine::new(0);
+            let pool = private(1 << 20);
+            let shape = shape(&flat(3, 4, 4096));
+            let bytes = shape.array_bytes();
+            let arrays: Vec<_> = (0..3).map(|_| (engine.allocate(bytes), bytes)).collect();
+            let memory = open(&engine, &shape, &arrays).unwrap();
+            fake.fail_at_random(seed, 100, if seed % 2 == 0 { 2 } else { 719 });
+            let copies: Vec<_> = [Direction::Gather, Direction::Scatter, Direction::Gather]
+                .into_iter()
+                .zip(0u32..)
+                .map(|(direction, block)| {
+                    let slot = u64::from(block) << 18;
+                    let plan = shape.plan(direction, &[chunk(&[block], slot)], pool.bytes());
+                    memory.copy(plan.unwrap(), Arc::clone(&pool))
+                })
+                .collect();
+            for copying in copies {
+                if let Err(error) = ends(copying) {
+                    assert_eq!(error.code, ErrorCode::CudaFailed, "{error}");
+                }
+            }
+            fake.reset();
+            drop(memory);
+            drop(pool);
+            drop(engine);
+            assert_eq!(fake.alive(), [0; 6], "{seed}");
+            // A call that fails twice in a row is taken for the device's loss, which here it is not.
+            fake.reset();
+        }
     });
 }
 

@@ -90,12 +90,16 @@ pub(crate) fn heads(
 /// Bytes that no two seeds share.
 pub(crate) fn noise(seed: u64, bytes: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..bytes)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[3]
-        })
-        .collect()
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    });
+    let mut noise: Vec<u8> = Vec::with_capacity(usize::try_from(bytes + 8).unwrap());
+    for word in words.take(usize::try_from(bytes.div_ceil(8)).unwrap()) {
+        noise.extend(word.to_le_bytes());
+    }
+    noise.truncate(usize::try_from(bytes).unwrap());
+    noise
 }
