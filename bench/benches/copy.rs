@@ -121,8 +121,10 @@ impl Load {
             .blocks
             .chunks(self.of_chunk)
             .zip(0u64..)
-            .map(|(blocks, chunk)| {
-                ChunkCopy { blocks, skip: 0, slot: chunk * self.shape.object_bytes() }
+            .map(|(blocks, chunk)| ChunkCopy {
+                blocks,
+                skip: 0,
+                slot: chunk * self.shape.object_bytes(),
             })
             .collect();
         self.shape.plan(direction, &chunks, TOTAL as u64).unwrap()
@@ -184,7 +186,13 @@ fn measure(
     let of = if speed(1) > speed(2) { "our kernel" } else { "memcpy" };
     let plural = if threads == 1 { "" } else { "s" };
     let title = format!("{}, {name}, {threads} thread{plural}", way(direction));
-    rows.row(&format!("{title} ÷ one large ({of})"), speed(0), reference, "GB/s", speed(0) / reference);
+    rows.row(
+        &format!("{title} ÷ one large ({of})"),
+        speed(0),
+        reference,
+        "GB/s",
+        speed(0) / reference,
+    );
     rows.row(&format!("{title}, memcpy"), speed(3), reference, "GB/s", speed(3) / reference);
     let (planning, copy) = (median(&times[4]) * 1e3, median(&times[0]) * 1e3);
     rows.row(&format!("{title}, planning ÷ copy"), planning, copy, "ms", planning / copy);
@@ -268,7 +276,13 @@ impl Start {
 }
 
 /// The plain loop, each thread with as many bytes.
-fn memcpy(direction: Direction, pieces: &Pieces, threads: usize, start: Start, pool: &SharedRegion) {
+fn memcpy(
+    direction: Direction,
+    pieces: &Pieces,
+    threads: usize,
+    start: Start,
+    pool: &SharedRegion,
+) {
     let copy = |pieces: &Pieces| {
         for (at, theirs, length) in pieces {
             match direction {

@@ -121,7 +121,8 @@ impl HostArrays {
                 };
                 let mut spans = Spans::new(self.kernel);
                 let copied = plan.pieces(part, |piece| {
-                    let (ours, theirs) = (ours(&piece), pool_start.wrapping_add(length(piece.pool)));
+                    let (ours, theirs) =
+                        (ours(&piece), pool_start.wrapping_add(length(piece.pool)));
                     let (to, from) = match direction {
                         Direction::Gather => (theirs, ours),
                         Direction::Scatter => (ours, theirs),
@@ -251,8 +252,14 @@ impl KvMemory for HostMemory {
         let (direction, parts) = (plan.direction(), length(plan.bytes().div_ceil(PART)));
         let left = Left { bytes: vec![plan.bytes_per_array(); plan.shape().arrays()], arrays: 0 };
         let arrays = Arc::clone(&self.arrays);
-        let copy =
-            HostCopy { arrays, plan, pool, place: OnceLock::new(), progress, left: Mutex::new(left) };
+        let copy = HostCopy {
+            arrays,
+            plan,
+            pool,
+            place: OnceLock::new(),
+            progress,
+            left: Mutex::new(left),
+        };
         let job = threads.begin(direction, parts, Box::new(copy))?;
         running.copies.push(Arc::downgrade(&job));
         Ok(copying)

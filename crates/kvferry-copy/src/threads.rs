@@ -192,7 +192,9 @@ impl CopyThreads {
             match builder.spawn(move || shared.work()) {
                 Ok(_) => queue.started += 1,
                 Err(_) if number > 0 => break, // the others do it
-                Err(error) => return Err(Error::system("cannot start a thread for copies", &error)),
+                Err(error) => {
+                    return Err(Error::system("cannot start a thread for copies", &error));
+                }
             }
         }
         queue.of(direction).push_back(Arc::clone(job));
@@ -367,7 +369,9 @@ fn panicked() -> Error {
 fn count_of(variable: Option<&str>, processors: usize) -> Result<usize> {
     let Some(variable) = variable else { return Ok(processors.clamp(1, 4)) };
     variable.parse().ok().filter(|count| (1..=64).contains(count)).ok_or_else(|| {
-        Error::invalid(format!("{VARIABLE} is {variable:?}: give 1 to 64 threads, or leave it unset"))
+        Error::invalid(format!(
+            "{VARIABLE} is {variable:?}: give 1 to 64 threads, or leave it unset"
+        ))
     })
 }
 
