@@ -71,6 +71,9 @@ class Stack {
 		};
 		const adapter = kvferry.createWorkerAdapter(options);
 		await adapter.registerKvCaches(kv, layout);
+		while (Number((await client.status()).reserved_bytes) < POOL) {
+			await new Promise((resolve) => setTimeout(resolve, 20)); // the pool grows in the background
+		}
 		return new Stack(child, client, kv, kvferry.createSchedulerAdapter(options), adapter);
 	}
 
@@ -136,6 +139,7 @@ class Stack {
 	}
 
 	async ended(/** @type {string} */ requestId) {
+		await this.adapter.waitForSaves(); // polling meanwhile would take a core from the copies
 		while (this.adapter.pendingOperations > 0) {
 			await new Promise((resolve) => setImmediate(resolve));
 		}
