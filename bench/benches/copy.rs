@@ -70,28 +70,28 @@ fn way(direction: Direction) -> &'static str {
     }
 }
 
-/// A layout whose pieces have so many bytes; of 256, heads that lie apart.
+/// Two arrays for each of 32 layers, as an 8B model has them, whose pieces have so many bytes; of 256, heads that lie
+/// apart. One layer, one array for the large copy.
 fn layout(piece: usize) -> KvLayout {
-    let latent = |block_size: u32, head_size: usize| KvLayout {
-        num_layers: 1,
-        num_blocks: (TOTAL / piece) as u32,
-        block_size,
-        num_kv_heads: 1,
-        head_size: head_size as u32,
-        dtype: Dtype::new("uint8").unwrap(),
-        planes: Planes::Latent,
-        order: Order::Nhd,
-        block_stride: None,
+    let large = piece > 2 << 20;
+    let (block_size, heads, layers) = match piece {
+        _ if large => (CHUNK as usize, 1, 1),
+        256 => (16, 8, 32),
+        _ => (16, 1, 32),
     };
-    match piece {
-        256 => KvLayout {
-            num_blocks: (TOTAL / (16 * 8 * piece)) as u32,
-            num_kv_heads: 8,
-            planes: Planes::Fused,
-            order: Order::Hnd,
-            ..latent(16, piece / 2)
-        },
-        _ => latent(16, piece / 16),
+    let planes = if large { Planes::Latent } else { Planes::Separate };
+    let block = if heads == 1 { piece } else { block_size * heads * piece };
+    let arrays = if large { 1 } else { 2 * layers };
+    KvLayout {
+        num_layers: layers as u32,
+        num_blocks: (TOTAL / arrays / block) as u32,
+        block_size: block_size as u32,
+        num_kv_heads: heads as u32,
+        head_size: (block / block_size / heads) as u32,
+        dtype: Dtype::new("uint8").unwrap(),
+        planes,
+        order: if heads > 1 { Order::Hnd } else { Order::Nhd },
+        block_stride: None,
     }
 }
 
@@ -132,8 +132,11 @@ impl Load {
 
     fn memory(&self, start: *mut u8, threads: &Arc<CopyThreads>) -> HostMemory {
         let bytes = self.shape.array_bytes() as usize;
+        let arrays: Vec<(*mut u8, usize)> = (0..self.shape.arrays())
+            .map(|array| (start.wrapping_add(array * bytes), bytes))
+            .collect();
         // SAFETY: `main` keeps the memory until the end.
-        let arrays = unsafe { HostArrays::new(Arc::clone(&self.shape), &[(start, bytes)]) };
+        let arrays = unsafe { HostArrays::new(Arc::clone(&self.shape), &arrays) };
         HostMemory::on(threads, arrays.unwrap())
     }
 }
@@ -154,7 +157,8 @@ fn measure(
     let (plan, one_range) = (ours.plan(direction), large.plan(direction));
     let mut pieces: Vec<(usize, usize, usize)> = Vec::new();
     plan.pieces(0..plan.bytes(), |piece| {
-        pieces.push((piece.at as usize, piece.pool as usize, piece.length as usize));
+        let array = piece.array * plan.shape().array_bytes() as usize;
+        pieces.push((array + piece.at as usize, piece.pool as usize, piece.length as usize));
         Ok(())
     })
     .unwrap();

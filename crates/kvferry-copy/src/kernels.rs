@@ -352,3 +352,73 @@ use arm::{line, prefetch, turn};
 
 #[cfg(target_arch = "aarch64")]
 kernel!(neon, "neon", turn, line, prefetch);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SLACK: usize = 320;
+
+    /// Lays spans of these lengths into memory, copies them with each kernel, and compares all of the memory with
+    /// what a loop over bytes makes of it.
+    fn check(lengths: &[usize], to_at: usize, from_at: usize) {
+        let total: usize = lengths.iter().map(|bytes| bytes + SLACK).sum::<usize>() + SLACK;
+        let from: Vec<u8> = (0..total).map(|at| (at % 251) as u8).collect();
+        for kernel in Kernel::all() {
+            let mut to = vec![0xee; total];
+            let mut expected = to.clone();
+            // Whatever the allocator's alignment, `at` is the address's distance from a line.
+            let aligned = |start: *const u8, at: usize| start.align_offset(LINE) + at;
+            let mut to_place = aligned(to.as_ptr(), to_at);
+            let mut from_place = aligned(from.as_ptr(), from_at);
+            let start = to.as_mut_ptr();
+            let mut spans = Vec::new();
+            for bytes in lengths {
+                for at in 0..*bytes {
+                    expected[to_place + at] = from[from_place + at];
+                }
+                let (to, from) =
+                    (start.wrapping_add(to_place), from.as_ptr().wrapping_add(from_place));
+                spans.push(Span { to, from, bytes: *bytes });
+                to_place += bytes + LINE; // each as far from a line as its lengths make it
+                from_place += bytes + LINE;
+            }
+            // SAFETY: the spans lie apart in `to`, and within both.
+            unsafe { kernel.copy(&spans) };
+            kernel.fence();
+            let same = to == expected;
+            assert!(same, "{}: {lengths:?} at {to_at} from {from_at}", kernel.name());
+        }
+    }
+
+    #[test]
+    fn every_kernel_copies_what_a_byte_loop_does_at_any_alignment_and_length() {
+        let step = if cfg!(miri) { 13 } else { 1 };
+        let edges = [LINE, SHORT, TURN, SIDE_BY_SIDE];
+        let lengths = edges.iter().flat_map(|edge| [edge - 1, *edge, edge + 1, edge + LINE - 1]);
+        for length in lengths.chain([0, 1, 7, 2 * TURN + 3]) {
+            for to_at in (0..LINE).step_by(step) {
+                check(&[length], to_at, (to_at * 7) % LINE);
+                check(&[length; 5], to_at, 1);
+            }
+        }
+        for length in [4095, 4096, LONG - 1, LONG, LONG + 1] {
+            for to_at in [0, 1, 63] {
+                check(&[length; 3], to_at, 0);
+                check(&[length; 9], to_at, 17);
+            }
+        }
+    }
+
+    #[test]
+    fn spans_side_by_side_may_have_any_lengths() {
+        let lengths = [0, 5000, 64, 1, 40_000, 128, 4096, 4096, 300, 1024, 70_001, 0, 255, 256, 1];
+        for from in 0..lengths.len() {
+            check(&lengths[from..], 0, 0);
+            check(&lengths[..from], 3, 62);
+        }
+        let short: Vec<usize> = lengths.into_iter().filter(|bytes| *bytes < SIDE_BY_SIDE).collect();
+        check(&short, 0, 5);
+        check(&[], 0, 0);
+    }
+}

@@ -400,3 +400,256 @@ pub fn run_copies(copies: Vec<Box<dyn FnOnce() + Send + '_>>) {
         resume_unwind(payload);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::sync::Weak;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    type Log = Arc<Mutex<Vec<String>>>;
+
+    /// Parts that write down what happens to them, and may wait for leave.
+    struct Logged {
+        name: &'static str,
+        log: Log,
+        /// Each part waits for one message.
+        leave: Option<Mutex<Receiver<()>>>,
+        fails_at: Option<usize>,
+        ended: Sender<Result<()>>,
+    }
+
+    impl Logged {
+        fn write(&self, what: impl std::fmt::Display) {
+            self.log.lock().unwrap().push(format!("{} {what}", self.name));
+        }
+    }
+
+    impl Parts for Logged {
+        fn copy(&self, part: usize) -> Result<()> {
+            if let Some(leave) = &self.leave {
+                leave.lock().unwrap().recv().unwrap();
+            }
+            self.write(part);
+            match self.fails_at {
+                Some(at) if at == part => Err(Error::invalid("bad part")),
+                _ => Ok(()),
+            }
+        }
+
+        fn copied(&self, part: usize) {
+            assert_ne!(part, 99, "nobody has so many");
+        }
+
+        fn ended(&self, result: Result<()>) {
+            self.ended.send(result).unwrap();
+        }
+    }
+
+    #[test]
+    fn loads_overtake_stores_and_the_older_one_comes_first() {
+        let threads = CopyThreads::new(1);
+        let log = Log::default();
+        let (leave, wait) = channel();
+        let mut wait = Some(Mutex::new(wait));
+        let ends: Vec<Receiver<Result<()>>> = [
+            ("store", Direction::Gather, 3),
+            ("later store", Direction::Gather, 1),
+            ("load", Direction::Scatter, 2),
+            ("later load", Direction::Scatter, 1),
+        ]
+        .into_iter()
+        .map(|(name, direction, parts)| {
+            let (ended, end) = channel();
+            let leave = wait.take();
+            let gated = leave.is_some();
+            let work = Logged { name, log: Arc::clone(&log), leave, fails_at: None, ended };
+            let job = threads.begin(direction, parts, Box::new(work)).unwrap();
+            while gated && job.lock().claimed == 0 {
+                thread::yield_now(); // the only thread is in the store's first part now
+            }
+            end
+        })
+        .collect();
+        for _ in 0..3 {
+            leave.send(()).unwrap();
+        }
+        for end in ends {
+            assert_eq!(end.recv().unwrap(), Ok(()));
+        }
+        let expected =
+            ["store 0", "load 0", "load 1", "later load 0", "store 1", "store 2", "later store 0"];
+        assert_eq!(*log.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn the_first_error_ends_a_copy_and_no_more_of_it_begins() {
+        let threads = CopyThreads::new(1);
+        let log = Log::default();
+        let (ended, end) = channel();
+        let work =
+            Logged { name: "copy", log: Arc::clone(&log), leave: None, fails_at: Some(1), ended };
+        let job = threads.begin(Direction::Gather, 4, Box::new(work)).unwrap();
+        assert_eq!(end.recv().unwrap().unwrap_err().message, "bad part");
+        assert_eq!(job.wait().unwrap_err().message, "bad part");
+        job.stop(Err(Error::invalid("too late")));
+        assert_eq!(job.wait().unwrap_err().message, "bad part");
+        assert_eq!(*log.lock().unwrap(), ["copy 0", "copy 1"]);
+        assert!(end.try_recv().is_err(), "it ends once");
+    }
+
+    #[test]
+    fn what_is_stopped_ends_when_its_last_part_does() {
+        let threads = CopyThreads::new(2);
+        let (leave, wait) = channel();
+        let (ended, end) = channel();
+        let log = Log::default();
+        let work = Logged {
+            name: "copy",
+            log: Arc::clone(&log),
+            leave: Some(Mutex::new(wait)),
+            fails_at: None,
+            ended,
+        };
+        let job = threads.begin(Direction::Gather, 3, Box::new(work)).unwrap();
+        while job.lock().claimed < 2 {
+            thread::yield_now();
+        }
+        job.stop(Err(Error::new(ErrorCode::Closed, "stopped")));
+        assert!(end.try_recv().is_err(), "two parts are under way");
+        leave.send(()).unwrap();
+        leave.send(()).unwrap();
+        assert_eq!(job.wait().unwrap_err().code, ErrorCode::Closed);
+        assert_eq!(end.recv().unwrap().unwrap_err().code, ErrorCode::Closed);
+        assert_eq!(log.lock().unwrap().len(), 2, "the third never ran");
+    }
+
+    #[test]
+    fn nothing_to_copy_has_ended_at_once() {
+        let threads = CopyThreads::new(2);
+        let (ended, end) = channel();
+        let work = Logged { name: "", log: Log::default(), leave: None, fails_at: None, ended };
+        threads.begin(Direction::Gather, 0, Box::new(work)).unwrap();
+        assert_eq!(end.try_recv(), Ok(Ok(())));
+        assert_eq!(threads.started(), 0, "and needs no thread");
+    }
+
+    #[test]
+    fn threads_start_with_the_first_copy_survive_panics_and_end_with_their_owner() {
+        let threads = CopyThreads::new(3);
+        assert_eq!((threads.count(), threads.started()), (3, 0));
+        for _ in 0..5 {
+            let error = threads
+                .run(Direction::Gather, 8, false, &|part| {
+                    assert!(part != 5, "deliberate");
+                    Ok(())
+                })
+                .unwrap_err();
+            assert_eq!(error.code, ErrorCode::Internal);
+        }
+        let names: Mutex<HashSet<Option<String>>> = Mutex::default();
+        let all = std::sync::Barrier::new(3); // each thread has one part
+        let here = |_| {
+            all.wait();
+            names.lock().unwrap().insert(thread::current().name().map(str::to_owned));
+            Ok(())
+        };
+        threads.run(Direction::Gather, 3, false, &here).unwrap();
+        let expected = [0, 1, 2].map(|number| Some(format!("kvferry-copy-{number}")));
+        assert_eq!(names.into_inner().unwrap(), HashSet::from(expected));
+        assert_eq!(threads.started(), 3);
+        let shared: Weak<Shared> = Arc::downgrade(&threads.0);
+        drop(threads);
+        while shared.strong_count() > 0 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn borrowed_parts_run_once_each_and_the_caller_is_one_of_the_threads() {
+        let threads = CopyThreads::new(2);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for parts in [0, 1, 2, 50] {
+                        let runs: Vec<Mutex<usize>> = (0..parts).map(|_| Mutex::new(0)).collect();
+                        let by_pool = Mutex::new(0);
+                        let run = |part: usize| {
+                            *runs[part].lock().unwrap() += 1;
+                            if COPIES.get() {
+                                let mut running = by_pool.lock().unwrap();
+                                *running += 1;
+                                assert!(*running <= 1, "the caller and one thread are two");
+                                drop(running);
+                                thread::yield_now();
+                                *by_pool.lock().unwrap() -= 1;
+                            }
+                            Ok(())
+                        };
+                        threads.run(Direction::Scatter, parts, true, &run).unwrap();
+                        assert!(runs.iter().all(|runs| *runs.lock().unwrap() == 1));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_copy_thread_that_runs_copies_does_not_wait_for_itself() {
+        let threads = Arc::new(CopyThreads::new(2));
+        let inner = Arc::clone(&threads);
+        threads
+            .run(Direction::Gather, 2, false, &|_| {
+                inner.run(Direction::Gather, 4, false, &|_| Ok(()))
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn every_copy_runs_once_however_many_there_are() {
+        for count in [0, 1, 2, 3, 7, 100] {
+            let mut runs = vec![0; count];
+            run_copies(
+                runs.iter_mut()
+                    .map(|runs| Box::new(|| *runs += 1) as Box<dyn FnOnce() + Send>)
+                    .collect(),
+            );
+            assert_eq!(runs, vec![1; count]);
+        }
+    }
+
+    #[test]
+    fn a_copy_that_panics_panics_in_the_caller_after_all_others_ran() {
+        let ran = Mutex::new(0);
+        let copies = (0..10)
+            .map(|number| {
+                let ran = &ran;
+                let copy: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
+                    assert!(number != 3, "deliberate");
+                    *ran.lock().unwrap() += 1;
+                });
+                copy
+            })
+            .collect();
+        assert!(catch_unwind(AssertUnwindSafe(|| run_copies(copies))).is_err());
+        if CopyThreads::global().unwrap().count() > 1 {
+            assert_eq!(*ran.lock().unwrap(), 9);
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_is_said_or_follows_from_the_processors() {
+        for (processors, count) in [(1, 1), (2, 2), (4, 4), (96, 4)] {
+            assert_eq!(count_of(None, processors), Ok(count));
+        }
+        assert_eq!(count_of(Some("1"), 8), Ok(1));
+        assert_eq!(count_of(Some("64"), 1), Ok(64));
+        for bad in ["0", "65", "-1", "", "two", "1.5"] {
+            let error = count_of(Some(bad), 8).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidArgument);
+            assert!(error.message.contains("KVFERRY_COPY_THREADS"), "{error}");
+        }
+    }
+}
