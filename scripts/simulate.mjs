@@ -1,5 +1,6 @@
-// `npm run simulate -- --seed S --requests N`: simulated engines over a real store, with faults; see
-// test/simulator/. Runs seed S and those after it until N requests have been simulated. `--defect NAME`
+// `npm run simulate -- --seed S --requests N [--cuda]`: simulated engines over a real store, with faults; see
+// test/simulator/. Runs seed S and those after it until N requests have been simulated. With `--cuda` their KV
+// memory is that of a GPU, by the fake driver. `--defect NAME`
 // makes a deliberate defect real, which must be noticed. `--defects` does so with one after the other, from
 // seed 1 on, and fails if one is not noticed within a minute.
 
@@ -10,6 +11,7 @@ import { join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { parseArgs } from "node:util";
 import { simulate } from "../test/simulator/world.mjs";
+import { buildFakeCuda } from "./fake-cuda.mjs";
 import { root, setup } from "./setup.mjs";
 import { addonOf, buildSimulator, simulatorRoot } from "./simulator-build.mjs";
 
@@ -19,7 +21,7 @@ const SEED_LIMIT_MS = 60_000;
 
 /** @typedef {{ seed: number, message: string }} Violation */
 /** The seeds of one process: the clock and the defects are a process's own. */
-/** @typedef {{ from: number, step: number, seeds: number, requests: number, defect: string | undefined }} Share */
+/** @typedef {{ from: number, step: number, seeds: number, requests: number, defect: string | undefined, cuda: boolean }} Share */
 
 if (process.send === undefined) {
 	await main();
@@ -34,12 +36,17 @@ async function main() {
 			requests: { type: "string" },
 			defect: { type: "string" },
 			defects: { type: "boolean", default: false },
+			cuda: { type: "boolean", default: false },
 			"no-build": { type: "boolean", default: false },
 		},
 	});
 	if (!values["no-build"]) {
 		setup();
 		await buildSimulator();
+	}
+	if (values.cuda) {
+		// The children find it there.
+		process.env.LD_LIBRARY_PATH = buildFakeCuda();
 	}
 	if (values.defects) {
 		await noticeDefects();
@@ -54,17 +61,22 @@ async function main() {
 		seeds,
 		Math.ceil(requests / seeds),
 		values.defect,
+		values.cuda,
 	);
 	const facts = Object.entries(sum).map(([name, count]) => `${count} ${words(name)}`);
 	console.log(facts.join(", "));
 	if (violation !== undefined) {
-		console.error(`\n${violation.message}\nreplay: npm run simulate -- --seed ${violation.seed}`);
+		console.error(
+			`\n${violation.message}\nreplay: npm run simulate -- --seed ${violation.seed}${values.cuda ? " --cuda" : ""}`,
+		);
 		process.exitCode = 1;
 		return;
 	}
 	const seconds = ((performance.now() - begin) / 1000).toFixed(1);
 	console.log(
-		`${sum.requests} requests simulated over ${seeds} seeds from ${seed} in ${seconds} s, no violation`,
+		`${sum.requests} requests simulated over ${seeds} seeds from ${seed}${
+			values.cuda ? " with CUDA" : ""
+		} in ${seconds} s, no violation`,
 	);
 }
 
@@ -87,15 +99,15 @@ async function noticeDefects() {
 	}
 }
 
-/** @param {number} seed @param {number} seeds @param {number} requests @param {string | undefined} defect */
-async function runSeeds(seed, seeds, requests, defect) {
+/** @param {number} seed @param {number} seeds @param {number} requests @param {string | undefined} defect @param {boolean} cuda */
+async function runSeeds(seed, seeds, requests, defect, cuda = false) {
 	const processes = Math.min(availableParallelism(), seeds);
 	/** @type {Record<string, number>} */
 	const sum = {};
 	const results = await Promise.all(
 		Array.from({ length: processes }, (_, i) => {
 			const share = { from: seed + i, step: processes, seeds: Math.ceil((seeds - i) / processes) };
-			return start({ ...share, requests, defect }, sum);
+			return start({ ...share, requests, defect, cuda }, sum);
 		}),
 	);
 	return { sum, violation: results.find((result) => result !== undefined) };
@@ -146,7 +158,7 @@ function start(share, sum) {
 }
 
 /** One process's seeds. @param {Share} share */
-async function work({ from, step, seeds, requests, defect }) {
+async function work({ from, step, seeds, requests, defect, cuda }) {
 	const { addon } = load();
 	/** @type {typeof import("../ts/index.js")} */
 	const kvferry = await import(pathToFileURL(join(simulatorRoot, "dist", "index.js")).href);
@@ -154,7 +166,7 @@ async function work({ from, step, seeds, requests, defect }) {
 	for (let i = 0; i < seeds; i++) {
 		const seed = from + i * step;
 		try {
-			process.send?.({ counts: await simulate(kvferry, addon, seed, requests) });
+			process.send?.({ counts: await simulate(kvferry, addon, seed, requests, cuda) });
 		} catch (error) {
 			const violation = error instanceof Error ? error.message : String(error);
 			// What the seed has begun would hold the process.

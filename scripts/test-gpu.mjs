@@ -26,6 +26,10 @@ if (found === undefined) {
 } else {
 	step(found);
 	const options = ["--", "--test-threads=1", "--nocapture"];
-	const { status } = spawnSync("cargo", [...cargo, ...options], { cwd: root, env, stdio: "inherit" });
+	const { status } = spawnSync("cargo", [...cargo, ...options], {
+		cwd: root,
+		env,
+		stdio: "inherit",
+	});
 	process.exitCode = status ?? 1;
 }

@@ -275,7 +275,12 @@ export class Engine {
 
 	async start() {
 		for (const { connector, memory } of this.#workers) {
-			await connector.registerKvCaches(memory.layers, memory.layout);
+			const { device } = this.world;
+			const { caches, layout } = device?.cachesOf(memory) ?? {
+				caches: memory.layers,
+				layout: memory.layout,
+			};
+			await connector.registerKvCaches(caches, layout);
 		}
 	}
 

@@ -320,16 +320,32 @@ export class Transport {
 		let epoch = this.epoch;
 		/** @type {Promise<void> | undefined} */
 		let opening;
+		/** A GPU's memory, if it is that. @type {[device: number, stream: bigint, addresses: BigUint64Array] | undefined} */
+		let registered;
 		/** As a client does after a restart: it registers again. */
 		const current = async () => {
 			while (epoch !== this.epoch) {
 				const now = this.epoch;
-				opening ??= open().then((opened) => {
+				opening ??= open().then(async (opened) => {
+					if (registered !== undefined) {
+						await this.#world.copied(opened.registerCuda(...registered));
+					}
 					[worker, epoch, opening] = [opened, now, undefined];
 				});
 				await opening;
 			}
 			return worker;
+		};
+		/** A copy to or from a GPU's memory. @param {Uint32Array} blocks @param {() => Promise<undefined>} start */
+		const copied = async (blocks, start) => {
+			const device = /** @type {import("./device.mjs").Device} */ (this.#world.device);
+			const [, , addresses] = /** @type {NonNullable<typeof registered>} */ (registered);
+			device.write(addresses, blocks);
+			try {
+				return await this.#world.copied(this.#now(start));
+			} finally {
+				device.read(addresses, blocks);
+			}
 		};
 		/** @typedef {{ arrays: Uint8Array[], blocks: Uint32Array }} Copied */
 		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], filled?: Uint32Array, copied?: Copied }>} */
@@ -403,6 +419,24 @@ export class Transport {
 				grant.copied = { arrays, blocks: grant.filled ?? new Uint32Array() };
 				return grant.worker.copyIn(load, arrays);
 			},
+			/** @type {Native["PagedWorker"]["prototype"]["registerCuda"]} */
+			registerCuda: async (...memory) => {
+				registered = memory;
+				await worker.registerCuda(...memory);
+			},
+			/** @type {Native["PagedWorker"]["prototype"]["startIn"]} */
+			startIn: async (load) => {
+				const grant = of(load);
+				const arrays = this.#world.device?.mirrors(registered?.[2] ?? new BigUint64Array()) ?? [];
+				const filled = grant.filled ?? new Uint32Array();
+				grant.copied = { arrays, blocks: filled };
+				return await copied(filled, () => grant.worker.startIn(load));
+			},
+			/** @type {Native["PagedWorker"]["prototype"]["startOut"]} */
+			startOut: async (store) => {
+				const { worker, filled = new Uint32Array() } = of(store);
+				return await copied(filled, () => worker.startOut(store));
+			},
 			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
 			finish: (load) =>
 				this.#end(async () => {
@@ -438,7 +472,10 @@ export class Transport {
 				);
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["planStore"]} */
-			planStore: (store, blocks) => of(store).worker.planStore(store, blocks),
+			planStore: (store, blocks) => {
+				of(store).filled = blocks;
+				return of(store).worker.planStore(store, blocks);
+			},
 			/** @type {Native["PagedWorker"]["prototype"]["copyOut"]} */
 			copyOut: (store, arrays) => of(store).worker.copyOut(store, arrays),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */

@@ -1,5 +1,6 @@
 // One run: a store, engines that share it, faults, and the checks at the end. All of it follows from the seed.
 
+import { Device } from "./device.mjs";
 import { Engine } from "./engine.mjs";
 import { Random } from "./random.mjs";
 import { Transport, Violation } from "./transport.mjs";
@@ -34,8 +35,12 @@ export class World {
 		...{ requests: 0, finished: 0, ended: 0, aborts: 0, errors: 0, preemptions: 0 },
 		...{ allocationFailures: 0, loads: 0, failedLoads: 0, tornLoads: 0, hitChunks: 0 },
 		...{ storeOperations: 0, storedChunks: 0, refusedChunks: 0, restarts: 0, clears: 0, jumps: 0 },
-		...{ evictedChunks: 0, sharedFailures: 0, reusedSlots: 0 },
+		...{ evictedChunks: 0, sharedFailures: 0, reusedSlots: 0, failedCalls: 0 },
 	};
+	/** The GPU that KV memory is on, if it is. @type {Device | undefined} */
+	device;
+	/** Copies of real time, which no tick passes. @type {Set<Promise<unknown>>} */
+	#copies = new Set();
 	/** @type {Violation | undefined} */
 	violation;
 	#tick = 0;
@@ -49,14 +54,16 @@ export class World {
 	 * @param {{ simulatorAdvance(ms: number): void }} addon
 	 * @param {number} seed
 	 * @param {number} requests
+	 * @param {boolean} cuda Whether KV memory is a GPU's.
 	 */
-	constructor(kvferry, addon, seed, requests) {
+	constructor(kvferry, addon, seed, requests, cuda) {
 		this.kvferry = kvferry;
 		this.addon = addon;
 		this.seed = seed;
 		this.requests = requests;
 		const random = new Random(seed);
 		this.random = random;
+		this.cuda = cuda;
 		const often = () => random.pick([0, 1, 1, 3]);
 		this.faults = {
 			lostRequest: 0.005 * often(),
@@ -105,6 +112,16 @@ export class World {
 		});
 	}
 
+	/** Holds the time until a copy has ended. @template T @param {Promise<T>} copy @returns {Promise<T>} */
+	async copied(copy) {
+		this.#copies.add(copy);
+		try {
+			return await copy;
+		} finally {
+			this.#copies.delete(copy);
+		}
+	}
+
 	/** @param {number} number @param {EngineConfig | undefined} like */
 	#engineConfig(number, like) {
 		const { random } = this;
@@ -146,6 +163,7 @@ export class World {
 	async run() {
 		const { random, kvferry } = this;
 		this.transport = new Transport(await kvferry.Server.start(this.serverOptions), this);
+		this.device = this.cuda ? new Device(this.addon) : undefined;
 		try {
 			/** @type {Engine[]} */
 			const engines = [];
@@ -154,6 +172,13 @@ export class World {
 			}
 			for (const engine of engines) {
 				await engine.start();
+			}
+			if (this.device !== undefined && random.chance(0.2)) {
+				// A call of ours that the engine does not make itself.
+				const calls = ["cuMemcpyBatchAsync", "cuEventRecord", "cuStreamWaitEvent", "cuEventQuery"];
+				const [call, number] = [random.pick(calls), random.integer(1, 300)];
+				this.device.addon.simulatorCudaFail(call, number, random.pick([1, 2, 46]));
+				this.counts.failedCalls = 1;
 			}
 			this.#makeRequests(engines);
 			const limit = 1000 + 400 * this.requests;
@@ -176,11 +201,19 @@ export class World {
 		} finally {
 			await this.transport.server.close();
 		}
+		const broken = this.device?.close() ?? 0;
+		if (broken > 0) {
+			throw this.fail(`${broken} rules of CUDA were broken; the fake driver says which`);
+		}
 		return this.counts;
 	}
 
 	async #advance() {
 		await new Promise((resolve) => setImmediate(resolve));
+		while (this.#copies.size > 0) {
+			await Promise.allSettled(this.#copies);
+			await new Promise((resolve) => setImmediate(resolve));
+		}
 		if (this.violation !== undefined) {
 			throw this.violation;
 		}
@@ -285,8 +318,9 @@ export class World {
  * @param {{ simulatorAdvance(ms: number): void }} addon Its addon.
  * @param {number} seed
  * @param {number} requests
+ * @param {boolean} cuda Whether KV memory is that of a GPU, by the fake driver.
  * @returns {Promise<Record<string, number>>} What happened.
  */
-export async function simulate(kvferry, addon, seed, requests) {
-	return await new World(kvferry, addon, seed, requests).run();
+export async function simulate(kvferry, addon, seed, requests, cuda = false) {
+	return await new World(kvferry, addon, seed, requests, cuda).run();
 }
