@@ -112,13 +112,20 @@ export class World {
 		});
 	}
 
-	/** Holds the time until a copy has ended. @template T @param {Promise<T>} copy @returns {Promise<T>} */
+	/**
+	 * Holds the time until a copy has ended. Copies run side by side, but tell of their ends in the order of their
+	 * beginnings, so that a seed is replayed just so; but for those with a failing call, which any of them may meet.
+	 *
+	 * @template T @param {Promise<T>} copy @returns {Promise<T>}
+	 */
 	async copied(copy) {
-		this.#copies.add(copy);
+		const before = [...this.#copies];
+		const inOrder = Promise.allSettled(before).then(() => copy);
+		this.#copies.add(inOrder);
 		try {
-			return await copy;
+			return await inOrder;
 		} finally {
-			this.#copies.delete(copy);
+			this.#copies.delete(inOrder);
 		}
 	}
 
