@@ -43,12 +43,10 @@ describe("the simulator", () => {
 		expect([facts.length > 15, never]).toEqual([true, ["0 failed calls"]]);
 	}, 120_000);
 
-	it("replays a seed just so when KV memory is a GPU's, by the fake driver", async () => {
-		const first = await simulate("--seed", "5", "--cuda");
-		expect(first.output).toContain("with CUDA");
-		expect(first.output).toContain("no violation");
-		const second = await simulate("--seed", "5", "--cuda");
-		expect(second.output.split("\n")[0]).toBe(first.output.split("\n")[0]);
+	it("finds nothing wrong when KV memory is a GPU's, by the fake driver", async () => {
+		const { output } = await simulate("--seed", "1", "--requests", "800", "--cuda");
+		expect(output).toContain("800 requests simulated over 2 seeds from 1 with CUDA");
+		expect(output).toContain("no violation");
 	}, 120_000);
 
 	it("refuses what it does not know", async () => {

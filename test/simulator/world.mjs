@@ -114,7 +114,7 @@ export class World {
 
 	/**
 	 * Holds the time until a copy has ended. Copies run side by side, but tell of their ends in the order of their
-	 * beginnings, so that a seed is replayed just so; but for those with a failing call, which any of them may meet.
+	 * beginnings. Seeds are replayed nearly so, but not exactly: the driver's threads have a time of their own.
 	 *
 	 * @template T @param {Promise<T>} copy @returns {Promise<T>}
 	 */
