@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             })
             .collect();
         let plan = shape.plan(direction, &copies, POOL)?;
-        let copying = memory.copy(plan, Arc::<SharedRegion>::clone(&pool))?;
+        let copying = memory.copy(plan, Arc::<SharedRegion>::clone(&pool), false)?;
         block_on(copying.ended())?;
         println!("{}", start.elapsed().as_nanos());
         tables.rotate_left(1);

@@ -132,7 +132,7 @@ export declare class PagedWorker {
   /** Begins a load. */
   load(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedLoad>
   /** Plans a load into blocks; `false` when its chunks are gone. */
-  planLoad(load: PagedLoad, blocks: Uint32Array, skip: number): boolean
+  planLoad(load: PagedLoad, blocks: Uint32Array, skip: number, verify: boolean): boolean
   /**
    * Copies on into arrays that it has for the time of the call, some milliseconds long; `false` when that was
    * the rest.
@@ -145,7 +145,7 @@ export declare class PagedWorker {
   /** Begins a store. */
   store(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedStore>
   /** Plans a store out of blocks. */
-  planStore(store: PagedStore, blocks: Uint32Array): void
+  planStore(store: PagedStore, blocks: Uint32Array, verify: boolean): void
   /**
    * Copies on out of arrays that it has for the time of the call, some milliseconds long; `false` when that
    * was the rest.

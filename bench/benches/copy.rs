@@ -4,6 +4,7 @@
 //! A row named "memcpy" is the plain loop over the same pieces instead of ours.
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 #![allow(clippy::cast_possible_truncation, reason = "the sizes are known here")]
+#![allow(clippy::print_stdout, reason = "a benchmark's rows are its output")]
 #![allow(unsafe_code, reason = "the reference copies by address")]
 
 use std::future::Future;
@@ -15,7 +16,7 @@ use std::thread::{self, Thread};
 use std::time::Instant;
 
 use kvferry_bench::Rows;
-use kvferry_copy::{CopyThreads, HostArrays, HostMemory, POOL_STEP, SharedRegion};
+use kvferry_copy::{CopyThreads, HostArrays, HostMemory, POOL_STEP, SharedRegion, kernel_name};
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use kvferry_core::copying::KvMemory;
@@ -25,7 +26,7 @@ use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 const TOTAL: usize = 256 << 20;
 const CHUNK: u32 = 256;
 /// How often each copy is timed.
-const TURNS: usize = 9;
+const TURNS: usize = 15;
 const PIECES: [(&str, usize); 6] = [
     ("256 B heads", 256),
     ("1 KiB", 1 << 10),
@@ -37,6 +38,7 @@ const PIECES: [(&str, usize); 6] = [
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut rows = Rows::default();
+    println!("kernel: {}", kernel_name());
     let name = format!("kvferry_bench_{}", std::process::id());
     let pool = Arc::new(SharedRegion::create(&name, TOTAL as u64)?);
     for step in 0..TOTAL as u64 / POOL_STEP {
@@ -46,15 +48,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = memory.as_mut_ptr().wrapping_add(memory.as_ptr().align_offset(4096));
     for direction in [Direction::Gather, Direction::Scatter] {
         for (name, piece) in PIECES {
-            let mut one = 0.0;
-            for threads in [1, 2] {
-                let speed = measure(&mut rows, direction, (name, piece), threads, start, &pool);
-                if threads == 1 {
-                    one = speed;
-                } else {
-                    let name = format!("{}, {name}, 2 threads ÷ 1", way(direction));
-                    rows.row(&name, speed, one, "GB/s", speed / one);
-                }
+            let mut measure =
+                |threads| measure(&mut rows, direction, (name, piece), threads, start, &pool);
+            let ([one, one_large], [two, two_large]) = (measure(1), measure(2));
+            for (what, two, one) in [("", two, one), (" of the large copy", two_large, one_large)] {
+                let name = format!("{}, {name}, 2 threads ÷ 1{what}", way(direction));
+                let [two, one] = [two, one].map(|times| TOTAL as f64 / 1e9 / median(times));
+                rows.row(&name, two, one, "GB/s", two / one);
             }
         }
     }
@@ -141,7 +141,7 @@ impl Load {
     }
 }
 
-/// The rows of one direction, size and number of threads; our speed in GB/s.
+/// The rows of one direction, size and number of threads; the times of our copies and of the large one.
 fn measure(
     rows: &mut Rows,
     direction: Direction,
@@ -149,7 +149,7 @@ fn measure(
     threads: usize,
     start: *mut u8,
     pool: &Arc<SharedRegion>,
-) -> f64 {
+) -> [Vec<f64>; 2] {
     let ours = Load::new(piece);
     let large = Load::new(TOTAL / threads);
     let copiers = Arc::new(CopyThreads::new(threads));
@@ -162,22 +162,23 @@ fn measure(
         Ok(())
     })
     .unwrap();
-    check(direction, &pieces, start, pool, || run(&memory, &plan, pool));
+    check(direction, &pieces, start, pool, || run(&memory, &plan, pool, false));
 
     let half = TOTAL / threads;
     let whole: Vec<(usize, usize, usize)> =
         (0..threads).map(|part| (part * half, part * half, half)).collect();
     let start = Start(start);
-    let mut times: [Vec<f64>; 5] = Default::default();
+    let mut times: [Vec<f64>; 6] = Default::default();
     for turn in 0..TURNS {
         for which in 0..times.len() {
             let which = (which + turn) % times.len();
             let begun = Instant::now();
             match which {
-                0 => run(&memory, &plan, pool),
-                1 => run(&range, &one_range, pool),
+                0 => run(&memory, &plan, pool, false),
+                1 => run(&range, &one_range, pool, false),
                 2 => memcpy(direction, &whole, threads, start, pool),
                 3 => memcpy(direction, &pieces, threads, start, pool),
+                4 => run(&memory, &plan, pool, true),
                 _ => {
                     black_box(ours.plan(direction));
                 }
@@ -185,22 +186,24 @@ fn measure(
             times[which].push(begun.elapsed().as_secs_f64());
         }
     }
-    let speed = |which: usize| TOTAL as f64 / median(&times[which]) / 1e9;
-    let reference = speed(1).max(speed(2));
-    let of = if speed(1) > speed(2) { "our kernel" } else { "memcpy" };
+    let gigabytes = TOTAL as f64 / 1e9;
+    let speed = |which: usize| gigabytes / median(times[which].clone());
+    let large = if speed(1) > speed(2) { 1 } else { 2 };
+    // Ratios are medians over turns: what disturbs one of a pair mostly disturbs the other too.
+    let mut row = |what: String, ours: usize, reference: usize| {
+        let pairs = times[ours].iter().zip(&times[reference]);
+        let ratio = median(pairs.map(|(ours, reference)| reference / ours).collect());
+        rows.row(&what, speed(ours), speed(reference), "GB/s", ratio);
+    };
     let plural = if threads == 1 { "" } else { "s" };
     let title = format!("{}, {name}, {threads} thread{plural}", way(direction));
-    rows.row(
-        &format!("{title} ÷ one large ({of})"),
-        speed(0),
-        reference,
-        "GB/s",
-        speed(0) / reference,
-    );
-    rows.row(&format!("{title}, memcpy"), speed(3), reference, "GB/s", speed(3) / reference);
-    let (planning, copy) = (median(&times[4]) * 1e3, median(&times[0]) * 1e3);
+    let faster = if large == 1 { "ours" } else { "memcpy" };
+    row(format!("{title} ÷ one large copy ({faster})"), 0, large);
+    row(format!("{title}, memcpy in a loop ÷ one large copy"), 3, large);
+    row(format!("{title}, with checksums ÷ without"), 4, 0);
+    let (planning, copy) = (median(times[5].clone()) * 1e3, median(times[0].clone()) * 1e3);
     rows.row(&format!("{title}, planning ÷ copy"), planning, copy, "ms", planning / copy);
-    speed(0)
+    [times[0].clone(), times[large].clone()]
 }
 
 /// Asserts that `copy` moves just these bytes.
@@ -237,8 +240,8 @@ fn check(
 }
 
 /// From submission to completion.
-fn run(memory: &HostMemory, plan: &CopyPlan, pool: &Arc<SharedRegion>) {
-    let copying = memory.copy(plan.clone(), Arc::<SharedRegion>::clone(pool)).unwrap();
+fn run(memory: &HostMemory, plan: &CopyPlan, pool: &Arc<SharedRegion>, sums: bool) {
+    let copying = memory.copy(plan.clone(), Arc::<SharedRegion>::clone(pool), sums).unwrap();
     wait(copying.ended()).unwrap();
 }
 
@@ -306,8 +309,7 @@ fn memcpy(
     });
 }
 
-fn median(times: &[f64]) -> f64 {
-    let mut times = times.to_vec();
+fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }

@@ -205,8 +205,16 @@ impl Bench {
             unsafe { done(sys::cuMemcpyHtoD_v2(*array, noise.as_ptr().cast(), noise.len())) };
         }
         unsafe { done(sys::cuCtxSynchronize()) };
-        wait(self.memory.copy(self.plan(Direction::Gather, 0)?, Arc::clone(&self.pool))?.ended())?;
-        wait(self.memory.copy(self.plan(Direction::Scatter, 0)?, Arc::clone(&self.pool))?.ended())?;
+        wait(
+            self.memory
+                .copy(self.plan(Direction::Gather, 0)?, Arc::clone(&self.pool), false)?
+                .ended(),
+        )?;
+        wait(
+            self.memory
+                .copy(self.plan(Direction::Scatter, 0)?, Arc::clone(&self.pool), false)?
+                .ended(),
+        )?;
         for (array, bytes) in &self.arrays {
             let mut now = vec![0u8; *bytes as usize];
             unsafe { done(sys::cuMemcpyDtoH_v2(now.as_mut_ptr().cast(), *array, now.len())) };
@@ -222,7 +230,8 @@ impl Bench {
         });
         let plans = plans.collect::<kvferry_core::Result<Vec<_>>>()?;
         let start = Instant::now();
-        let copies = plans.into_iter().map(|plan| self.memory.copy(plan, Arc::clone(&self.pool)));
+        let copies =
+            plans.into_iter().map(|plan| self.memory.copy(plan, Arc::clone(&self.pool), false));
         for copying in copies.collect::<kvferry_core::Result<Vec<_>>>()? {
             wait(copying.ended())?;
         }

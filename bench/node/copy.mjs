@@ -187,7 +187,7 @@ async function submission(/** @type {Stack} */ stack, /** @type {number} */ chun
 			const store = await worker.store(op.tokenIds, range, 5000);
 			const blocks = Uint32Array.from(op.blockIds[0] ?? []);
 			const start = performance.now();
-			worker.planStore(store, blocks);
+			worker.planStore(store, blocks, false);
 			await worker.startOut(store);
 			const ms = performance.now() - start;
 			await worker.abandon(store, 5000);

@@ -1,10 +1,12 @@
 // Copies that run by themselves: memory on SharedArrayBuffers, and memory by its address.
 
+import { open as openFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { afterEach, describe, expect, it } from "vitest";
 import { addonOf, simulatorRoot } from "../../scripts/simulator-build.mjs";
 import {
 	type CacheWorkerAdapter,
+	Client,
 	createSchedulerAdapter,
 	createWorkerAdapter,
 	type KvCacheLayout,
@@ -13,6 +15,7 @@ import {
 	Server,
 	WorkerConnector,
 } from "../../ts/index.js";
+import { ServerProcess } from "../server-process.js";
 import {
 	BLOCK,
 	BLOCKS,
@@ -65,19 +68,19 @@ function byAddress(caches: Record<string, LayerKv>): Record<string, LayerKv> {
 }
 
 async function worker(
-	via: Server,
+	via: Server | Client,
 	caches: Record<string, LayerKv>,
 	layout: KvCacheLayout,
-	saveTimeoutMs = 100,
+	options: { saveTimeoutMs?: number; verify?: "always" | "never" } = {},
 ): Promise<WorkerConnector & { adapter: CacheWorkerAdapter }> {
-	const adapter = createWorkerAdapter({ via, modelName: "m", saveTimeoutMs });
+	const adapter = createWorkerAdapter({ via, modelName: "m", ...options });
 	const connector = new WorkerConnector({ adapter });
 	open.push(connector);
 	await connector.registerKvCaches(caches, layout);
 	return Object.assign(connector, { adapter });
 }
 
-async function lookup(via: Server, requestId: string, tokens = TOKENS): Promise<number> {
+async function lookup(via: Server | Client, requestId: string, tokens = TOKENS): Promise<number> {
 	const adapter = createSchedulerAdapter({ via, modelName: "m" });
 	adapter.maybeSubmitLookupRequest(requestId, tokens);
 	let found = adapter.checkLookupResult(requestId);
@@ -144,7 +147,7 @@ describe("memory that copies run to by themselves", () => {
 			layers.forEach((name, layer) => {
 				from[name]?.fill(layer + 1);
 			});
-			const storing = await worker(via, from, layout, 1);
+			const storing = await worker(via, from, layout, { saveTimeoutMs: 1 });
 			await run(storing, large("STORE", "r"));
 			for (const name of layers) {
 				from[name]?.fill(0); // the engine goes on: what it was told is saved must be
@@ -247,5 +250,65 @@ describe("memory that copies run to by themselves", () => {
 		expect(connector.getBlockIdsWithLoadErrors()).toEqual(new Set(twice));
 		expect(held(engine, FROM)).toHaveLength(3 * CHUNK);
 		expect(via.status()).toMatchObject({ leases: 0, slots_reading: 0 });
+	});
+});
+
+describe("verified copies", () => {
+	for (const memory of ["shared", "array"] as const) {
+		/** Something is stored; then a worker looks it up and loads it. */
+		const load = async (
+			via: Server | Client,
+			stored: "always" | "never",
+			skip = 0,
+			between: () => Promise<void> | void = () => {},
+		) => {
+			const first = new Engine(NHD, memory);
+			fill(first, FROM);
+			const storing = await worker(via, first.caches, first.layout, { verify: stored });
+			await run(storing, step("STORE", FROM));
+			await sent(storing, "r");
+			await between();
+			const second = new Engine({ ...NHD, kvLayout: "HND" }, memory);
+			const loading = await worker(via, second.caches, second.layout, { verify: "always" });
+			expect(await lookup(via, "r2")).toBe(3 * CHUNK);
+			await run(loading, step("RETRIEVE", TO, { requestId: "r2", skip }));
+			await received(loading, "r2");
+			return { good: held(second, TO), failed: loading.getBlockIdsWithLoadErrors() };
+		};
+
+		it(`load what was stored, the tokens left alone included (${memory})`, async () => {
+			const { good, failed } = await load(await server(), "always", 6 * BLOCK);
+			expect([good, failed]).toEqual([range(6 * BLOCK, 3 * CHUNK), new Set()]);
+		});
+
+		it(`use nothing of a chunk whose bytes have changed, and drop it (${memory})`, async () => {
+			const process = await ServerProcess.start("--chunk-size", String(CHUNK));
+			open.push(process);
+			const via = await Client.connect({ url: process.url });
+			open.push(via);
+			const { failed } = await load(via, "always", 0, async () => {
+				const pool = await openFile(`/dev/shm/${process.shmName}`, "r+");
+				const object = 2 * 2 * CHUNK * 3 * 5 * 2;
+				await pool.write(Uint8Array.of(0xff), 0, 1, 4096 + object - 7); // of the second chunk
+				await pool.close();
+			});
+			expect(failed).toEqual(new Set(TO));
+			expect(await lookup(via, "r3")).toBe(CHUNK);
+			expect((await via.status()).damaged_chunks).toBe(1);
+		});
+
+		it(`load nothing that was stored without a checksum (${memory})`, async () => {
+			const via = await server();
+			const { failed } = await load(via, "never");
+			expect(failed).toEqual(new Set(TO));
+			expect(via.status()).toMatchObject({ leases: 0, slots_reading: 0, objects: 3 });
+		});
+	}
+
+	it("are refused for what is neither", () => {
+		const via = {} as Server;
+		expect(() => createWorkerAdapter({ via, modelName: "m", verify: "yes" as never })).toThrow(
+			/verify must be "always" or "never"/,
+		);
 	});
 });

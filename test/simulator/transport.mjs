@@ -409,9 +409,9 @@ export class Transport {
 					(load) => of(load).worker.finish(load, 1000),
 				),
 			/** @type {Native["PagedWorker"]["prototype"]["planLoad"]} */
-			planLoad: (load, blocks, skip) => {
+			planLoad: (load, blocks, skip, verify) => {
 				of(load).filled = blocks.subarray(Math.floor(skip / layout.blockSize));
-				return of(load).worker.planLoad(load, blocks, skip);
+				return of(load).worker.planLoad(load, blocks, skip, verify);
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["copyIn"]} */
 			copyIn: (load, arrays) => {
@@ -472,9 +472,9 @@ export class Transport {
 				);
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["planStore"]} */
-			planStore: (store, blocks) => {
+			planStore: (store, blocks, verify) => {
 				of(store).filled = blocks;
-				return of(store).worker.planStore(store, blocks);
+				return of(store).worker.planStore(store, blocks, verify);
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["copyOut"]} */
 			copyOut: (store, arrays) => of(store).worker.copyOut(store, arrays),

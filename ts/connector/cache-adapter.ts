@@ -46,6 +46,13 @@ export type CacheAdapterOptions = ParallelismOptions & {
 	 * none by then is not stored, so that no engine stands still for a store. Default 100.
 	 */
 	readonly saveTimeoutMs?: number | undefined;
+	/**
+	 * `"always"`: a worker sums what it stores (CRC-64/NVME of each object) and what it loads, while it copies; what
+	 * is not what was stored is dropped from the cache and computed anew. Needs a server that keeps checksums
+	 * (kvferry's); what was stored without one (by vLLM, or by workers with `"never"`) is not loaded. Not for a GPU's
+	 * memory. Default `"never"`: memory is trusted.
+	 */
+	readonly verify?: "always" | "never" | undefined;
 };
 
 /** A {@link SchedulerAdapter} of {@link createSchedulerAdapter}. */
@@ -251,6 +258,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	readonly #workerId: number;
 	readonly #timeoutMs: number;
 	readonly #saveTimeoutMs: number;
+	readonly #verify: boolean;
 	#native: NativeWorker | undefined;
 	/** Memory that is only had during a call; undefined when copies run by themselves. */
 	#borrowed: Uint8Array[] | undefined;
@@ -272,8 +280,9 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	#failure: KvferryError | undefined;
 
 	constructor(options: CacheAdapterOptions) {
-		const { strategy, place, timeoutMs, saveTimeoutMs } = read(options);
+		const { strategy, place, timeoutMs, saveTimeoutMs, verify } = read(options);
 		this.#options = options;
+		this.#verify = verify;
 		this.#place = place(strategy);
 		this.#workerId = strategy.kvWorkerId;
 		this.#timeoutMs = timeoutMs;
@@ -309,6 +318,12 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
 		const { planes = "separate", kvLayout = "NHD", blockStride } = layout;
 		const gpu = gpuOf(layout);
+		if (gpu !== undefined && this.#verify) {
+			throw new KvferryError(
+				"UNSUPPORTED_OPTION",
+				'verify: "always" is for memory of the host: a GPU\'s is copied without being summed.',
+			);
+		}
 		const sizes = { numBlocks, blockSize, numKvHeads, headSize };
 		for (const [name, size] of Object.entries(sizes)) {
 			checkInteger(name, size, 1, U32_MAX);
@@ -497,7 +512,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			let copied = false;
 			try {
 				const blocks = blocksOf(op);
-				if (wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens))) {
+				if (wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens, this.#verify))) {
 					const borrowed = this.#borrowed;
 					if (borrowed === undefined) {
 						const copying = waitFor(() => worker.startIn(load), undefined);
@@ -547,7 +562,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			}
 			try {
 				const blocks = blocksOf(op);
-				wrap(() => worker.planStore(store, blocks));
+				wrap(() => worker.planStore(store, blocks, this.#verify));
 				const borrowed = this.#borrowed;
 				if (borrowed === undefined) {
 					await waitFor(() => worker.startOut(store), undefined);
@@ -585,7 +600,11 @@ function read(options: CacheAdapterOptions) {
 	});
 	const { saveTimeoutMs = 100 } = options;
 	checkInteger("saveTimeoutMs", saveTimeoutMs, 0, 2 ** 31 - 1);
-	return { strategy, place, timeoutMs: wait, saveTimeoutMs };
+	const { verify = "never" } = options;
+	if (verify !== "always" && verify !== "never") {
+		throw invalid('verify must be "always" or "never"');
+	}
+	return { strategy, place, timeoutMs: wait, saveTimeoutMs, verify: verify === "always" };
 }
 
 /** Refuses a batch as a whole: none of it has begun then. */

@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{CopyPlan, CopyShape, Direction, Piece};
+use kvferry_core::copy_sums::CopySums;
 use kvferry_core::copying::{Copying, KvMemory, Progress, copying};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::buffered::Buffered;
 use crate::kernels::{Kernel, Span};
 use crate::place_of;
 use crate::threads::{CopyThreads, Job, Parts};
@@ -27,7 +29,7 @@ const SPANS: usize = 128;
 pub struct HostArrays {
     shape: Arc<CopyShape>,
     starts: Vec<NonNull<u8>>,
-    kernel: Kernel,
+    pub(crate) kernel: Kernel,
 }
 
 // SAFETY: plain memory that any thread may use, as the caller of `new` has promised.
@@ -38,7 +40,7 @@ unsafe impl Sync for HostArrays {}
 
 /// Where a pool lies, as far as a plan needs it.
 #[derive(Debug, Clone, Copy)]
-enum Place {
+pub(crate) enum Place {
     /// Its first byte, in this process. All of the plan's ranges are within, and their pages are mapped.
     Here(*mut u8),
     /// Only its own calls know.
@@ -84,16 +86,48 @@ impl HostArrays {
     /// # Errors
     /// A plan of another shape; what the pool says; a wrong `KVFERRY_COPY_THREADS`.
     pub fn copy(&self, plan: &CopyPlan, part: Range<u64>, pool: &dyn Memory) -> Result<()> {
+        self.copy_now(plan, part, pool, None)
+    }
+
+    /// The same, and adds what was copied to `sums`, which gets parts that together are the plan: see
+    /// [`CopyPlan::stretches`].
+    ///
+    /// # Errors
+    /// As [`HostArrays::copy`]. `sums` means nothing then.
+    pub fn copy_summed(
+        &self,
+        plan: &CopyPlan,
+        part: Range<u64>,
+        pool: &dyn Memory,
+        sums: &mut CopySums,
+    ) -> Result<()> {
+        let shared = Mutex::default();
+        self.copy_now(plan, part, pool, Some(&shared))?;
+        sums.append(shared.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+
+    fn copy_now(
+        &self,
+        plan: &CopyPlan,
+        part: Range<u64>,
+        pool: &dyn Memory,
+        sums: Option<&Mutex<CopySums>>,
+    ) -> Result<()> {
         self.check(plan)?;
         let end = part.end.min(plan.bytes());
-        let parts = end.saturating_sub(part.start).div_ceil(PART);
+        let mut parts = end.saturating_sub(part.start).div_ceil(PART);
+        if plan.bytes() == 0 && sums.is_some() {
+            parts = 1; // nothing to copy, but to sum
+        }
         if parts == 0 {
             return Ok(());
         }
         let place = Place::of(pool, plan)?;
         CopyThreads::global()?.run(plan.direction(), length(parts), true, &|number| {
             let start = part.start + number as u64 * PART;
-            self.copy_part(plan, start..end.min(start + PART), place, pool)
+            let part = Part { plan, bytes: start..end.min(start + PART), pool, place };
+            self.copy_part(&part, sums)
         })
     }
 
@@ -104,53 +138,72 @@ impl HostArrays {
         Ok(())
     }
 
-    /// Copies a part; `plan` is of this shape, and `place` the pool's for it.
-    fn copy_part(
-        &self,
-        plan: &CopyPlan,
-        part: Range<u64>,
-        place: Place,
-        pool: &dyn Memory,
-    ) -> Result<()> {
-        let ours = |piece: &Piece| self.starts[piece.array].as_ptr().wrapping_add(length(piece.at));
-        match (place, plan.direction()) {
-            (Place::Here(pool_start), direction) => {
-                let _permit = match direction {
-                    Direction::Gather => Some(pool.permit()?),
-                    Direction::Scatter => None,
-                };
+    /// Copies a part of a plan of this shape.
+    fn copy_part(&self, part: &Part<'_>, sums: Option<&Mutex<CopySums>>) -> Result<()> {
+        let Part { plan, bytes, pool, place } = part;
+        // Memory whose writes are calls of its own asks for leave itself.
+        let _permit = match (place, plan.direction()) {
+            (Place::Here(_), Direction::Gather) => Some(pool.permit()?),
+            _ => None,
+        };
+        if let Some(sums) = sums {
+            let summed = Buffered::new(self, part).copy()?;
+            sums.lock().unwrap_or_else(PoisonError::into_inner).append(summed);
+            return Ok(());
+        }
+        match place {
+            Place::Here(start) => {
                 let mut spans = Spans::new(self.kernel);
-                let copied = plan.pieces(part, |piece| {
-                    let (ours, theirs) =
-                        (ours(&piece), pool_start.wrapping_add(length(piece.pool)));
-                    let (to, from) = match direction {
-                        Direction::Gather => (theirs, ours),
-                        Direction::Scatter => (ours, theirs),
-                    };
+                let copied = plan.pieces(bytes.clone(), |piece| {
                     // SAFETY: the plan stays within the arrays and the pool's ranges, its pieces do not overlap where
                     // they are written, and arrays and pool are different memory.
-                    unsafe { spans.push(Span { to, from, bytes: length(piece.length) }) };
+                    unsafe { spans.push(self.span(plan.direction(), &piece, *start)) };
                     Ok(())
                 });
                 spans.finish();
                 copied
             }
-            (Place::Elsewhere, Direction::Gather) => plan.pieces(part, |piece| {
-                // SAFETY: the plan stays within the arrays.
-                let bytes = unsafe { slice::from_raw_parts(ours(&piece), length(piece.length)) };
-                pool.write(piece.pool, bytes)
-            }),
-            (Place::Elsewhere, Direction::Scatter) => plan.pieces(part, |piece| {
-                // SAFETY: as above; nobody else has a reference into the arrays.
-                let bytes =
-                    unsafe { slice::from_raw_parts_mut(ours(&piece), length(piece.length)) };
-                pool.read(piece.pool, bytes)
+            Place::Elsewhere => plan.pieces(bytes.clone(), |piece| {
+                let (ours, bytes) = (self.ours(&piece), length(piece.length));
+                match plan.direction() {
+                    Direction::Gather => {
+                        // SAFETY: the plan stays within the arrays.
+                        pool.write(piece.pool, unsafe { slice::from_raw_parts(ours, bytes) })
+                    }
+                    Direction::Scatter => {
+                        // SAFETY: as above; nobody else has a reference into the arrays.
+                        pool.read(piece.pool, unsafe { slice::from_raw_parts_mut(ours, bytes) })
+                    }
+                }
             }),
         }
     }
+
+    /// Where a piece lies in the arrays.
+    pub(crate) fn ours(&self, piece: &Piece) -> *mut u8 {
+        self.starts[piece.array].as_ptr().wrapping_add(length(piece.at))
+    }
+
+    /// A piece between the arrays and a pool that begins at `start`.
+    fn span(&self, direction: Direction, piece: &Piece, start: *mut u8) -> Span {
+        let (ours, theirs) = (self.ours(piece), start.wrapping_add(length(piece.pool)));
+        let (to, from) = match direction {
+            Direction::Gather => (theirs, ours),
+            Direction::Scatter => (ours, theirs),
+        };
+        Span { to, from, bytes: length(piece.length) }
+    }
 }
 
-fn length(bytes: u64) -> usize {
+/// Bytes of a plan that one thread copies in one go.
+pub(crate) struct Part<'a> {
+    pub(crate) plan: &'a CopyPlan,
+    pub(crate) bytes: Range<u64>,
+    pub(crate) pool: &'a dyn Memory,
+    pub(crate) place: Place,
+}
+
+pub(crate) fn length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
@@ -240,7 +293,7 @@ impl KvMemory for HostMemory {
         &self.arrays.shape
     }
 
-    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>) -> Result<Copying> {
+    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, sums: bool) -> Result<Copying> {
         self.arrays.check(&plan)?;
         let threads = self.threads.as_ref().map_err(Clone::clone)?;
         let mut running = self.lock();
@@ -249,18 +302,19 @@ impl KvMemory for HostMemory {
         }
         running.copies.retain(|copy| copy.strong_count() > 0);
         let (progress, copying) = copying();
-        let (direction, parts) = (plan.direction(), length(plan.bytes().div_ceil(PART)));
+        let direction = plan.direction();
+        let parts = plan.bytes().div_ceil(PART).max(u64::from(sums)); // there may be nothing to copy, but to sum
         let left = Left { bytes: vec![plan.bytes_per_array(); plan.shape().arrays()], arrays: 0 };
-        let arrays = Arc::clone(&self.arrays);
         let copy = HostCopy {
-            arrays,
+            arrays: Arc::clone(&self.arrays),
             plan,
             pool,
             place: OnceLock::new(),
+            sums: sums.then(Mutex::default),
             progress,
             left: Mutex::new(left),
         };
-        let job = threads.begin(direction, parts, Box::new(copy))?;
+        let job = threads.begin(direction, length(parts), Box::new(copy))?;
         running.copies.push(Arc::downgrade(&job));
         Ok(copying)
     }
@@ -297,6 +351,7 @@ struct HostCopy {
     plan: CopyPlan,
     pool: Arc<dyn Memory>,
     place: OnceLock<Place>,
+    sums: Option<Mutex<CopySums>>,
     progress: Progress,
     left: Mutex<Left>,
 }
@@ -326,7 +381,8 @@ impl Parts for HostCopy {
                 *self.place.get_or_init(|| place)
             }
         };
-        self.arrays.copy_part(&self.plan, self.part(part), place, &*self.pool)
+        let part = Part { plan: &self.plan, bytes: self.part(part), pool: &*self.pool, place };
+        self.arrays.copy_part(&part, self.sums.as_ref())
     }
 
     fn copied(&self, part: usize) {
@@ -352,6 +408,12 @@ impl Parts for HostCopy {
     }
 
     fn ended(&self, result: Result<()>) {
+        let result = result.and_then(|()| {
+            let Some(sums) = &self.sums else { return Ok(()) };
+            let sums = std::mem::take(&mut *sums.lock().unwrap_or_else(PoisonError::into_inner));
+            self.progress.checksums(sums.finish(&self.plan)?);
+            Ok(())
+        });
         if result.is_ok() {
             self.progress.arrays(self.plan.shape().arrays());
         }

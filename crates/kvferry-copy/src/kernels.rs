@@ -85,6 +85,15 @@ impl Kernel {
         unsafe { (self.copy)(spans) };
     }
 
+    /// Has bytes that are copied next fetched into the second cache.
+    pub(crate) fn prefetch(from: *const u8, bytes: usize) {
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let prefetch = drop::<*const u8>;
+        for at in (0..bytes).step_by(LINE) {
+            prefetch(from.wrapping_add(at));
+        }
+    }
+
     /// Makes what was copied visible before whatever this thread writes later.
     pub(crate) fn fence(&self) {
         #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,7 @@
 //! Memory regions and copies: the only crate with unsafe code beside the binding.
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
 
+mod buffered;
 pub mod cuda;
 mod host;
 mod kernels;

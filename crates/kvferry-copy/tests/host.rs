@@ -6,9 +6,9 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use kvferry_copy::{CopyThreads, HostArrays, HostMemory, PrivateRegion};
 use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
+use kvferry_core::copy_sums::CopySums;
 use kvferry_core::copying::KvMemory;
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
@@ -302,23 +303,58 @@ fn pools() -> impl Strategy<Value = Pool> {
     ])
 }
 
-/// Copies a plan, at once in slices that end at the `cuts`, or by itself.
-fn copy(engine: &Engine, plan: CopyPlan, pool: &Arc<dyn Memory>, cuts: &[u64], by_itself: bool) {
+/// How a plan is carried out.
+#[derive(Debug, Clone)]
+struct How {
+    /// At once, in slices that end here; or else by itself.
+    cuts: Option<Vec<u64>>,
+    sums: bool,
+}
+
+/// Copies a plan; the checksums, where they are wanted.
+fn copy(engine: &Engine, plan: CopyPlan, pool: &Arc<dyn Memory>, how: &How) -> Option<Vec<u64>> {
     let arrays = engine.arrays();
-    if by_itself {
+    let Some(cuts) = &how.cuts else {
         let threads = Arc::new(CopyThreads::new(2));
         let memory = HostMemory::on(&threads, arrays);
-        let copying = memory.copy(plan, Arc::clone(pool)).unwrap();
+        let copying = memory.copy(plan, Arc::clone(pool), how.sums).unwrap();
         wait(copying.ended()).unwrap();
         assert_eq!(copying.arrays(), engine.shape.arrays());
-        return;
-    }
+        let sums = copying.checksums();
+        assert!(how.sums || sums.is_empty());
+        return how.sums.then_some(sums);
+    };
     let mut cuts: Vec<u64> = cuts.iter().map(|cut| cut % (plan.bytes() + 1)).collect();
     cuts.extend([0, plan.bytes()]);
     cuts.sort_unstable();
-    for two in cuts.windows(2) {
-        arrays.copy(&plan, two[0]..two[1], &**pool).unwrap();
+    cuts.dedup();
+    if plan.bytes() == 0 {
+        cuts.push(0);
     }
+    let mut sums = CopySums::default();
+    for two in cuts.windows(2) {
+        if how.sums {
+            arrays.copy_summed(&plan, two[0]..two[1], &**pool, &mut sums).unwrap();
+        } else {
+            arrays.copy(&plan, two[0]..two[1], &**pool).unwrap();
+        }
+    }
+    how.sums.then(|| sums.finish(&plan).unwrap())
+}
+
+/// CRC-64/NVME by its definition: reflected polynomial 0x9a6c9329ac4bc9b5, all bits set before and inverted after.
+fn crc(bytes: &[u8]) -> u64 {
+    static TABLE: LazyLock<[u64; 256]> = LazyLock::new(|| {
+        std::array::from_fn(|byte| {
+            (0..8).fold(byte as u64, |crc, _| (crc >> 1) ^ ((crc & 1) * 0x9a6c_9329_ac4b_c9b5))
+        })
+    });
+    !bytes.iter().fold(!0, |crc, byte| TABLE[usize::from(crc as u8 ^ byte)] ^ (crc >> 8))
+}
+
+/// The checksums of the objects at these slots.
+fn crcs(pool: &[u8], object: u64, slots: &[u64]) -> Vec<u64> {
+    slots.iter().map(|slot| crc(&pool[*slot as usize..][..object as usize])).collect()
 }
 
 proptest! {
@@ -341,8 +377,8 @@ proptest! {
         (first, second) in (1usize..=4, 0usize..=4),
         skip in 0u32..20,
         slots_apart in prop::sample::select(vec![0u64, 1, 64, 4096]),
-        cuts in prop::collection::vec(0u64..1 << 40, 0..3),
-        by_itself in any::<bool>(),
+        cuts in prop::option::of(prop::collection::vec(0u64..1 << 40, 0..3)),
+        sums in any::<bool>(),
     ) {
         let mut layout = layout(planes, order, [block_size, heads, head_size]);
         let chunk = block_size * 4;
@@ -364,16 +400,21 @@ proptest! {
         }
 
         let stored = chunks(&blocks, [first, second], skip, slots);
-        copy(&engine, engine.plan(Direction::Gather, &stored, &*pool), &pool, &cuts, by_itself);
+        let how = How { cuts, sums };
+        let plan = engine.plan(Direction::Gather, &stored, &*pool);
+        let gathered = copy(&engine, plan, &pool, &how);
         let mut expected = vec![CANARY; pool.bytes() as usize];
         for ((array, at), theirs) in places(&layout, chunk, &stored) {
             expected[theirs as usize] = engine.memory[array].bytes()[at as usize];
         }
         prop_assert!(contents(&*pool) == expected, "the pool has what was gathered");
+        let expected_sums = sums.then(|| crcs(&expected, object, &slots));
+        prop_assert_eq!(&gathered, &expected_sums);
 
         let other = Engine::new(&layout, chunk, false);
         let loaded = chunks(&targets, [first, second], skip, slots);
-        copy(&other, other.plan(Direction::Scatter, &loaded, &*pool), &pool, &cuts, by_itself);
+        let scattered = copy(&other, other.plan(Direction::Scatter, &loaded, &*pool), &pool, &how);
+        prop_assert_eq!(scattered, expected_sums);
         let mut arrays = vec![vec![CANARY; layout.array_bytes() as usize]; other.memory.len()];
         for ((array, at), theirs) in places(&layout, chunk, &loaded) {
             arrays[array][at as usize] = expected[theirs as usize];
@@ -412,7 +453,7 @@ fn layers_are_told_as_they_arrive() {
     let memory = HostMemory::on(&Arc::new(CopyThreads::new(2)), engine.arrays());
     let plan = store(&engine, &*pool);
     let (parts, bytes) = (12, plan.bytes_per_array() as usize);
-    let copying = memory.copy(plan, gated).unwrap();
+    let copying = memory.copy(plan, gated, false).unwrap();
     (0..parts / 2 + 1).for_each(|_| give.send(true).unwrap());
     wait(copying.array(2)).unwrap();
     assert!((2..4).contains(&copying.arrays()), "the others wait for leave");
@@ -441,7 +482,8 @@ fn nothing_is_written_once_leave_is_refused() {
         let memory = HostMemory::on(&Arc::new(CopyThreads::new(1)), engine.arrays());
         (0..permits).for_each(|_| give.send(true).unwrap());
         drop(give);
-        let copying = memory.copy(store(&engine, &*pool), Arc::<Gated>::clone(&gated)).unwrap();
+        let copying =
+            memory.copy(store(&engine, &*pool), Arc::<Gated>::clone(&gated), false).unwrap();
         assert_eq!(wait(copying.ended()).unwrap_err().code, ErrorCode::Unreachable);
         assert_eq!(gated.permits.load(Ordering::Relaxed), permits);
         assert_eq!(copying.arrays(), permits / 3, "whole arrays only");
@@ -459,8 +501,8 @@ fn closing_waits_for_what_is_under_way_and_ends_the_rest() {
         let threads = Arc::new(CopyThreads::new(1));
         let memory = HostMemory::on(&threads, engine.arrays());
         let plan = store(&engine, &*pool);
-        let first = memory.copy(plan.clone(), Arc::<Gated>::clone(&gated)).unwrap();
-        let second = memory.copy(plan.clone(), Arc::<Gated>::clone(&gated)).unwrap();
+        let first = memory.copy(plan.clone(), Arc::<Gated>::clone(&gated), false).unwrap();
+        let second = memory.copy(plan.clone(), Arc::<Gated>::clone(&gated), false).unwrap();
         asks.recv_timeout(HANGS).unwrap(); // the first part is under way
         let closed = AtomicBool::new(false);
         let other = HostMemory::on(&threads, engine.arrays());
@@ -470,8 +512,9 @@ fn closing_waits_for_what_is_under_way_and_ends_the_rest() {
                 if !drop_it {
                     memory.close();
                 }
-                let refused = (!drop_it)
-                    .then(|| memory.copy(plan.clone(), Arc::<Gated>::clone(&gated)).unwrap_err());
+                let refused = (!drop_it).then(|| {
+                    memory.copy(plan.clone(), Arc::<Gated>::clone(&gated), false).unwrap_err()
+                });
                 drop(memory);
                 closed.store(true, Ordering::Release);
                 refused
@@ -486,8 +529,67 @@ fn closing_waits_for_what_is_under_way_and_ends_the_rest() {
         assert_eq!(wait(first.ended()).unwrap_err().code, ErrorCode::Closed);
         assert_eq!(gated.permits.load(Ordering::Relaxed), 1);
         // The threads go on with other memory.
-        let copying = other.copy(load(&engine, &*pool), Arc::<PrivateRegion>::clone(&pool));
+        let copying = other.copy(load(&engine, &*pool), Arc::<PrivateRegion>::clone(&pool), false);
         wait(copying.unwrap().ended()).unwrap();
+    }
+}
+
+#[test]
+fn what_is_summed_is_what_is_written_whoever_changes_the_source_meanwhile() {
+    let (engine, pool) = large();
+    let other = Engine::new(&layout(Planes::Separate, Order::Nhd, [16, 4, 1536]), 128, false);
+    let object = engine.shape.object_bytes() as usize;
+    let threads = Arc::new(CopyThreads::new(1));
+    let (from, to) =
+        (HostMemory::on(&threads, engine.arrays()), HostMemory::on(&threads, other.arrays()));
+    assert_eq!(crc(b"123456789"), 0xae8b_1486_0a79_9888, "the catalogue's check value");
+    for turn in 0..20 {
+        let stop = AtomicBool::new(false);
+        let summed = |memory: &HostMemory, plan| {
+            let pool = Arc::<PrivateRegion>::clone(&pool);
+            let copying = memory.copy(plan, pool, true).unwrap();
+            wait(copying.ended()).unwrap();
+            stop.store(true, Ordering::Relaxed);
+            copying.checksums()
+        };
+        let stored = thread::scope(|scope| {
+            scope.spawn(|| {
+                for byte in (0..u8::MAX).cycle() {
+                    for memory in &engine.memory {
+                        // SAFETY: a byte of an array that lives on; only copies read it meanwhile.
+                        let last = unsafe {
+                            AtomicU8::from_ptr(memory.start.wrapping_add(memory.bytes - 1))
+                        };
+                        last.store(byte, Ordering::Relaxed);
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            summed(&from, store(&engine, &*pool))
+        });
+        assert_eq!(stored, [crc(&contents(&*pool)[..object])], "turn {turn}");
+
+        stop.store(false, Ordering::Relaxed);
+        let loaded = thread::scope(|scope| {
+            scope.spawn(|| {
+                for byte in (0..u8::MAX).cycle() {
+                    for array in 1..=4 {
+                        pool.write((array * object / 4 - 1) as u64, &[byte]).unwrap();
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            summed(&to, load(&other, &*pool))
+        });
+        // Gathered anew, nothing changing, the arrays say what arrived in them.
+        let again = Arc::new(PrivateRegion::new(pool.bytes()).unwrap());
+        let plan = store(&other, &*again);
+        other.arrays().copy(&plan, 0..plan.bytes(), &*again).unwrap();
+        assert_eq!(loaded, [crc(&contents(&*again)[..object])], "turn {turn}");
     }
 }
 
@@ -496,10 +598,10 @@ fn a_load_overtakes_a_store_that_was_begun_before() {
     let (engine, pool) = large();
     let (gated, give, asks) = gated(&pool);
     let memory = HostMemory::on(&Arc::new(CopyThreads::new(1)), engine.arrays());
-    let storing = memory.copy(store(&engine, &*pool), gated).unwrap();
+    let storing = memory.copy(store(&engine, &*pool), gated, false).unwrap();
     asks.recv_timeout(HANGS).unwrap();
     let source = Arc::new(PrivateRegion::new(pool.bytes()).unwrap());
-    let loading = memory.copy(load(&engine, &*source), source).unwrap();
+    let loading = memory.copy(load(&engine, &*source), source, false).unwrap();
     give.send(true).unwrap(); // one part of the store
     wait(loading.ended()).unwrap();
     assert_eq!(storing.arrays(), 0);
@@ -529,8 +631,8 @@ fn many_copies_at_once_do_not_disturb_each_other() {
                     let scatter = engine.plan(Direction::Scatter, &chunk, &**pool);
                     if turn % 2 == 0 {
                         let pool: Arc<dyn Memory> = Arc::<PrivateRegion>::clone(pool);
-                        wait(from.copy(gather, Arc::clone(&pool)).unwrap().ended()).unwrap();
-                        wait(to.copy(scatter, pool).unwrap().ended()).unwrap();
+                        wait(from.copy(gather, Arc::clone(&pool), false).unwrap().ended()).unwrap();
+                        wait(to.copy(scatter, pool, false).unwrap().ended()).unwrap();
                     } else {
                         arrays.copy(&gather, 0..gather.bytes(), &**pool).unwrap();
                         back.copy(&scatter, 0..scatter.bytes(), &**pool).unwrap();
@@ -574,7 +676,7 @@ fn bad_input_is_refused_before_any_byte_moves() {
     let foreign = other.plan(Direction::Gather, &[], &*pool);
     assert!(arrays.copy(&foreign, 0..0, &*pool).unwrap_err().message.contains("other arrays"));
     let pool_again: Arc<dyn Memory> = Arc::<PrivateRegion>::clone(&pool);
-    assert!(memory.copy(foreign, pool_again).unwrap_err().message.contains("other arrays"));
+    assert!(memory.copy(foreign, pool_again, false).unwrap_err().message.contains("other arrays"));
 
     // A plan for a larger pool than the one that is given: its second chunk lies outside.
     let object = shape.object_bytes();
@@ -585,7 +687,7 @@ fn bad_input_is_refused_before_any_byte_moves() {
     let plan = engine.plan(Direction::Gather, &chunks, &*pool);
     let small = Arc::new(PrivateRegion::new(object + 10).unwrap());
     assert!(arrays.copy(&plan, 0..plan.bytes(), &*small).is_err());
-    let copying = memory.copy(plan, Arc::<PrivateRegion>::clone(&small)).unwrap();
+    let copying = memory.copy(plan, Arc::<PrivateRegion>::clone(&small), false).unwrap();
     assert_eq!(wait(copying.ended()).unwrap_err().code, ErrorCode::InvalidArgument);
     assert_eq!(copying.arrays(), 0);
     assert!(contents(&*small).iter().all(|byte| *byte == 0));

@@ -82,8 +82,35 @@ pub struct ChunkCopy<'a> {
 pub struct CopyPlan {
     shape: Arc<CopyShape>,
     direction: Direction,
+    chunks: Vec<Chunk>,
     rows: Vec<Row>,
     bytes_per_array: u64,
+}
+
+/// Which bytes of a chunk are copied, the same in each array's part of its object.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    slot: u64,
+    /// From the part's start.
+    from: u64,
+    until: u64,
+    /// Bytes of the chunks before that are copied of each array.
+    before: u64,
+}
+
+/// Bytes of a chunk that lie together in its object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    /// The chunk's number in the plan.
+    pub chunk: usize,
+    /// Bytes from the object's start.
+    pub at: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Bytes from the pool's start.
+    pub pool: u64,
+    /// The plan's bytes that they are; `None` for tokens that are left alone.
+    pub copied: Option<Range<u64>>,
 }
 
 /// Tokens of a chunk, the same in each array.
@@ -185,16 +212,26 @@ impl CopyShape {
         let mut plan = CopyPlan {
             shape: Arc::clone(self),
             direction,
+            chunks: Vec::with_capacity(chunks.len()),
             rows: Vec::with_capacity(chunks.iter().map(|chunk| chunk.blocks.len()).sum()),
             bytes_per_array: 0,
         };
+        let Blocks { tokens, stride, token, .. } = self.blocks;
+        // A row of tokens whose heads lie apart begins with its first head.
+        let of_token = token / self.blocks.heads.map_or(1, |heads| heads.count);
         for chunk in chunks {
+            let until = chunk.blocks.len() as u64 * tokens * token;
+            plan.chunks.push(Chunk {
+                slot: chunk.slot,
+                from: (u64::from(chunk.skip) * token).min(until),
+                until,
+                before: plan.bytes_per_array,
+            });
+            let first_row = plan.rows.len();
             for (number, block) in (0u64..).zip(chunk.blocks) {
-                let Blocks { tokens, stride, token, .. } = self.blocks;
                 let skipped = u64::from(chunk.skip).saturating_sub(number * tokens).min(tokens);
-                // A row of tokens whose heads lie apart begins with its first head.
-                let of_token = token / self.blocks.heads.map_or(1, |heads| heads.count);
                 plan.push(
+                    first_row,
                     u64::from(*block) * stride + skipped * of_token,
                     chunk.slot + (number * tokens + skipped) * token,
                     (tokens - skipped) * token,
@@ -279,24 +316,67 @@ impl CopyPlan {
         self.bytes_per_array
     }
 
-    /// What the plan's pieces use of the pool, a range for each chunk, gaps included: for those who look at a pool
-    /// once, before they copy.
-    pub fn pool_ranges(&self) -> impl Iterator<Item = Range<u64>> {
-        let last = self.shape.bases.iter().copied().max().unwrap_or(0);
-        let mut ranges = self.rows.iter().map(move |row| row.pool..row.pool + last + row.bytes);
-        let mut open = ranges.next();
-        std::iter::from_fn(move || {
-            let mut range = open.take()?;
-            for next in ranges.by_ref() {
-                // Rows of a chunk overlap, since each reaches to its object's last array.
-                if next.start < range.start || next.start > range.end {
-                    open = Some(next);
-                    break;
+    /// How many chunks there are.
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// What is to be summed by who copies the plan's bytes `part`: these bytes, and what is left alone beside them.
+    /// Parts that together are `0..bytes()` have all bytes of each chunk's object, once. A plan without bytes has
+    /// one part, `0..0`.
+    pub fn stretches(&self, part: Range<u64>) -> Vec<Stretch> {
+        let arrays = self.shape.arrays() as u64;
+        let of_array = self.bytes_per_array;
+        let section = self.shape.object_bytes / arrays.max(1);
+        let end = part.end.min(self.bytes());
+        let touched = match of_array {
+            0 => 0..arrays,
+            _ if part.start >= end => 0..0,
+            _ => part.start / of_array..end.div_ceil(of_array),
+        };
+        let mut stretches = Vec::new();
+        for array in touched {
+            let start = part.start.saturating_sub(array * of_array);
+            let end = end.saturating_sub(array * of_array).min(of_array);
+            let base = self.shape.bases[usize::try_from(array).unwrap_or(usize::MAX)];
+            for (number, Chunk { slot, from, until, before }) in self.chunks.iter().enumerate() {
+                let mut push = |range: Range<u64>, copied: Option<Range<u64>>| {
+                    if !range.is_empty() {
+                        let (at, length) = (base + range.start, range.end - range.start);
+                        stretches.push(Stretch {
+                            chunk: number,
+                            at,
+                            length,
+                            pool: slot + at,
+                            copied,
+                        });
+                    }
+                };
+                let after = before + (until - from);
+                // Who copies a chunk's first byte sums what comes before it, and who copies its last one what comes
+                // after. A chunk without any goes with the byte that would follow, or else with the last.
+                let first =
+                    (start..end).contains(before) || (*before == of_array && end == of_array);
+                let last = if after > *before { start < after && after <= end } else { first };
+                if first {
+                    push(0..*from, None);
                 }
-                range.end = range.end.max(next.end);
+                let (low, high) = (start.max(*before), end.min(after));
+                if low < high {
+                    let within = from + (low - before)..from + (high - before);
+                    push(within, Some(array * of_array + low..array * of_array + high));
+                }
+                if last {
+                    push(*until..section, None);
+                }
             }
-            Some(range)
-        })
+        }
+        stretches
+    }
+
+    /// Where the chunks' objects lie in the pool: for those who look at a pool once, before they copy or sum.
+    pub fn pool_ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.chunks.iter().map(|chunk| chunk.slot..chunk.slot + self.shape.object_bytes)
     }
 
     /// Calls `visit` for the pieces of the plan's bytes `part`, all of them being `0..bytes()`. A piece at the
@@ -371,13 +451,14 @@ impl CopyPlan {
         Ok(())
     }
 
-    fn push(&mut self, at: u64, pool: u64, bytes: u64) {
+    /// Adds a row to a chunk, whose rows are those from `first` on.
+    fn push(&mut self, first: usize, at: u64, pool: u64, bytes: u64) {
         if bytes == 0 {
             return;
         }
         let before = self.bytes_per_array;
         self.bytes_per_array += bytes;
-        match self.rows.last_mut() {
+        match self.rows[first..].last_mut() {
             Some(last)
                 if self.shape.blocks.heads.is_none()
                     && last.at + last.bytes == at
@@ -516,14 +597,50 @@ mod tests {
                     && two[0].pool + two[0].length == two[1].pool;
                 prop_assert!(!merged, "neighbours are one piece: {:?}", two);
             }
-            // Cut anywhere, the parts together are the plan.
+            // Cut anywhere, the parts together are the plan, and what is summed is all of each object, once.
             let mut cuts: Vec<u64> = cuts.into_iter().map(|cut| cut.min(plan.bytes())).collect();
             cuts.extend([0, plan.bytes()]);
             cuts.sort_unstable();
             let parts: Vec<Piece> =
                 cuts.windows(2).flat_map(|two| pieces(&plan, two[0]..two[1])).collect();
             prop_assert_eq!(bytes(&parts), found);
+            let mut summed = Vec::new();
+            for cuts in cuts.windows(2).filter(|cuts| cuts[0] < cuts[1]) {
+                for stretch in plan.stretches(cuts[0]..cuts[1]) {
+                    let slot = chunks[stretch.chunk].slot;
+                    prop_assert_eq!(stretch.pool, slot + stretch.at);
+                    let copied = stretch.copied.clone().map_or_else(Vec::new, |copied| {
+                        assert!(cuts[0] <= copied.start && copied.end <= cuts[1]);
+                        pieces(&plan, copied)
+                    });
+                    prop_assert_eq!(stretch.copied.is_some(), !copied.is_empty());
+                    let lengths: u64 = copied.iter().map(|piece| piece.length).sum();
+                    prop_assert!(lengths == 0 || lengths == stretch.length);
+                    let mut at = stretch.pool;
+                    for piece in copied {
+                        prop_assert_eq!(piece.pool, at, "in the object's order");
+                        at += piece.length;
+                    }
+                    summed.extend((0..stretch.length).map(|byte| (stretch.chunk, stretch.at + byte)));
+                }
+            }
+            if plan.bytes() > 0 {
+                summed.sort_unstable();
+                let object = shape.object_bytes();
+                let all = (0..2).flat_map(|chunk| (0..object).map(move |at| (chunk, at)));
+                prop_assert!(summed.into_iter().eq(all), "each byte of both objects, once");
+            }
         }
+    }
+
+    #[test]
+    fn a_plan_that_copies_nothing_sums_all_of_its_objects() {
+        let shape = shape(Planes::Separate, Order::Nhd);
+        let chunk = ChunkCopy { blocks: &[1], skip: 4, slot: 4096 };
+        let plan = shape.plan(Direction::Scatter, &[chunk], POOL).unwrap();
+        assert_eq!((plan.bytes(), plan.chunks()), (0, 1));
+        let bytes: u64 = plan.stretches(0..0).iter().map(|stretch| stretch.length).sum();
+        assert_eq!(bytes, shape.object_bytes());
     }
 
     #[test]

@@ -14,12 +14,12 @@ pub trait KvMemory: Send + Sync {
     /// What its plans are of.
     fn shape(&self) -> &Arc<CopyShape>;
 
-    /// Begins to carry out a plan of [`KvMemory::shape`]; `pool` is what the plan's slots lie in. What was
-    /// begun is carried out to its end, or to its first error, even when nobody waits for it.
+    /// Begins to carry out a plan of [`KvMemory::shape`]; `pool` is what the plan's slots lie in. With `sums`,
+    /// [`Copying::checksums`] has one for each chunk when the copy has ended. What was begun is carried out to its end, or to its first error, even when nobody waits for it.
     ///
     /// # Errors
     /// [`ErrorCode::Closed`] after [`KvMemory::close`]; what the memory's device says. Nothing is copied then.
-    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>) -> Result<Copying>;
+    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, sums: bool) -> Result<Copying>;
 
     /// Lets no more copies begin, and returns when none is under way. The memory may be freed then.
     fn close(&self);
@@ -39,6 +39,7 @@ struct Shared(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     arrays: usize,
+    checksums: Vec<u64>,
     ended: Option<Result<()>>,
     waiting: Vec<Waker>,
 }
@@ -53,6 +54,13 @@ impl Copying {
     /// Leading arrays whose part of the plan is copied.
     pub fn arrays(&self) -> usize {
         self.0.lock().arrays
+    }
+
+    /// The CRC-64/NVME of each chunk's whole object, in the plan's order, as its bytes were written or read; bytes that
+    /// the copy leaves alone as they are in the pool. Empty before the end, after an error, and where none were asked
+    /// for.
+    pub fn checksums(&self) -> Vec<u64> {
+        self.0.lock().checksums.clone()
     }
 
     /// Waits until the first `arrays` arrays have their part.
@@ -96,6 +104,11 @@ impl Progress {
     /// The first `arrays` arrays are copied.
     pub fn arrays(&self, arrays: usize) {
         self.0.change(|state| state.arrays = state.arrays.max(arrays));
+    }
+
+    /// What [`Copying::checksums`] will be; to be told before the end.
+    pub fn checksums(&self, checksums: Vec<u64>) {
+        self.0.lock().checksums = checksums;
     }
 
     /// Nothing of the copy is under way any more. Only the first end counts.

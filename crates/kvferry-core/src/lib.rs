@@ -3,6 +3,7 @@
 
 pub mod cache;
 pub mod copy_plan;
+pub mod copy_sums;
 pub mod copying;
 pub mod defect;
 pub mod error;

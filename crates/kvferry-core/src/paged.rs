@@ -214,15 +214,38 @@ impl Worker {
         Ok(Some(Copies { plan, memory: Arc::clone(memory) }))
     }
 
-    /// Ends a load. `false`: it was none, or a slot was used anew meanwhile, and what was copied must not
-    /// be used.
-    pub async fn finish(&self, load: Load, deadline: Instant) -> Result<bool> {
-        match load.memory {
-            None => Ok(false),
-            Some(_) => {
-                self.cache.commit_retrieve(&load.key, self.instance, &load.slots, deadline).await
+    /// Ends a load. `false`: it was none; or a slot was used anew meanwhile, and what was copied must not be used.
+    /// With `checksums`, one for each chunk as it was copied, also when one is not the chunk's as it was stored, or
+    /// its writer told none. What turned out to be damaged is dropped from the cache.
+    pub async fn finish(
+        &self,
+        load: Load,
+        checksums: Option<Vec<u64>>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let Load { key, slots, memory } = load;
+        if memory.is_none() {
+            return Ok(false);
+        }
+        let mut right = true;
+        if let Some(checksums) = checksums {
+            let differs =
+                |(slot, sum): &(&Slot, &u64)| slot.checksum.is_some_and(|told| told != **sum);
+            let damaged: Vec<Slot> = slots
+                .iter()
+                .zip(&checksums)
+                .filter(differs)
+                .map(|(slot, _)| slot.clone())
+                .collect();
+            right = damaged.is_empty()
+                && checksums.len() == slots.len()
+                && slots.iter().all(|slot| slot.checksum.is_some());
+            if !damaged.is_empty() {
+                // They stay a miss when this fails.
+                let _ = self.cache.discard(self.instance, &damaged, deadline).await;
             }
         }
+        Ok(self.cache.commit_retrieve(&key, self.instance, &slots, deadline).await? && right)
     }
 
     /// Reserves room for those chunks of the range that are not stored.
@@ -264,12 +287,12 @@ impl Worker {
         Ok(Copies { plan, memory: Arc::clone(&store.memory) })
     }
 
-    /// Makes what was copied visible; says how many chunks it were.
-    pub async fn commit(&self, store: Store, deadline: Instant) -> Result<u32> {
+    /// Makes what was copied visible; says how many chunks it were. `checksums` has none, or one for each chunk.
+    pub async fn commit(&self, store: Store, checksums: &[u64], deadline: Instant) -> Result<u32> {
         let chunks = u32::try_from(store.chunks.len()).unwrap_or(u32::MAX);
         let visible = chunks > 0
             && (is_active(Defect::CommitBeforeFill)
-                || self.cache.commit_store(&store.key, self.instance, &[], deadline).await?);
+                || self.cache.commit_store(&store.key, self.instance, checksums, deadline).await?);
         Ok(if visible { chunks } else { 0 })
     }
 

@@ -167,9 +167,9 @@ fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
     assert_eq!(now(scheduler.lookup(range(), deadline())).unwrap(), 1);
     now(scheduler.release(range(), deadline())).unwrap();
     let load = now(worker.load(range(), deadline())).unwrap();
-    assert!(now(worker.finish(load, deadline())).unwrap());
+    assert!(now(worker.finish(load, None, deadline())).unwrap());
     let store = now(worker.store(range(), deadline())).unwrap();
-    assert_eq!(now(worker.commit(store, deadline())).unwrap(), 1);
+    assert_eq!(now(worker.commit(store, &[], deadline())).unwrap(), 1);
     let store = now(worker.store(range(), deadline())).unwrap();
     now(worker.abandon(store, deadline())).unwrap();
 

@@ -6,6 +6,7 @@ use kvferry_copy::cuda::{CudaMemory, IpcArray};
 use kvferry_copy::{HostArrays, HostMemory};
 use kvferry_core::cache::Cache;
 use kvferry_core::copy_plan::CopyShape;
+use kvferry_core::copy_sums::CopySums;
 use kvferry_core::copying::{Copying, KvMemory};
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
@@ -86,7 +87,8 @@ pub struct PagedWorker {
 #[napi]
 pub struct PagedLoad {
     inner: Mutex<Option<Load>>,
-    copies: Copies,
+    copies: Arc<Copies>,
+    verify: OnceLock<bool>,
     chunks: u32,
 }
 
@@ -94,7 +96,7 @@ pub struct PagedLoad {
 #[napi]
 pub struct PagedStore {
     inner: Mutex<Option<Store>>,
-    copies: Copies,
+    copies: Arc<Copies>,
     chunks: u32,
     refused: Option<u32>,
 }
@@ -104,6 +106,8 @@ pub struct PagedStore {
 struct Copies {
     planned: Mutex<Option<Planned>>,
     copying: OnceLock<Copying>,
+    /// One for each chunk, where they were asked for, once all is copied in a caller's arrays.
+    checksums: OnceLock<Vec<u64>>,
 }
 
 /// KV memory that copies run to and from by themselves.
@@ -153,11 +157,14 @@ impl TryFrom<PagedLayout> for KvLayout {
 struct Planned {
     copies: paged::Copies,
     at: u64,
+    /// What is summed of it, if it is to be.
+    sums: Option<CopySums>,
 }
 
 impl Copies {
-    fn plan(&self, copies: paged::Copies) {
-        *lock(&self.planned) = Some(Planned { copies, at: 0 });
+    fn plan(&self, copies: paged::Copies, verify: bool) {
+        *lock(&self.planned) =
+            Some(Planned { copies, at: 0, sums: verify.then(CopySums::default) });
     }
 
     /// Copies on, between a pool and arrays of JavaScript's; `false` when that was the rest.
@@ -171,13 +178,20 @@ impl Copies {
         let arrays = unsafe { HostArrays::new(Arc::clone(shape), &places) }.map_err(to_napi)?;
         let paged::Copies { plan, memory } = &planned.copies;
         let end = plan.bytes().min(planned.at + BORROWED);
-        arrays.copy(plan, planned.at..end, &**memory).map_err(to_napi)?;
-        planned.at = end;
-        let more = end < plan.bytes();
-        if more {
+        let copied = match &mut planned.sums {
+            Some(sums) => arrays.copy_summed(plan, planned.at..end, &**memory, sums),
+            None => arrays.copy(plan, planned.at..end, &**memory),
+        };
+        copied.map_err(to_napi)?;
+        if end < plan.bytes() {
+            planned.at = end;
             *lock(&self.planned) = Some(planned);
+            return Ok(true);
         }
-        Ok(more)
+        if let Some(sums) = planned.sums {
+            let _ = self.checksums.set(sums.finish(plan).map_err(to_napi)?);
+        }
+        Ok(false)
     }
 
     /// Begins to copy between a pool and registered memory.
@@ -186,13 +200,19 @@ impl Copies {
         let memory = memory.ok_or_else(|| to_napi(unregistered()))?;
         let planned = lock(&self.planned).take().ok_or_else(ended)?;
         let paged::Copies { plan, memory: pool } = planned.copies;
-        let copying = memory.memory.copy(plan, pool).map_err(to_napi)?;
+        let copying = memory.memory.copy(plan, pool, planned.sums.is_some()).map_err(to_napi)?;
         Ok(self.copying.get_or_init(|| copying).clone())
     }
 
     /// What must have ended before slots are given back.
     fn under_way(&self) -> Option<Copying> {
         self.copying.get().cloned()
+    }
+
+    /// One for each chunk; none where none were asked for, or not everything was copied.
+    fn checksums(&self) -> Vec<u64> {
+        let copying = || self.copying.get().map(Copying::checksums).unwrap_or_default();
+        self.checksums.get().cloned().unwrap_or_else(copying)
     }
 }
 
@@ -406,18 +426,26 @@ impl PagedWorker {
             Ok(PagedLoad {
                 chunks: load.chunks(),
                 inner: Mutex::new(Some(load)),
-                copies: Copies::default(),
+                copies: Arc::default(),
+                verify: OnceLock::new(),
             })
         })
     }
 
     /// Plans a load into blocks; `false` when its chunks are gone.
     #[napi(catch_unwind)]
-    pub fn plan_load(&self, load: &PagedLoad, blocks: &[u32], skip: u32) -> Result<bool> {
+    pub fn plan_load(
+        &self,
+        load: &PagedLoad,
+        blocks: &[u32],
+        skip: u32,
+        verify: bool,
+    ) -> Result<bool> {
         let inner = lock(&load.inner);
         let inner = inner.as_ref().ok_or_else(ended)?;
         let copies = self.inner.plan_load(inner, blocks, skip).map_err(to_napi)?;
-        Ok(copies.map(|copies| load.copies.plan(copies)).is_some())
+        let _ = load.verify.set(verify);
+        Ok(copies.map(|copies| load.copies.plan(copies, verify)).is_some())
     }
 
     /// Copies on into arrays that it has for the time of the call, some milliseconds long; `false` when that was
@@ -442,12 +470,12 @@ impl PagedWorker {
         load: &PagedLoad,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, bool>> {
-        let under_way = load.copies.under_way();
+        let (copies, verify) = (Arc::clone(&load.copies), load.verify.get() == Some(&true));
         let (inner, load, until) =
             (Arc::clone(&self.inner), take(&load.inner)?, deadline(timeout_ms));
         begin(env, async move {
-            settled(under_way).await;
-            inner.finish(load, until).await
+            settled(copies.under_way()).await;
+            inner.finish(load, verify.then(|| copies.checksums()), until).await
         })
     }
 
@@ -467,7 +495,7 @@ impl PagedWorker {
             let (chunks, refused) = (store.chunks(), store.refused());
             Ok(PagedStore {
                 inner: Mutex::new(Some(store)),
-                copies: Copies::default(),
+                copies: Arc::default(),
                 chunks,
                 refused,
             })
@@ -476,11 +504,11 @@ impl PagedWorker {
 
     /// Plans a store out of blocks.
     #[napi(catch_unwind)]
-    pub fn plan_store(&self, store: &PagedStore, blocks: &[u32]) -> Result<()> {
+    pub fn plan_store(&self, store: &PagedStore, blocks: &[u32], verify: bool) -> Result<()> {
         let inner = lock(&store.inner);
         let inner = inner.as_ref().ok_or_else(ended)?;
         let copies = self.inner.plan_store(inner, blocks).map_err(to_napi)?;
-        store.copies.plan(copies);
+        store.copies.plan(copies, verify);
         Ok(())
     }
 
@@ -510,12 +538,12 @@ impl PagedWorker {
         store: &PagedStore,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, u32>> {
-        let under_way = store.copies.under_way();
+        let copies = Arc::clone(&store.copies);
         let (inner, store, until) =
             (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
         begin(env, async move {
-            settled(under_way).await;
-            inner.commit(store, until).await
+            settled(copies.under_way()).await;
+            inner.commit(store, &copies.checksums(), until).await
         })
     }
 
@@ -527,11 +555,11 @@ impl PagedWorker {
         store: &PagedStore,
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, ()>> {
-        let under_way = store.copies.under_way();
+        let copies = Arc::clone(&store.copies);
         let (inner, store, until) =
             (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
         begin(env, async move {
-            settled(under_way).await;
+            settled(copies.under_way()).await;
             inner.abandon(store, until).await
         })
     }

@@ -197,7 +197,13 @@ impl KvMemory for CudaMemory {
         &self.shape
     }
 
-    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>) -> Result<Copying> {
+    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, sums: bool) -> Result<Copying> {
+        if sums {
+            return Err(Error::new(
+                ErrorCode::UnsupportedOption,
+                "copies of a GPU's memory are not summed: register it without verifying",
+            ));
+        }
         if *plan.shape() != *self.shape {
             return Err(Error::invalid("the plan is of other arrays"));
         }

@@ -78,7 +78,7 @@ impl Kv {
         chunks: &[ChunkCopy<'_>],
         pool: &Arc<dyn Memory>,
     ) -> Result<Copying> {
-        self.memory.copy(self.plan(direction, chunks, &**pool), Arc::clone(pool))
+        self.memory.copy(self.plan(direction, chunks, &**pool), Arc::clone(pool), false)
     }
 }
 
@@ -467,9 +467,15 @@ fn copies_that_make_no_sense_are_refused_before_any_byte_moves() {
         let pool = private(1 << 20);
         let plan = other.plan(Direction::Gather, &[chunk(&[2], 0)], 1 << 20).unwrap();
         let refused = |copying: Result<Copying>| copying.map(drop).unwrap_err().code;
-        assert_eq!(refused(kv.memory.copy(plan, Arc::clone(&pool))), ErrorCode::InvalidArgument);
+        assert_eq!(
+            refused(kv.memory.copy(plan, Arc::clone(&pool), false)),
+            ErrorCode::InvalidArgument
+        );
         let beyond = kv.shape.plan(Direction::Gather, &[chunk(&[0], 1 << 20)], 1 << 21).unwrap();
-        assert_eq!(refused(kv.memory.copy(beyond, Arc::clone(&pool))), ErrorCode::InvalidArgument);
+        assert_eq!(
+            refused(kv.memory.copy(beyond, Arc::clone(&pool), false)),
+            ErrorCode::InvalidArgument
+        );
         let elsewhere: Arc<dyn Memory> = Arc::new(Elsewhere);
         let copying = kv.copy(Direction::Gather, &[chunk(&[0], 0)], &elsewhere);
         assert_eq!(refused(copying), ErrorCode::InvalidArgument);
@@ -695,7 +701,7 @@ fn scenario(engine: &mut Engine) -> Result<()> {
         for (direction, block) in [(Direction::Gather, 1), (Direction::Scatter, 2)] {
             let slot = if direction == Direction::Gather { 0 } else { 1 << 18 };
             let plan = shape.plan(direction, &[chunk(&[block], slot)], pool.bytes()).unwrap();
-            copies.push(memory.copy(plan, Arc::clone(&pool)));
+            copies.push(memory.copy(plan, Arc::clone(&pool), false));
         }
         for copying in copies {
             worst = worst.and(ends(copying));
@@ -766,7 +772,7 @@ fn calls_that_fail_at_random_hang_and_leak_nothing() {
                 .map(|(direction, block)| {
                     let slot = u64::from(block) << 18;
                     let plan = shape.plan(direction, &[chunk(&[block], slot)], pool.bytes());
-                    memory.copy(plan.unwrap(), Arc::clone(&pool))
+                    memory.copy(plan.unwrap(), Arc::clone(&pool), false)
                 })
                 .collect();
             for copying in copies {
@@ -1020,11 +1026,11 @@ fn import(shape: &Arc<CopyShape>, bytes: u64, text: &str) {
     let plan = |direction, block: u32| {
         shape.plan(direction, &[chunk(&[block], 8192)], pool.bytes()).unwrap()
     };
-    ends(memory.copy(plan(Direction::Gather, 3), Arc::clone(&pool))).unwrap();
+    ends(memory.copy(plan(Direction::Gather, 3), Arc::clone(&pool), false)).unwrap();
     for (array, at) in arrays.iter().zip([8192, 8192 + 4096]) {
         assert!(read(&*pool, at, 4096) == noise(array.offset, bytes)[3 * 4096..]);
     }
-    ends(memory.copy(plan(Direction::Scatter, 1), Arc::clone(&pool))).unwrap();
+    ends(memory.copy(plan(Direction::Scatter, 1), Arc::clone(&pool), false)).unwrap();
     memory.close();
     if let Some(fake) = Fake::here() {
         assert_eq!(fake.alive()[2], 0, "closed");
