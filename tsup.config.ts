@@ -2,7 +2,11 @@ import { defineConfig } from "tsup";
 
 export default defineConfig([
 	{
-		entry: { index: "ts/index.ts", "engines/llama-cpp": "ts/engines/llama-cpp.ts" },
+		entry: {
+			index: "ts/index.ts",
+			"engines/llama-cpp": "ts/engines/llama-cpp.ts",
+			"engines/onnx": "ts/engines/onnx.ts",
+		},
 		format: ["esm", "cjs"],
 		dts: true,
 		shims: true, // import.meta.url in the CommonJS build

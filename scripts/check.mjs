@@ -3,6 +3,7 @@
 import { buildAddon, buildJavaScript } from "./build.mjs";
 import { installEngine } from "./engine.mjs";
 import { checkLicences } from "./licences.mjs";
+import { installOnnx } from "./onnx.mjs";
 import { run, setup, step } from "./setup.mjs";
 
 setup();
@@ -23,6 +24,13 @@ step("tsc");
 run("tsc", ["--project", "."]);
 installEngine();
 run("tsc", ["--project", "examples/llama-chat"]); // kvferry's types against the engine's own
+try {
+	installOnnx();
+	run("tsc", ["--project", "examples/onnx-chat"]);
+} catch (error) {
+	const [reason] = /** @type {Error} */ (error).message.split("\n");
+	console.error(`SKIPPED: types of onnxruntime-node: ${reason}`);
+}
 step("typedoc");
 run("typedoc", []);
 console.error("\nall checks passed");

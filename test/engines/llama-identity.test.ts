@@ -1,14 +1,8 @@
-import { createHash } from "node:crypto";
-import { mkdtempSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import {
-	checkModel,
-	fileSha256,
-	type IdentityOptions,
-	identityOf,
-} from "../../ts/engines/llama-identity.js";
+import { checkModel, type IdentityOptions, identityOf } from "../../ts/engines/llama-identity.js";
 import type { EngineContext, EngineModel } from "../../ts/engines/node-llama-cpp.js";
 
 let directory: string;
@@ -144,34 +138,5 @@ describe("the identity", () => {
 		await expect(
 			identityOf(context(model()), { modelPath: join(directory, "model.gguf") }),
 		).rejects.toMatchObject({ code: "SYSTEM" });
-	});
-});
-
-describe("the hash of a model's file", () => {
-	it("is computed once, until the file changes", async () => {
-		const file = join(directory, "model.gguf");
-		writeFileSync(file, "weights");
-		const sha256 = createHash("sha256").update("weights").digest("hex");
-		expect(await fileSha256(file)).toBe(sha256);
-
-		const memory = join(directory, "cache", "kvferry");
-		const [name = ""] = readdirSync(memory);
-		const remembered = JSON.parse(readFileSync(join(memory, name), "utf8"));
-		writeFileSync(join(memory, name), JSON.stringify({ ...remembered, sha256: SHA256 }));
-		expect(await fileSha256(file)).toBe(SHA256); // from memory
-
-		utimesSync(file, 1, 1);
-		expect(await fileSha256(file)).toBe(sha256);
-		writeFileSync(join(memory, name), "{");
-		expect(await fileSha256(file)).toBe(sha256);
-	});
-
-	it("is computed each time where nothing can be remembered", async () => {
-		const file = join(directory, "model.gguf");
-		writeFileSync(file, "weights");
-		vi.stubEnv("XDG_CACHE_HOME", file); // no directory
-		const sha256 = createHash("sha256").update("weights").digest("hex");
-		expect(await fileSha256(file)).toBe(sha256);
-		expect(await fileSha256(file)).toBe(sha256);
 	});
 });

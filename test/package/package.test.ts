@@ -41,7 +41,7 @@ describe("the tarballs", () => {
 			/^package\/(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/[\w./-]+\.(js|cjs|d\.ts|d\.cts))$/;
 		const files = list(main);
 		expect(files.filter((file) => !allowed.test(file))).toEqual([]);
-		for (const entry of ["index", "engines/llama-cpp"]) {
+		for (const entry of ["index", "engines/llama-cpp", "engines/onnx"]) {
 			for (const kind of ["js", "cjs", "d.ts", "d.cts"]) {
 				expect(files).toContain(`package/dist/${entry}.${kind}`);
 			}
@@ -95,9 +95,11 @@ describe("in an empty project", () => {
 			"esm.mjs",
 			`import { chunkHashes } from "kvferry";
 			import { LlamaPrefixCache } from "kvferry/llama-cpp";
-			console.log(typeof LlamaPrefixCache, chunkHashes(new Uint32Array(512)).length);`,
+			import { OnnxPrefixCache } from "kvferry/onnx";
+			console.log(typeof LlamaPrefixCache, typeof OnnxPrefixCache);
+			console.log(chunkHashes(new Uint32Array(512)).length);`,
 		);
-		expect(node("esm.mjs")).toBe("function 2\n");
+		expect(node("esm.mjs")).toBe("function function\n2\n");
 	});
 
 	it("require works", () => {
@@ -105,9 +107,11 @@ describe("in an empty project", () => {
 			"cjs.cjs",
 			`const { chunkHashes } = require("kvferry");
 			const { LlamaPrefixCache } = require("kvferry/llama-cpp");
-			console.log(typeof LlamaPrefixCache, chunkHashes(new Uint32Array(512)).length);`,
+			const { OnnxPrefixCache } = require("kvferry/onnx");
+			console.log(typeof LlamaPrefixCache, typeof OnnxPrefixCache);
+			console.log(chunkHashes(new Uint32Array(512)).length);`,
 		);
-		expect(node("cjs.cjs")).toBe("function 2\n");
+		expect(node("cjs.cjs")).toBe("function function\n2\n");
 	});
 
 	it("both module systems work together, in the main thread and in workers", () => {

@@ -9,11 +9,12 @@ import { join } from "node:path";
 import { checkSalt, invalid } from "../arguments.js";
 import { PrefixCache, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
-import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
+import { type ErrorCode, ErrorCodes, KvferryError, wrap } from "../errors.js";
 import { native } from "../native.js";
 import type { LlamaState, LlamaStateFile } from "../native-binding.js";
 import type { Server } from "../server.js";
-import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
+import { type WaitOptions, waitFor } from "../waiting.js";
+import { type Call, Calls, toTokenIds, troubleOf } from "./calls.js";
 import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
 import { Provenance } from "./llama-provenance.js";
 import type {
@@ -113,17 +114,15 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	readonly #context: EngineContext;
 	readonly #prefix: PrefixCache;
 	readonly #state: LlamaState;
-	readonly #defaults: RequestOptions;
+	readonly #calls: Calls;
 	readonly #provenance = new Provenance();
-	readonly #calls = new Set<Promise<unknown>>();
-	#closing: Promise<void> | undefined;
 
 	private constructor(options: LlamaPrefixCacheOptions, prefix: PrefixCache, state: LlamaState) {
 		this.chunkSize = prefix.chunkSize;
 		this.#context = options.context;
 		this.#prefix = prefix;
 		this.#state = state;
-		this.#defaults = { cacheSalt: options.cacheSalt, timeoutMs: options.timeoutMs };
+		this.#calls = new Calls(options);
 	}
 
 	/**
@@ -179,7 +178,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		const started = performance.now();
 		const call = this.#begin(sequence, options);
 		const ids = toTokenIds(tokens);
-		return await this.#track(async () => {
+		return await this.#calls.track(async () => {
 			const loaded = await this.#restore(sequence, ids, call);
 			const readyTokens = sequence.nextTokenIndex;
 			return { ...loaded, readyTokens, durationMs: performance.now() - started };
@@ -228,7 +227,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	async save(sequence: EngineSequence, options: RequestOptions = {}): Promise<SaveResult> {
 		const started = performance.now();
 		const call = this.#begin(sequence, options);
-		return await this.#track(async () => {
+		return await this.#calls.track(async () => {
 			const stored = await this.#save(sequence, call);
 			return { ...stored, durationMs: performance.now() - started };
 		});
@@ -292,8 +291,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	 * `Server`. Calling it again does nothing.
 	 */
 	close(): Promise<void> {
-		this.#closing ??= Promise.allSettled(this.#calls).then(() => this.#prefix.close());
-		return this.#closing;
+		return this.#calls.close(() => this.#prefix.close());
 	}
 
 	/** The same as {@link LlamaPrefixCache.close}. */
@@ -302,28 +300,14 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	}
 
 	#begin(sequence: EngineSequence, options: RequestOptions): Call {
-		if (this.#closing !== undefined) {
-			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
-		}
+		const call = this.#calls.begin(options);
 		if (sequence.disposed) {
 			throw invalid("the sequence was disposed: get another one");
 		}
 		if (sequence.context !== this.#context) {
 			throw invalid("the sequence is of another context: open a cache for each context");
 		}
-		const { cacheSalt = this.#defaults.cacheSalt, signal } = options;
-		const { timeoutMs = this.#defaults.timeoutMs } = options;
-		return { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
-	}
-
-	async #track<T>(work: () => Promise<T>): Promise<T> {
-		const call = work();
-		this.#calls.add(call);
-		try {
-			return await call;
-		} finally {
-			this.#calls.delete(call);
-		}
+		return call;
 	}
 
 	#wholeChunks(tokens: number): number {
@@ -336,13 +320,6 @@ type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "refusedTokens" | "fai
 type PromptOptions = RequestOptions & Parameters<typeof promptTokens>[2];
 
 const NOTHING: Loaded = { hitTokens: 0, bytes: 0, lookupMs: 0 };
-
-/** {@link RequestOptions}, with the defaults filled in. */
-interface Call {
-	readonly salt: string;
-	readonly timeoutMs: number;
-	readonly signal: AbortSignal | undefined;
-}
 
 /** The sequence is empty after a load that failed. */
 async function load(sequence: EngineSequence, file: LlamaStateFile): Promise<void> {
@@ -406,36 +383,4 @@ async function sampleState(
 		await rm(directory, { recursive: true, force: true });
 		await (given === undefined ? sequence.dispose() : sequence.clearHistory());
 	}
-}
-
-/** A copy: the engine works on it while the caller may change the original. */
-function toTokenIds(tokens: readonly number[] | Uint32Array): Uint32Array {
-	const ids = Uint32Array.from(tokens);
-	for (let i = 0; i < ids.length; i++) {
-		const id = ids[i] as number;
-		if (id !== tokens[i] || id >= 2 ** 31) {
-			throw new KvferryError(
-				"INVALID_TOKEN",
-				`Token ${i} is ${tokens[i]}: llama.cpp's tokens are integers from 0 to 2147483647.`,
-			);
-		}
-	}
-	return ids;
-}
-
-/** What the caller did wrong is thrown; all else is trouble that a result tells. */
-const MISUSE: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
-	"INVALID_ARGUMENT",
-	"INVALID_TOKEN",
-	"INVALID_SALT",
-	"ABORTED",
-	"CLOSED",
-]);
-
-function troubleOf(error: unknown): KvferryError {
-	const trouble = fromNative(error);
-	if (MISUSE.has(trouble.code)) {
-		throw trouble;
-	}
-	return trouble;
 }

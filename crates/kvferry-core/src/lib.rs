@@ -12,6 +12,7 @@ pub mod explain;
 pub mod hash;
 pub mod key;
 pub mod kv_layout;
+pub mod kv_tensors;
 pub mod llama_state;
 pub mod paged;
 pub mod parallel;

@@ -90,6 +90,19 @@ pub struct Writing {
     under_way: UnderWay,
 }
 
+/// A chunk's payload on its way to or from its slot.
+pub struct Passage {
+    /// The slot, among those of its reading or writing.
+    place: usize,
+    /// Where the payload begins in the pool.
+    start: u64,
+    /// Bytes that went by.
+    at: u64,
+    digest: Digest,
+    /// What the header says, of a reading.
+    checksum: u64,
+}
+
 impl PrefixCache {
     /// Registers with `cache`. `identity` is everything that the payloads depend on besides tokens and
     /// salt (model, precision, engine release, …), in any form that is always the same;
@@ -364,56 +377,77 @@ impl Reading {
         chunk: u32,
         into: impl FnOnce(&mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>,
     ) -> Result<bool> {
-        let (Some(slot), Some(identity)) =
-            (self.slots.get(chunk as usize), self.identities.get(chunk as usize))
+        let Some(mut passage) = self.begin(chunk)? else { return Ok(false) };
+        into(&mut |bytes| self.next(&mut passage, bytes))?;
+        self.end(passage)
+    }
+
+    /// Begins to read a chunk in several goes; `None` when it is not what was stored, by its header.
+    pub fn begin(&self, chunk: u32) -> Result<Option<Passage>> {
+        let place = chunk as usize;
+        let (Some(slot), Some(identity)) = (self.slots.get(place), self.identities.get(place))
         else {
             return Err(Error::invalid(format!(
                 "chunk {chunk} is not among the {} of the hit",
                 self.chunks()
             )));
         };
-        let Some(start) = payload_start(slot, self.payload_bytes) else { return Ok(false) };
-        let whole = self.read_payload(slot, start, identity, into)?;
+        let Some(start) = payload_start(slot, self.payload_bytes) else { return Ok(None) };
+        let mut header = [0; HEADER];
+        self.memory.read(slot.offset, &mut header)?;
+        match parse_header(&header, self.payload_bytes, identity) {
+            Some(checksum) => Ok(Some(Passage { checksum, ..Passage::new(place, start) })),
+            None => {
+                self.note_damage(place);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Fills `bytes` with the payload's next ones.
+    pub fn next(&self, passage: &mut Passage, bytes: &mut [u8]) -> Result<()> {
+        for piece in bytes.chunks_mut(PIECE) {
+            let at = passage.advance(piece.len(), self.payload_bytes)?;
+            self.memory.read(at, piece)?;
+            passage.digest.update(piece);
+        }
+        Ok(())
+    }
+
+    /// Whether all that was read of the payload is what was stored; see [`Reading::read`].
+    pub fn end(&self, passage: Passage) -> Result<bool> {
+        if passage.at != self.payload_bytes {
+            return Err(Error::invalid(format!(
+                "{} of the payload's {} bytes were read",
+                passage.at, self.payload_bytes
+            )));
+        }
+        let whole = passage.digest.finalize() == passage.checksum;
         if !whole {
-            self.damaged.lock().unwrap_or_else(PoisonError::into_inner).push(slot.clone());
+            self.note_damage(passage.place);
         }
         Ok(whole)
     }
 
-    fn read_payload(
-        &self,
-        slot: &Slot,
-        start: u64,
-        identity: &[u8; 32],
-        into: impl FnOnce(&mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>,
-    ) -> Result<bool> {
-        let mut header = [0; HEADER];
-        self.memory.read(slot.offset, &mut header)?;
-        let checksum = match parse_header(&header, self.payload_bytes, identity) {
-            Some(checksum) => checksum,
-            None => return Ok(false),
-        };
-        let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
-        let mut at = 0;
-        into(&mut |bytes| {
-            for piece in bytes.chunks_mut(PIECE) {
-                let end = at + piece.len() as u64;
-                if end > self.payload_bytes {
-                    return Err(too_long(end, self.payload_bytes));
-                }
-                self.memory.read(start + at, piece)?;
-                digest.update(piece);
-                at = end;
-            }
-            Ok(())
-        })?;
-        if at != self.payload_bytes {
-            return Err(Error::invalid(format!(
-                "{at} of the payload's {} bytes were read",
-                self.payload_bytes
-            )));
+    fn note_damage(&self, place: usize) {
+        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        damaged.extend(self.slots.get(place).cloned());
+    }
+}
+
+impl Passage {
+    fn new(place: usize, start: u64) -> Self {
+        Self { place, start, at: 0, digest: Digest::new(CrcAlgorithm::Crc64Nvme), checksum: 0 }
+    }
+
+    /// Where the payload's next `length` bytes begin in the pool.
+    fn advance(&mut self, length: usize, payload_bytes: u64) -> Result<u64> {
+        let (from, end) = (self.at, self.at + length as u64);
+        if end > payload_bytes {
+            return Err(too_long(end, payload_bytes));
         }
-        Ok(digest.finalize() == checksum)
+        self.at = end;
+        Ok(self.start + from)
     }
 }
 
@@ -436,7 +470,14 @@ impl Writing {
         place: usize,
         from: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
     ) -> Result<()> {
-        let (Some(slot), Some(chunk)) = (self.slots.get(place), self.chunks.get(place)) else {
+        let mut passage = self.begin(place)?;
+        from(&mut |bytes| self.next(&mut passage, bytes))?;
+        self.end(passage)
+    }
+
+    /// Begins to write one of [`Writing::chunks`] in several goes.
+    pub fn begin(&self, place: usize) -> Result<Passage> {
+        let Some(slot) = self.slots.get(place) else {
             return Err(Error::invalid(format!(
                 "place {place} is not among the {} to write",
                 self.slots.len()
@@ -449,28 +490,30 @@ impl Writing {
                 format!("the server's slot of {length} bytes at {offset} cannot hold the chunk"),
             )
         })?;
-        let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
-        let mut at = 0;
-        from(&mut |bytes| {
-            for piece in bytes.chunks(PIECE) {
-                let end = at + piece.len() as u64;
-                if end > self.payload_bytes {
-                    return Err(too_long(end, self.payload_bytes));
-                }
-                self.memory.write(start + at, piece)?;
-                digest.update(piece);
-                at = end;
-            }
-            Ok(())
-        })?;
-        if at != self.payload_bytes {
+        Ok(Passage::new(place, start))
+    }
+
+    /// Appends to the payload.
+    pub fn next(&self, passage: &mut Passage, bytes: &[u8]) -> Result<()> {
+        for piece in bytes.chunks(PIECE) {
+            let at = passage.advance(piece.len(), self.payload_bytes)?;
+            self.memory.write(at, piece)?;
+            passage.digest.update(piece);
+        }
+        Ok(())
+    }
+
+    /// Writes the header, which makes a chunk of the payload.
+    pub fn end(&self, passage: Passage) -> Result<()> {
+        if passage.at != self.payload_bytes {
             return Err(Error::invalid(format!(
-                "{at} of the payload's {} bytes were written",
-                self.payload_bytes
+                "{} of the payload's {} bytes were written",
+                passage.at, self.payload_bytes
             )));
         }
-        let header =
-            header(self.payload_bytes, digest.finalize(), &self.identities[*chunk as usize]);
+        let (slot, chunk) = (&self.slots[passage.place], self.chunks[passage.place]);
+        let identity = &self.identities[chunk as usize];
+        let header = header(self.payload_bytes, passage.digest.finalize(), identity);
         self.memory.write(slot.offset, &header)
     }
 }

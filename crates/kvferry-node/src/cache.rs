@@ -21,7 +21,7 @@ pub struct PrefixCache {
 }
 
 /// What is handed over once: taken by the call that ends it.
-type Once<T> = Mutex<Option<T>>;
+pub(crate) type Once<T> = Mutex<Option<T>>;
 
 /// What a lookup found.
 #[napi]
@@ -34,13 +34,13 @@ pub struct PrefixHit {
 #[napi]
 pub struct PrefixReading {
     hit: Once<prefix::Hit>,
-    reading: Arc<Once<prefix::Reading>>,
+    pub(crate) reading: Arc<Once<prefix::Reading>>,
 }
 
 /// Chunks being stored.
 #[napi]
 pub struct PrefixWriting {
-    writing: Once<prefix::Writing>,
+    pub(crate) writing: Arc<Once<prefix::Writing>>,
     chunks: Vec<u32>,
     refused: Option<u32>,
 }
@@ -160,7 +160,7 @@ impl PrefixCache {
         promise(env, async move {
             let writing = inner.store(&tokens, &salt, until).await?;
             let (chunks, refused) = (writing.chunks().to_vec(), writing.refused());
-            Ok(PrefixWriting { writing: Mutex::new(Some(writing)), chunks, refused })
+            Ok(PrefixWriting { writing: Arc::new(Mutex::new(Some(writing))), chunks, refused })
         })
     }
 
@@ -256,6 +256,6 @@ fn take<T>(once: &Once<T>) -> Result<T> {
     once.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or_else(ended)
 }
 
-fn ended() -> napi::Error {
+pub(crate) fn ended() -> napi::Error {
     to_napi(Error::new(ErrorCode::Closed, "this operation has ended already; begin another one"))
 }

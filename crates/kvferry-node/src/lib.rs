@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod explain;
 mod hash;
+mod kv_tensors;
 #[cfg(target_os = "linux")]
 mod llama_state;
 mod paged;

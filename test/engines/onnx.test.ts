@@ -1,0 +1,302 @@
+// What the cache does with tensors, without an engine; onnx-engines.test.ts has the engines.
+
+import { setImmediate } from "node:timers/promises";
+import { afterEach, describe, expect, it } from "vitest";
+import { Client } from "../../ts/client.js";
+import {
+	type LoadResult,
+	OnnxPrefixCache,
+	type OnnxPrefixCacheOptions,
+} from "../../ts/engines/onnx.js";
+import { Server } from "../../ts/server.js";
+import { ServerProcess } from "../server-process.js";
+import { FakeTensor, presentOf, sessionOf } from "./onnx-sessions.js";
+
+const CHUNK = 32;
+const LAYERS = 3;
+const LAYOUT = { kvHeads: 2, headSize: 24, dtype: "float32" } as const;
+const session = sessionOf(LAYERS, LAYOUT);
+
+/** Chunks of 4 MiB: copied in several goes. */
+const WIDE = { kvHeads: 64, headSize: 128, dtype: "float32" } as const;
+const wide = sessionOf(2, WIDE);
+
+const handles: (() => Promise<unknown>)[] = [];
+
+afterEach(async () => {
+	for (const close of handles.splice(0).reverse()) {
+		await close();
+	}
+});
+
+async function newServer(memory = 2 ** 27): Promise<Server> {
+	const server = await Server.start({ listen: false, memory, chunkSize: CHUNK });
+	handles.push(() => server.close());
+	return server;
+}
+
+async function openCache(
+	via: Client | Server,
+	options: Partial<OnnxPrefixCacheOptions<FakeTensor>> = {},
+): Promise<OnnxPrefixCache<FakeTensor>> {
+	const cache = await OnnxPrefixCache.open({
+		...{ session, Tensor: FakeTensor, modelId: "model", via },
+		...options,
+	});
+	handles.push(() => cache.close());
+	return cache;
+}
+
+/** `count` tokens that begin with `first`. */
+function tokens(count: number, first = 0): number[] {
+	return Array.from({ length: count }, (_, at) => first + at);
+}
+
+/** The tensors of `count` tokens, as load gives them. */
+function feedsOf(count: number, of = session, layout: typeof LAYOUT | typeof WIDE = LAYOUT) {
+	const entries = Object.entries(presentOf(of, layout, count));
+	return Object.fromEntries(
+		entries.map(([name, tensor]) => [name.replace("present", "past_key_values"), tensor]),
+	);
+}
+
+const hit = (hitTokens: number): Partial<LoadResult> => ({ hitTokens });
+const code = (expected: string) => expect.objectContaining({ code: expected });
+
+describe("a stored prompt", () => {
+	it.each(["float32", "float16"] as const)("is given back as tensors of %s", async (dtype) => {
+		const via = await newServer();
+		const layout = { ...LAYOUT, dtype };
+		const of = sessionOf(LAYERS, layout);
+		const cache = await openCache(via, { session: of });
+		const saved = await cache.save(tokens(100), presentOf(of, layout, 100));
+		const chunkBytes = LAYERS * 2 * 2 * CHUNK * 24 * (dtype === "float32" ? 4 : 2);
+		expect(saved).toMatchObject({ storedTokens: 96, bytes: 3 * chunkBytes, refusedTokens: 0 });
+
+		const loaded = await cache.load(BigInt64Array.from(tokens(100), BigInt));
+		expect(loaded).toMatchObject({ hitTokens: 96, bytes: 3 * chunkBytes });
+		const feeds = Object.entries(feedsOf(96)).map(([name, { data, dims }]) => {
+			const elements = dtype === "float16" ? Uint16Array.from(data) : data;
+			return [name, new FakeTensor(dtype, elements, dims)];
+		});
+		expect(loaded.feeds).toEqual(Object.fromEntries(feeds));
+	});
+
+	it("serves every prompt that begins like it, and leaves one token to be evaluated", async () => {
+		const cache = await openCache(await newServer());
+		await cache.save(tokens(101), presentOf(session, LAYOUT, 100)); // one was not evaluated
+		expect(await cache.load([...tokens(70), ...tokens(30, 500)])).toMatchObject(hit(64));
+		expect(await cache.load(tokens(96))).toMatchObject(hit(64));
+		expect(await cache.load(tokens(97))).toMatchObject(hit(96));
+		const { feeds, hitTokens, failure } = await cache.load(tokens(50, 500));
+		expect({ hitTokens, failure }).toEqual({ hitTokens: 0, failure: undefined });
+		expect(feeds).toEqual(feedsOf(0));
+		expect(await cache.load([])).toMatchObject(hit(0));
+	});
+
+	it("grows by what is new, and is not loaded beside what the caller has", async () => {
+		const via = await newServer();
+		const cache = await openCache(via);
+		const first = await cache.save(tokens(70), presentOf(session, LAYOUT, 70));
+		const second = await cache.save(tokens(140), feedsOf(140));
+		expect([first.storedTokens, second.storedTokens]).toEqual([64, 128]);
+		expect(second.bytes).toBe(first.bytes);
+		expect(await cache.save(tokens(140), feedsOf(140))).toMatchObject({
+			...{ storedTokens: 128, bytes: 0 },
+		});
+		expect((await cache.load(tokens(140))).feeds).toEqual(feedsOf(128));
+		const own = await cache.load(tokens(140), { beyond: 128 });
+		expect(own).toMatchObject({ hitTokens: 0, bytes: 0 });
+		expect(await cache.load(tokens(140), { beyond: 127 })).toMatchObject(hit(128));
+		await expect.poll(() => via.status()).toMatchObject({ leases: 0, slots_reading: 0 });
+	});
+
+	it("is no hit for another tenant, model, engine or shape", async () => {
+		const via = await newServer();
+		const cache = await openCache(via, { cacheSalt: "tenant" });
+		await cache.save(tokens(40), presentOf(session, LAYOUT, 40));
+		expect(await cache.load(tokens(40))).toMatchObject(hit(32));
+		expect(await cache.load(tokens(40), { cacheSalt: "other" })).toMatchObject(hit(0));
+		expect(await cache.load(tokens(40), { cacheSalt: null })).toMatchObject(hit(0));
+		for (const options of [
+			{ modelId: "another" },
+			{ engine: "cuda" },
+			{ session: sessionOf(LAYERS, { ...LAYOUT, dtype: "float16" }) },
+			{ session: sessionOf(LAYERS, { ...LAYOUT, kvHeads: 24, headSize: 2 }) },
+		]) {
+			const other = await openCache(via, { ...options, cacheSalt: "tenant" });
+			expect(await other.load(tokens(40))).toMatchObject(hit(0));
+		}
+		const same = await openCache(via, { cacheSalt: "tenant" });
+		expect(await same.load(tokens(40))).toMatchObject(hit(32));
+	});
+
+	it("that has no room is stored as far as there is some, and that is said", async () => {
+		const chunkBytes = LAYERS * 2 * 2 * CHUNK * 24 * 4;
+		const via = await newServer(3 * Math.ceil((chunkBytes + 64) / 4096) * 4096);
+		const cache = await openCache(via);
+		const saved = await cache.save(tokens(160), presentOf(session, LAYOUT, 160));
+		expect(saved).toMatchObject({ storedTokens: 96, refusedTokens: 64 });
+	});
+});
+
+describe("large tensors", () => {
+	const PROMPT = 4 * CHUNK + 1;
+
+	/** Waits, a turn of the event loop at a time, until `begun`, and one turn more. */
+	async function turns(begun: () => boolean): Promise<void> {
+		while (!begun()) {
+			await setImmediate();
+		}
+		await setImmediate();
+	}
+
+	it("are copied in several goes, between which the event loop turns", async () => {
+		const via = await newServer();
+		const cache = await openCache(via, { session: wide });
+		let count = 0;
+		let open = true;
+		const watch = async () => {
+			while (open) {
+				await setImmediate();
+				const { slots_reading, slots_writing } = via.status();
+				count += slots_reading + slots_writing > 0 ? 1 : 0;
+			}
+		};
+		const watching = watch();
+		await cache.save(tokens(PROMPT), presentOf(wide, WIDE, PROMPT));
+		const stored = count;
+		const { feeds } = await cache.load(tokens(PROMPT));
+		open = false;
+		await watching;
+		expect(feeds).toEqual(feedsOf(4 * CHUNK, wide, WIDE));
+		expect(stored).toBeGreaterThan(2);
+		expect(count - stored).toBeGreaterThan(2);
+	});
+
+	it("are let go of when the signal aborts in the middle", async () => {
+		const via = await newServer();
+		const cache = await openCache(via, { session: wide });
+		const present = presentOf(wide, WIDE, PROMPT);
+		const storing = new AbortController();
+		const saving = cache.save(tokens(PROMPT), present, { signal: storing.signal });
+		const [saved] = await Promise.allSettled([
+			saving,
+			turns(() => via.status().slots_writing > 0).then(() => storing.abort()),
+		]);
+		expect(saved).toMatchObject({ status: "rejected", reason: code("ABORTED") });
+		await expect.poll(() => via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
+
+		await cache.save(tokens(PROMPT), present);
+		const reading = new AbortController();
+		const loading = cache.load(tokens(PROMPT), { signal: reading.signal });
+		const [loaded] = await Promise.allSettled([
+			loading,
+			turns(() => via.status().slots_reading > 0).then(() => reading.abort()),
+		]);
+		expect(loaded).toMatchObject({ status: "rejected", reason: code("ABORTED") });
+		await expect.poll(() => via.status()).toMatchObject({ leases: 0, slots_reading: 0, objects: 4 });
+		expect(await cache.load(tokens(PROMPT))).toMatchObject(hit(4 * CHUNK));
+	});
+
+	it("that are transferred in the middle are not stored", async () => {
+		const via = await newServer();
+		const cache = await openCache(via, { session: wide });
+		const present = presentOf(wide, WIDE, PROMPT);
+		const transfer = () => {
+			structuredClone(null, { transfer: [present["present.1.value"]?.data.buffer as ArrayBuffer] });
+		};
+		const [saved] = await Promise.allSettled([
+			cache.save(tokens(PROMPT), present),
+			turns(() => via.status().slots_writing > 0).then(transfer),
+		]);
+		expect(saved).toMatchObject({ status: "rejected", reason: code("INVALID_ARGUMENT") });
+		expect(via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
+	});
+});
+
+describe("trouble with the cache", () => {
+	it("is told beside the result, and the prompt can be evaluated", async () => {
+		const server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		handles.push(() => server[Symbol.asyncDispose]());
+		const client = await Client.connect({ url: server.url });
+		handles.push(() => client.close());
+		const cache = await openCache(client);
+		await server.kill();
+		const call = { timeoutMs: 500 };
+		const loaded = await cache.load(tokens(70), call);
+		expect(loaded).toMatchObject(hit(0));
+		expect(loaded.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+		expect(loaded.feeds).toEqual(feedsOf(0));
+		const saved = await cache.save(tokens(70), presentOf(session, LAYOUT, 70), call);
+		expect(saved).toMatchObject({ storedTokens: 0, bytes: 0 });
+		expect(saved.failure?.code).toMatch(/^(TIMEOUT|UNREACHABLE)$/);
+	});
+});
+
+describe("misuse", () => {
+	it("is thrown, with what to do", async () => {
+		const via = await newServer();
+		const cache = await openCache(via);
+		const present = presentOf(session, LAYOUT, 70);
+		await expect(cache.load([1, 0.5])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.load([1n, -1n])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.load([2 ** 31])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.load(tokens(70), { timeoutMs: 0 })).rejects.toEqual(code("INVALID_ARGUMENT"));
+		await expect(cache.load(tokens(70), { beyond: -1 })).rejects.toEqual(code("INVALID_ARGUMENT"));
+		await expect(cache.load(tokens(70), { cacheSalt: "a@b" })).rejects.toEqual(code("INVALID_SALT"));
+		const signal = AbortSignal.abort();
+		await expect(cache.load(tokens(70), { signal })).rejects.toEqual(code("ABORTED"));
+		await expect(cache.save(tokens(70), present, { signal })).rejects.toEqual(code("ABORTED"));
+		await expect(cache.generate({ input_ids: present["present.0.key"] as FakeTensor })).rejects.toThrow(
+			/`model` and `DynamicCache`/,
+		);
+		await cache.close();
+		await cache.close();
+		await expect(cache.load(tokens(70))).rejects.toEqual(code("CLOSED"));
+		await expect(cache.save(tokens(70), present)).rejects.toEqual(code("CLOSED"));
+	});
+
+	it("of an open is told", async () => {
+		const via = await newServer();
+		const refused = code("INVALID_ARGUMENT");
+		await expect(openCache(via, { session: undefined })).rejects.toEqual(refused);
+		await expect(openCache(via, { Tensor: {} as typeof FakeTensor })).rejects.toEqual(refused);
+		await expect(openCache(via, { cacheSalt: "\ud800" })).rejects.toEqual(code("INVALID_SALT"));
+		await expect(openCache(via, { session: sessionOf(0, LAYOUT) })).rejects.toEqual(
+			code("UNSUPPORTED_MODEL"),
+		);
+	});
+
+	it("of tensors moves no byte", async () => {
+		const via = await newServer();
+		const cache = await openCache(via);
+		const refused = async (given: number, change: Record<string, unknown>, reason: RegExp) => {
+			const outputs = { ...presentOf(session, LAYOUT, 70), ...change };
+			await expect(cache.save(tokens(given), outputs)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(reason),
+			});
+		};
+		const float = (dims: number[], elements = 2 * 70 * 24) =>
+			new FakeTensor("float32", new Float32Array(elements), dims);
+		const detached = float([1, 2, 70, 24]);
+		structuredClone(null, { transfer: [detached.data.buffer as ArrayBuffer] });
+		await refused(69, {}, /hold 70 tokens and 69 were given/);
+		await refused(72, {}, /hold 70 tokens and 72 were given/);
+		for (const [tensor, reason] of [
+			[undefined, /neither present.1.key nor past_key_values.1.key/],
+			[float([1, 70, 2, 24]), /\[1,70,2,24\]: it must be float32 \[1, 2, tokens, 24\]/],
+			[float([2, 2, 70, 24], 2 * 2 * 70 * 24), /batch of 2/],
+			[float([2, 70, 24]), /it must be/],
+			[float([1, 2, 64, 24], 2 * 64 * 24), /holds 64 tokens and others 70.*sliding window/],
+			[float([1, 2, 70, 24], 2 * 70 * 23), /does not have 13440 bytes/],
+			[detached, /does not have 13440 bytes/],
+			[new FakeTensor("float16", new Uint16Array(2 * 70 * 24), [1, 2, 70, 24]), /is float16/],
+			[{ ...float([1, 2, 70, 24]), location: "gpu-buffer" }, /lies in a gpu-buffer/],
+		] as const) {
+			await refused(70, { "present.1.key": tensor }, reason);
+		}
+		expect(via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
+	});
+});

@@ -1,0 +1,84 @@
+import { checkSalt } from "../arguments.js";
+import type { RequestOptions } from "../cache.js";
+import { type ErrorCode, fromNative, KvferryError } from "../errors.js";
+import { timeoutOf } from "../waiting.js";
+
+/** {@link RequestOptions}, with the defaults filled in. */
+export interface Call {
+	readonly salt: string;
+	readonly timeoutMs: number;
+	readonly signal: AbortSignal | undefined;
+}
+
+/** The calls of one engine's cache: their defaults, and the end that waits for them. */
+export class Calls {
+	readonly #defaults: RequestOptions;
+	readonly #running = new Set<Promise<unknown>>();
+	#closing: Promise<void> | undefined;
+
+	constructor({ cacheSalt, timeoutMs }: RequestOptions) {
+		this.#defaults = { cacheSalt, timeoutMs };
+	}
+
+	/** @throws {@link KvferryError} `CLOSED`, `INVALID_SALT`, `INVALID_ARGUMENT`. */
+	begin(options: RequestOptions): Call {
+		if (this.#closing !== undefined) {
+			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
+		}
+		const { cacheSalt = this.#defaults.cacheSalt, signal } = options;
+		const { timeoutMs = this.#defaults.timeoutMs } = options;
+		return { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
+	}
+
+	/** Runs a call that {@link Calls.close} waits for. */
+	async track<T>(work: () => Promise<T>): Promise<T> {
+		const call = work();
+		this.#running.add(call);
+		try {
+			return await call;
+		} finally {
+			this.#running.delete(call);
+		}
+	}
+
+	/** Lets no more calls begin, and runs `end` once after those under way. */
+	close(end: () => Promise<void>): Promise<void> {
+		this.#closing ??= Promise.allSettled(this.#running).then(end);
+		return this.#closing;
+	}
+}
+
+/** What the caller did wrong is thrown; all else is trouble that a result tells. */
+const MISUSE: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
+	"INVALID_ARGUMENT",
+	"INVALID_TOKEN",
+	"INVALID_SALT",
+	"ABORTED",
+	"CLOSED",
+]);
+
+/** The trouble that `error` is; misuse is thrown on. */
+export function troubleOf(error: unknown): KvferryError {
+	const trouble = fromNative(error);
+	if (MISUSE.has(trouble.code)) {
+		throw trouble;
+	}
+	return trouble;
+}
+
+/** A copy: the engine works on it while the caller may change the original. */
+export function toTokenIds(
+	tokens: readonly number[] | readonly bigint[] | Uint32Array | BigInt64Array,
+): Uint32Array {
+	const ids = Uint32Array.from(tokens, Number);
+	for (let i = 0; i < ids.length; i++) {
+		const id = ids[i] as number;
+		if (id !== Number(tokens[i]) || id >= 2 ** 31) {
+			throw new KvferryError(
+				"INVALID_TOKEN",
+				`Token ${i} is ${tokens[i]}: tokens are integers from 0 to 2147483647.`,
+			);
+		}
+	}
+	return ids;
+}

@@ -1,0 +1,90 @@
+import { createHash } from "node:crypto";
+import { mkdir, open, readFile, rename, stat, writeFile } from "node:fs/promises";
+import { homedir } from "node:os";
+import { isAbsolute, join } from "node:path";
+import { KvferryError } from "../errors.js";
+
+/** A file as it was when it was hashed. */
+interface Remembered {
+	readonly size: string;
+	readonly mtimeNs: string;
+	readonly sha256: string;
+}
+
+/**
+ * SHA-256 of a file, 64 hexadecimal digits. Computed once and remembered, by device, inode, size and
+ * time of change, in `$XDG_CACHE_HOME/kvferry` (`~/.cache/kvferry`).
+ *
+ * @throws {@link KvferryError} `SYSTEM` when the file cannot be read.
+ */
+export async function fileSha256(path: string): Promise<string> {
+	try {
+		const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true });
+		const key = { size: String(size), mtimeNs: String(mtimeNs) };
+		const memory = join(cacheDirectory(), `sha256-${dev}-${ino}.json`);
+		const known = await recall(memory);
+		if (known?.size === key.size && known.mtimeNs === key.mtimeNs) {
+			return known.sha256;
+		}
+		const sha256 = await hashFile(path);
+		const after = await stat(path, { bigint: true });
+		if (after.ino === ino && after.size === size && after.mtimeNs === mtimeNs) {
+			await remember(memory, { ...key, sha256 });
+		}
+		return sha256;
+	} catch (error) {
+		throw new KvferryError("SYSTEM", `Hashing the model ${path}: ${(error as Error).message}`, {
+			cause: error,
+		});
+	}
+}
+
+async function hashFile(path: string): Promise<string> {
+	const hash = createHash("sha256");
+	await using file = await open(path);
+	for await (const piece of file.createReadStream({ highWaterMark: 1 << 20, autoClose: false })) {
+		hash.update(piece);
+	}
+	return hash.digest("hex");
+}
+
+function cacheDirectory(): string {
+	const { XDG_CACHE_HOME: configured } = process.env;
+	// The specification has relative paths ignored.
+	const base = configured !== undefined && isAbsolute(configured) ? configured : undefined;
+	return join(base ?? join(homedir(), ".cache"), "kvferry");
+}
+
+async function recall(path: string): Promise<Remembered | undefined> {
+	try {
+		const value = JSON.parse(await readFile(path, "utf8"));
+		return /^[0-9a-f]{64}$/.test(value.sha256) ? value : undefined;
+	} catch {
+		return undefined; // not there, or not ours: the file is hashed again
+	}
+}
+
+/** Does its best: a home that cannot be written to costs time, no correctness. */
+async function remember(path: string, value: Remembered): Promise<void> {
+	const partial = `${path}.${process.pid}`;
+	try {
+		await mkdir(cacheDirectory(), { recursive: true, mode: 0o700 });
+		await writeFile(partial, JSON.stringify(value), { mode: 0o600 });
+		await rename(partial, path);
+	} catch {
+		return;
+	}
+}
+
+/** JSON with sorted keys, so that equal values give equal text. */
+export function canonicalJson(value: unknown): string {
+	return JSON.stringify(value, (_key, item: unknown) => {
+		if (typeof item === "bigint") {
+			return `${item}n`;
+		}
+		if (typeof item === "object" && item !== null && !Array.isArray(item)) {
+			return Object.fromEntries(Object.entries(item).sort(([a], [b]) => (a < b ? -1 : 1)));
+		}
+		return item;
+	});
+}
