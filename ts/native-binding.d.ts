@@ -49,6 +49,32 @@ export declare class Client {
   close(timeoutMs: number): Promise<undefined>
 }
 
+/** What all tensors of a model have in common. */
+export declare class KvTensors {
+  /** `dtype` is torch's name of the element type. */
+  constructor(tensors: number, heads: number, headSize: number, dtype: string, chunkSize: number)
+  /** Bytes of a chunk. */
+  get payloadBytes(): number
+  /** Loads the first `chunks` of a reading into tensors of as many tokens. */
+  load(reading: PrefixReading, chunks: number): KvTensorsLoad
+  /** Stores a writing's chunks out of tensors of `tokens`. */
+  store(writing: PrefixWriting, tokens: number): KvTensorsStore
+}
+
+/** Chunks on their way into tensors. */
+export declare class KvTensorsLoad {
+  /** Copies on, some milliseconds long; `false` when there is no more to copy. */
+  copy(tensors: Array<Uint8Array>): boolean
+  /** Leading chunks that are loaded. */
+  get loaded(): number
+}
+
+/** Chunks on their way out of tensors. */
+export declare class KvTensorsStore {
+  /** Copies on, some milliseconds long; `false` when there is no more to copy. */
+  copy(tensors: Array<Uint8Array>): boolean
+}
+
 /** One engine context's state in a prefix cache. */
 export declare class LlamaState {
   /** `descriptor` describes the geometry; `streams` is the number of the context's streams. */

@@ -12,7 +12,7 @@ import { pathToFileURL } from "node:url";
 import { Client } from "kvferry";
 import { OnnxPrefixCache } from "kvferry/onnx";
 
-const [mode = "", directory = "", dtype = "fp32", url, prompt = "[]", split = "0"] =
+const [mode = "", directory = "", dtype = "fp32", url = "", prompt = "[]", split = "0"] =
 	process.argv.slice(2);
 const require = createRequire(new URL("../../examples/onnx-chat/package.json", import.meta.url));
 // The ESM build: another one's classes are not the same.
@@ -31,7 +31,9 @@ const model = await AutoModelForCausalLM.from_pretrained(basename(directory), {
 const logits = [];
 class Recorder extends LogitsProcessor {
 	_call(/** @type {unknown} */ _ids, /** @type {{ data: Float32Array }} */ scores) {
-		logits.push(Buffer.from(new Uint8Array(Float32Array.from(scores.data).buffer)).toString("base64"));
+		logits.push(
+			Buffer.from(new Uint8Array(Float32Array.from(scores.data).buffer)).toString("base64"),
+		);
 		return scores;
 	}
 }
@@ -41,7 +43,11 @@ recorders.push(new Recorder());
 const ids = BigInt64Array.from(JSON.parse(prompt), BigInt);
 const inputs = (/** @type {BigInt64Array} */ tokens, /** @type {number} */ count) => ({
 	input_ids: new Tensor("int64", tokens, [1, tokens.length]),
-	attention_mask: new Tensor("int64", tokens.map(() => 1n), [1, tokens.length]),
+	attention_mask: new Tensor(
+		"int64",
+		tokens.map(() => 1n),
+		[1, tokens.length],
+	),
 	max_new_tokens: count,
 	do_sample: false,
 });
@@ -49,7 +55,7 @@ const whole = { ...inputs(ids, 8), logits_processor: recorders };
 const first = inputs(ids.slice(0, Number(split)), 1);
 
 const result = await run();
-console.log(
+process.stdout.write(
 	JSON.stringify({
 		hitTokens: result.loaded?.hitTokens,
 		storedTokens: result.saved?.storedTokens,
@@ -59,6 +65,7 @@ console.log(
 	}),
 );
 
+/** @returns {Promise<Partial<import("kvferry/onnx").GenerateResult> & { sequences: { data: any } }>} */
 async function run() {
 	if (mode === "single") {
 		return { sequences: await model.generate(whole) };

@@ -2,7 +2,12 @@ import type { EngineSession, EngineTensor, OnnxLayout } from "../../ts/engines/o
 
 /** What a session tells, without an engine behind it. */
 export interface FakeSession extends EngineSession {
-	readonly inputMetadata: { name: string; isTensor: boolean; type: string; shape: (number | string)[] }[];
+	readonly inputMetadata: {
+		name: string;
+		isTensor: boolean;
+		type: string;
+		shape: (number | string)[];
+	}[];
 }
 
 /** A session of so many layers with plain KV inputs, and the inputs that all models have. */
@@ -11,7 +16,10 @@ export function sessionOf(
 	{ kvHeads, headSize, dtype }: OnnxLayout,
 	more: readonly string[] = [],
 ): FakeSession {
-	const names = Array.from({ length: layers }, (_, layer) => [`${layer}.key`, `${layer}.value`]).flat();
+	const names = Array.from({ length: layers }, (_, layer) => [
+		`${layer}.key`,
+		`${layer}.value`,
+	]).flat();
 	const inputNames = [
 		...["input_ids", "attention_mask", "position_ids", ...more],
 		...names.map((name) => `past_key_values.${name}`).reverse(), // the order is not ours to choose

@@ -143,6 +143,9 @@ describe("a stored prompt", () => {
 describe("large tensors", () => {
 	const PROMPT = 4 * CHUNK + 1;
 
+	const busy = (via: Server, slots: "slots_reading" | "slots_writing") =>
+		Number(via.status()[slots]) > 0;
+
 	/** Waits, a turn of the event loop at a time, until `begun`, and one turn more. */
 	async function turns(begun: () => boolean): Promise<void> {
 		while (!begun()) {
@@ -159,8 +162,7 @@ describe("large tensors", () => {
 		const watch = async () => {
 			while (open) {
 				await setImmediate();
-				const { slots_reading, slots_writing } = via.status();
-				count += slots_reading + slots_writing > 0 ? 1 : 0;
+				count += busy(via, "slots_reading") || busy(via, "slots_writing") ? 1 : 0;
 			}
 		};
 		const watching = watch();
@@ -169,7 +171,10 @@ describe("large tensors", () => {
 		const { feeds } = await cache.load(tokens(PROMPT));
 		open = false;
 		await watching;
-		expect(feeds).toEqual(feedsOf(4 * CHUNK, wide, WIDE));
+		for (const [name, { data }] of Object.entries(feedsOf(4 * CHUNK, wide, WIDE))) {
+			const loaded = feeds[name]?.data as Float32Array;
+			expect(Buffer.from(loaded.buffer).equals(Buffer.from(data.buffer)), name).toBe(true);
+		}
 		expect(stored).toBeGreaterThan(2);
 		expect(count - stored).toBeGreaterThan(2);
 	});
@@ -182,7 +187,7 @@ describe("large tensors", () => {
 		const saving = cache.save(tokens(PROMPT), present, { signal: storing.signal });
 		const [saved] = await Promise.allSettled([
 			saving,
-			turns(() => via.status().slots_writing > 0).then(() => storing.abort()),
+			turns(() => busy(via, "slots_writing")).then(() => storing.abort()),
 		]);
 		expect(saved).toMatchObject({ status: "rejected", reason: code("ABORTED") });
 		await expect.poll(() => via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
@@ -192,10 +197,12 @@ describe("large tensors", () => {
 		const loading = cache.load(tokens(PROMPT), { signal: reading.signal });
 		const [loaded] = await Promise.allSettled([
 			loading,
-			turns(() => via.status().slots_reading > 0).then(() => reading.abort()),
+			turns(() => busy(via, "slots_reading")).then(() => reading.abort()),
 		]);
 		expect(loaded).toMatchObject({ status: "rejected", reason: code("ABORTED") });
-		await expect.poll(() => via.status()).toMatchObject({ leases: 0, slots_reading: 0, objects: 4 });
+		await expect
+			.poll(() => via.status())
+			.toMatchObject({ leases: 0, slots_reading: 0, objects: 4 });
 		expect(await cache.load(tokens(PROMPT))).toMatchObject(hit(4 * CHUNK));
 	});
 
@@ -208,7 +215,7 @@ describe("large tensors", () => {
 		};
 		const [saved] = await Promise.allSettled([
 			cache.save(tokens(PROMPT), present),
-			turns(() => via.status().slots_writing > 0).then(transfer),
+			turns(() => busy(via, "slots_writing")).then(transfer),
 		]);
 		expect(saved).toMatchObject({ status: "rejected", reason: code("INVALID_ARGUMENT") });
 		expect(via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
@@ -242,15 +249,19 @@ describe("misuse", () => {
 		await expect(cache.load([1, 0.5])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([1n, -1n])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([2 ** 31])).rejects.toEqual(code("INVALID_TOKEN"));
-		await expect(cache.load(tokens(70), { timeoutMs: 0 })).rejects.toEqual(code("INVALID_ARGUMENT"));
+		await expect(cache.load(tokens(70), { timeoutMs: 0 })).rejects.toEqual(
+			code("INVALID_ARGUMENT"),
+		);
 		await expect(cache.load(tokens(70), { beyond: -1 })).rejects.toEqual(code("INVALID_ARGUMENT"));
-		await expect(cache.load(tokens(70), { cacheSalt: "a@b" })).rejects.toEqual(code("INVALID_SALT"));
+		await expect(cache.load(tokens(70), { cacheSalt: "a@b" })).rejects.toEqual(
+			code("INVALID_SALT"),
+		);
 		const signal = AbortSignal.abort();
 		await expect(cache.load(tokens(70), { signal })).rejects.toEqual(code("ABORTED"));
 		await expect(cache.save(tokens(70), present, { signal })).rejects.toEqual(code("ABORTED"));
-		await expect(cache.generate({ input_ids: present["present.0.key"] as FakeTensor })).rejects.toThrow(
-			/`model` and `DynamicCache`/,
-		);
+		await expect(
+			cache.generate({ input_ids: present["present.0.key"] as FakeTensor }),
+		).rejects.toThrow(/`model` and `DynamicCache`/);
 		await cache.close();
 		await cache.close();
 		await expect(cache.load(tokens(70))).rejects.toEqual(code("CLOSED"));

@@ -13,7 +13,7 @@ import { type ErrorCode, ErrorCodes, KvferryError, wrap } from "../errors.js";
 import { native } from "../native.js";
 import type { LlamaState, LlamaStateFile } from "../native-binding.js";
 import type { Server } from "../server.js";
-import { type WaitOptions, waitFor } from "../waiting.js";
+import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
 import { type Call, Calls, toTokenIds, troubleOf } from "./calls.js";
 import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
 import { Provenance } from "./llama-provenance.js";

@@ -180,7 +180,9 @@ export function heldBy(tensors: object, layout: KvLayout): Held {
 		held ??= tokens;
 		const { kvHeads, headSize, dtype } = layout;
 		if (type !== dtype || dims.length !== 4 || heads !== kvHeads || size !== headSize) {
-			throw invalid(`${of} is ${type} [${dims}]: it must be ${dtype} [1, ${kvHeads}, tokens, ${headSize}]`);
+			throw invalid(
+				`${of} is ${type} [${dims}]: it must be ${dtype} [1, ${kvHeads}, tokens, ${headSize}]`,
+			);
 		}
 		if (batch !== 1) {
 			throw invalid(`${of} has a batch of ${batch}: cut it into one prompt each`);
@@ -191,12 +193,16 @@ export function heldBy(tensors: object, layout: KvLayout): Held {
 			);
 		}
 		if (!location.startsWith("cpu")) {
-			throw invalid(`${of} lies in a ${location}: have the outputs in memory (preferredOutputLocation "cpu")`);
+			throw invalid(
+				`${of} lies in a ${location}: have the outputs in memory (preferredOutputLocation "cpu")`,
+			);
 		}
 		const { data } = tensor;
 		const length = kvHeads * tokens * headSize * DTYPES[dtype].bytes;
 		if (!ArrayBuffer.isView(data) || data.byteLength !== length) {
-			throw invalid(`the data of ${of} does not have ${length} bytes: was it transferred or disposed of?`);
+			throw invalid(
+				`the data of ${of} does not have ${length} bytes: was it transferred or disposed of?`,
+			);
 		}
 		return bytesOf(data);
 	});

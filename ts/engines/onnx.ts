@@ -14,7 +14,15 @@ import type { Server } from "../server.js";
 import { throwIfAborted, timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
 import { type Call, Calls, toTokenIds, troubleOf } from "./calls.js";
 import { identityOf, type OnnxIdentityOptions } from "./onnx-identity.js";
-import { bytesOf, type Held, heldBy, type KvLayout, layoutOf, newData, type OnnxLayout } from "./onnx-layout.js";
+import {
+	bytesOf,
+	type Held,
+	heldBy,
+	type KvLayout,
+	layoutOf,
+	newData,
+	type OnnxLayout,
+} from "./onnx-layout.js";
 import type {
 	EngineDynamicCache,
 	EngineModel,
@@ -171,7 +179,9 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		checkSalt(cacheSalt);
 		timeoutOf(options);
 		if (typeof Tensor !== "function") {
-			throw invalid("Tensor must be the engine's class: onnxruntime's, or transformers.js's with a model");
+			throw invalid(
+				"Tensor must be the engine's class: onnxruntime's, or transformers.js's with a model",
+			);
 		}
 		const session = sessionOf(options);
 		const layout = layoutOf(session, options.layout);
@@ -367,7 +377,9 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	async generate(options: GenerateOptions): Promise<GenerateResult<T>> {
 		const { model, DynamicCache } = this.#options;
 		if (model === undefined || DynamicCache === undefined) {
-			throw invalid("generate needs the options `model` and `DynamicCache` of OnnxPrefixCache.open");
+			throw invalid(
+				"generate needs the options `model` and `DynamicCache` of OnnxPrefixCache.open",
+			);
 		}
 		const { cacheSalt, timeoutMs, ...inputs } = options;
 		const request = { cacheSalt, timeoutMs };
@@ -422,12 +434,14 @@ function sessionOf({ session, model }: OnnxPrefixCacheOptions): EngineSession {
 }
 
 /** The tokens of a prompt for transformers.js. */
-function promptOf({ input_ids, attention_mask, past_key_values }: Omit<GenerateOptions, "cacheSalt">): BigInt64Array {
+function promptOf(inputs: GenerateOptions): BigInt64Array {
+	const { input_ids, attention_mask, past_key_values } = inputs;
 	if (past_key_values !== undefined) {
 		throw invalid("past_key_values come from the cache: leave them out, or use load and save");
 	}
-	const { type, dims, data } = input_ids ?? {};
-	if (type !== "int64" || dims?.length !== 2 || dims[0] !== 1) {
+	checkObject("input_ids", input_ids);
+	const { type, dims, data } = input_ids;
+	if (type !== "int64" || dims.length !== 2 || dims[0] !== 1) {
 		throw invalid(`input_ids is ${type} [${dims}]: it must be int64 [1, tokens]`);
 	}
 	const mask = attention_mask?.data as BigInt64Array | undefined;
