@@ -3,11 +3,9 @@ import { join } from "node:path";
 import { buildTinyModel, installOnnx, onnxExample } from "../../scripts/onnx.mjs";
 import type { EngineSession, EngineTensor } from "../../ts/engines/onnx.js";
 
-type Tensors = Record<string, EngineTensor>;
-
 /** onnxruntime's session. */
 export interface Session extends EngineSession {
-	run(feeds: Tensors): Promise<Tensors>;
+	run(feeds: Record<string, EngineTensor>): Promise<Record<string, EngineTensor>>;
 	release(): Promise<void>;
 }
 
@@ -41,53 +39,5 @@ export function openOnnx(): OnnxEngine | undefined {
 		const [reason] = (error as Error).message.split("\n");
 		process.stderr.write(`SKIPPED: tests under onnxruntime and transformers.js: ${reason}\n`);
 		return undefined;
-	}
-}
-
-/** What a model computed. */
-export interface Evaluated {
-	/** What it gave last, with the KV of all tokens. */
-	readonly outputs: Tensors;
-	/** Generated tokens, greedily. */
-	readonly tokens: number[];
-	/** The logits behind each. */
-	readonly logits: Float32Array[];
-}
-
-/** Evaluates `rest`, the tokens behind those that `feeds` hold, and goes on for `count` tokens. */
-export async function evaluate(
-	{ ort }: OnnxEngine,
-	session: Session,
-	feeds: Tensors,
-	rest: readonly number[],
-	count = 1,
-): Promise<Evaluated> {
-	const int64 = (values: bigint[]) =>
-		new ort.Tensor("int64", BigInt64Array.from(values), [1, values.length]);
-	const tokens: number[] = [];
-	const logits: Float32Array[] = [];
-	let past = feeds["past_key_values.0.key"]?.dims[2] ?? 0;
-	let [kv, input] = [feeds, rest];
-	for (;;) {
-		const total = past + input.length;
-		const outputs = await session.run({
-			...kv,
-			input_ids: int64(input.map(BigInt)),
-			attention_mask: int64(Array<bigint>(total).fill(1n)),
-			position_ids: int64(input.map((_, at) => BigInt(past + at))),
-		});
-		const all = outputs.logits as EngineTensor;
-		const last = (all.data as Float32Array).slice(-(all.dims[2] as number));
-		const token = last.indexOf(Math.max(...last));
-		logits.push(last);
-		tokens.push(token);
-		if (tokens.length === count) {
-			return { outputs, tokens, logits };
-		}
-		const present = Object.entries(outputs).filter(([name]) => name.startsWith("present."));
-		kv = Object.fromEntries(
-			present.map(([name, tensor]) => [name.replace("present", "past_key_values"), tensor]),
-		);
-		[past, input] = [total, [token]];
 	}
 }

@@ -11,7 +11,8 @@ import { OnnxPrefixCache, type OnnxPrefixCacheOptions } from "../../ts/engines/o
 import { identityOf } from "../../ts/engines/onnx-identity.js";
 import { layoutOf } from "../../ts/engines/onnx-layout.js";
 import { ServerProcess } from "../server-process.js";
-import { evaluate, openOnnx, type Session } from "./onnx-engine.js";
+import { openOnnx, type Session } from "./onnx-engine.js";
+import { base64, evaluate } from "./onnx-session.mjs";
 
 const CHUNK = 32;
 const PROMPT = Array.from({ length: 140 }, (_, at) => (at * 37 + 11) % 256);
@@ -61,47 +62,48 @@ describe.skipIf(engine === undefined)("onnxruntime-node", () => {
 		const loaded = await cache.load(PROMPT);
 		expect(loaded.failure).toBeUndefined();
 		const rest = PROMPT.slice(loaded.hitTokens);
-		return { ...loaded, ...(await evaluate(tiny, session, loaded.feeds, rest, 8)) };
+		return { ...loaded, ...(await evaluate(tiny.ort, session, loaded.feeds, rest, 8)) };
 	}
 
 	/** What the engine gives without a cache: its first `split` tokens evaluated on their own. */
 	async function cold(cache: OnnxPrefixCache, session: Session, split: number) {
 		const { feeds } = await cache.load([]);
 		if (split === 0) {
-			return await evaluate(tiny, session, feeds, PROMPT, 8);
+			return await evaluate(tiny.ort, session, feeds, PROMPT, 8);
 		}
-		const { outputs } = await evaluate(tiny, session, feeds, PROMPT.slice(0, split));
+		const { outputs } = await evaluate(tiny.ort, session, feeds, PROMPT.slice(0, split));
 		const kv = Object.entries(outputs).map(([name, tensor]) => [
 			name.replace("present", "past_key_values"),
 			tensor,
 		]);
 		const { logits: _, ...past } = Object.fromEntries(kv);
-		return await evaluate(tiny, session, past, PROMPT.slice(split), 8);
+		return await evaluate(tiny.ort, session, past, PROMPT.slice(split), 8);
 	}
 
 	/** Stores the first `SPLIT` tokens of `PROMPT`, evaluated on their own. */
 	async function store(cache: OnnxPrefixCache, session: Session) {
 		const first = PROMPT.slice(0, SPLIT);
-		const { outputs } = await evaluate(tiny, session, (await cache.load([])).feeds, first);
+		const { outputs } = await evaluate(tiny.ort, session, (await cache.load([])).feeds, first);
 		return await cache.save(first, outputs);
 	}
 
 	it.each(["model.onnx", "model_fp16.onnx"])(
-		"computes the same logits from %s after a load",
+		"computes the same logits in a new process after a load: %s",
 		async (name) => {
 			const server = await newServer();
-			const options = async () => ({ session: await newSession(name), modelPath: tiny.file(name) });
-			const first = await options();
-			const saver = await newCache(server, first);
-			expect(await store(saver.cache, first.session)).toMatchObject({ storedTokens: SPLIT });
+			const session = await newSession(name);
+			const modelPath = tiny.file(name);
+			const { cache } = await newCache(server, { session, modelPath });
+			expect(await store(cache, session)).toMatchObject({ storedTokens: SPLIT });
 
-			const second = await options();
-			const { cache } = await newCache(server, second);
-			const warm = await answer(cache, second.session);
+			const script = fileURLToPath(new URL("onnx-session.mjs", import.meta.url));
+			const args = [script, modelPath, server.url, JSON.stringify(PROMPT), "8"];
+			const { stdout } = await promisify(execFile)(process.execPath, args);
+			const warm: { hitTokens: number; tokens: number[]; logits: string[] } = JSON.parse(stdout);
 			expect(warm.hitTokens).toBe(SPLIT);
-			const control = await cold(cache, second.session, SPLIT);
-			expect(warm.logits).toEqual(control.logits); // bit by bit: no NaN, no zeros of two signs
-			const single = await cold(cache, second.session, 0);
+			const { logits } = await cold(cache, session, SPLIT);
+			expect(warm.logits).toEqual(logits.map(base64)); // bit by bit
+			const single = await cold(cache, session, 0);
 			expect(warm.tokens).toEqual(single.tokens);
 		},
 	);
@@ -115,8 +117,14 @@ describe.skipIf(engine === undefined)("onnxruntime-node", () => {
 			const { hitTokens, feeds } = await cache.load(conversation);
 			expect(hitTokens).toBe(turn === 0 ? 0 : sizes.at(-1));
 			const rest = conversation.slice(hitTokens);
-			const { outputs, tokens } = await evaluate(tiny, session, feeds, rest, 20);
-			const fresh = await evaluate(tiny, session, (await cache.load([])).feeds, conversation, 20);
+			const { outputs, tokens } = await evaluate(tiny.ort, session, feeds, rest, 20);
+			const fresh = await evaluate(
+				tiny.ort,
+				session,
+				(await cache.load([])).feeds,
+				conversation,
+				20,
+			);
 			expect(tokens).toEqual(fresh.tokens);
 			conversation = [...conversation, ...tokens];
 			const { storedTokens } = await cache.save(conversation, outputs);
@@ -181,7 +189,7 @@ describe.skipIf(engine === undefined)("onnxruntime-node", () => {
 	it("keeps tenants apart", async () => {
 		const { cache, session } = await newCache(await newServer());
 		const first = PROMPT.slice(0, SPLIT);
-		const { outputs } = await evaluate(tiny, session, (await cache.load([])).feeds, first);
+		const { outputs } = await evaluate(tiny.ort, session, (await cache.load([])).feeds, first);
 		await cache.save(first, outputs, { cacheSalt: "tenant" });
 		const hits = async (cacheSalt?: string) => (await cache.load(PROMPT, { cacheSalt })).hitTokens;
 		expect([await hits("tenant"), await hits("other"), await hits()]).toEqual([SPLIT, 0, 0]);

@@ -58,9 +58,9 @@ impl KvTensors {
         dtype: Dtype,
         chunk_size: u32,
     ) -> Result<Self> {
-        let arrays = tensors
-            .checked_mul(heads)
-            .ok_or_else(|| Error::invalid(format!("{tensors} tensors of {heads} heads are too many")))?;
+        let arrays = tensors.checked_mul(heads).ok_or_else(|| {
+            Error::invalid(format!("{tensors} tensors of {heads} heads are too many"))
+        })?;
         let layout = KvLayout {
             num_layers: arrays,
             num_blocks: 1,
@@ -116,7 +116,8 @@ impl KvTensors {
         let layout = KvLayout { num_blocks: tokens / chunk_size, ..self.layout.clone() };
         layout.check(chunk_size)?;
         let token_bytes = self.layout.array_bytes() / u64::from(chunk_size);
-        let head_bytes = token_bytes.checked_mul(tokens.into()).and_then(|bytes| usize::try_from(bytes).ok());
+        let head_bytes =
+            token_bytes.checked_mul(tokens.into()).and_then(|bytes| usize::try_from(bytes).ok());
         Ok(Copying {
             shape: Arc::new(layout.copy_shape(chunk_size)),
             tensors: self.tensors,
@@ -135,7 +136,12 @@ impl Load {
     ///
     /// # Errors
     /// Another number of tensors or of bytes in one of them, before anything is copied; the memory's own.
-    pub fn copy(&mut self, reading: &Reading, tensors: &mut [&mut [u8]], bytes: u64) -> Result<bool> {
+    pub fn copy(
+        &mut self,
+        reading: &Reading,
+        tensors: &mut [&mut [u8]],
+        bytes: u64,
+    ) -> Result<bool> {
         let copying = &mut self.0;
         copying.check(tensors.iter().map(|tensor| tensor.len()))?;
         let mut left = bytes;

@@ -26,7 +26,8 @@ impl Model {
     fn kv(self) -> KvTensors {
         let count = |number: usize| u32::try_from(number).unwrap();
         let dtype = Dtype::new("float16").unwrap();
-        KvTensors::new(count(self.tensors), count(self.heads), count(self.size), dtype, CHUNK).unwrap()
+        KvTensors::new(count(self.tensors), count(self.heads), count(self.size), dtype, CHUNK)
+            .unwrap()
     }
 
     /// Bytes of one token of one head.
@@ -44,8 +45,10 @@ impl Model {
         let tensor = |tensor| {
             let head = move |head| (0..tokens).map(move |token| (head, token));
             let rows = (0..self.heads).flat_map(head);
-            rows.flat_map(|(head, token)| (0..self.row()).map(move |at| Self::byte(tensor, head, token, at)))
-                .collect()
+            rows.flat_map(|(head, token)| {
+                (0..self.row()).map(move |at| Self::byte(tensor, head, token, at))
+            })
+            .collect()
         };
         (0..self.tensors).map(tensor).collect()
     }
@@ -181,10 +184,17 @@ fn that_are_not_what_was_said_are_refused_before_a_byte_moves() {
 #[test]
 fn that_cannot_be_are_refused() {
     let float = || Dtype::new("float32").unwrap();
-    for (tensors, heads, size) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (u32::MAX, 2, 1), (1, 1, u32::MAX)] {
+    for (tensors, heads, size) in
+        [(0, 1, 1), (1, 0, 1), (1, 1, 0), (u32::MAX, 2, 1), (1, 1, u32::MAX)]
+    {
         let chunk = if size == u32::MAX { u32::MAX } else { 4 };
-        assert!(KvTensors::new(tensors, heads, size, float(), chunk).is_err(), "{tensors} {heads} {size}");
+        assert!(
+            KvTensors::new(tensors, heads, size, float(), chunk).is_err(),
+            "{tensors} {heads} {size}"
+        );
     }
-    assert!(KvTensors::new(1 << 16, 1 << 15, 1 << 20, float(), 4).unwrap().payload_bytes().is_err());
+    assert!(
+        KvTensors::new(1 << 16, 1 << 15, 1 << 20, float(), 4).unwrap().payload_bytes().is_err()
+    );
     assert!(KvTensors::new(2, 2, 8, float(), 4).unwrap().load(u32::MAX).is_err());
 }

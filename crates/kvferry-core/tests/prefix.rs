@@ -35,7 +35,9 @@ fn a_load_with_another_number_of_slots_is_an_error() {
 fn a_store_of_chunks_that_were_not_asked_for_is_given_back() {
     for indices in [&[2][..], &[u32::MAX], &[0, 1], &[]] {
         let liar = Liar::new(0, &[(0, 4096)], indices);
-        let error = now(liar.cache(PAYLOAD as u64).store(&tokens(2), "", deadline())).map(drop).unwrap_err();
+        let error = now(liar.cache(PAYLOAD as u64).store(&tokens(2), "", deadline()))
+            .map(drop)
+            .unwrap_err();
         assert_eq!(error.code, ErrorCode::Protocol, "{indices:?}");
         assert_eq!(liar.abandoned.load(Ordering::Relaxed), 1);
     }

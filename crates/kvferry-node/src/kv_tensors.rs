@@ -46,8 +46,9 @@ impl KvTensors {
         dtype: String,
         chunk_size: u32,
     ) -> Result<Self> {
-        let inner = Dtype::new(&dtype)
-            .and_then(|dtype| kv_tensors::KvTensors::new(tensors, heads, head_size, dtype, chunk_size));
+        let inner = Dtype::new(&dtype).and_then(|dtype| {
+            kv_tensors::KvTensors::new(tensors, heads, head_size, dtype, chunk_size)
+        });
         Ok(Self { inner: inner.map_err(to_napi)? })
     }
 
