@@ -160,7 +160,7 @@ impl Load {
                 let part = tensors.get_mut(tensor).and_then(|tensor| tensor.get_mut(part));
                 reading.next(passage, part.ok_or_else(outside)?)
             })?;
-            match ended.map(|passage| reading.end(passage)).transpose()? {
+            match ended.map(|passage| reading.end(&passage)).transpose()? {
                 None => {}
                 Some(true) => copying.done += 1,
                 Some(false) => copying.chunks = chunk,
@@ -198,7 +198,7 @@ impl Store {
                 writing.next(passage, part.ok_or_else(outside)?)
             })?;
             if let Some(passage) = ended {
-                writing.end(passage)?;
+                writing.end(&passage)?;
                 copying.done += 1;
             }
         }

@@ -379,7 +379,7 @@ impl Reading {
     ) -> Result<bool> {
         let Some(mut passage) = self.begin(chunk)? else { return Ok(false) };
         into(&mut |bytes| self.next(&mut passage, bytes))?;
-        self.end(passage)
+        self.end(&passage)
     }
 
     /// Begins to read a chunk in several goes; `None` when it is not what was stored, by its header.
@@ -415,7 +415,7 @@ impl Reading {
     }
 
     /// Whether all that was read of the payload is what was stored; see [`Reading::read`].
-    pub fn end(&self, passage: Passage) -> Result<bool> {
+    pub fn end(&self, passage: &Passage) -> Result<bool> {
         if passage.at != self.payload_bytes {
             return Err(Error::invalid(format!(
                 "{} of the payload's {} bytes were read",
@@ -472,7 +472,7 @@ impl Writing {
     ) -> Result<()> {
         let mut passage = self.begin(place)?;
         from(&mut |bytes| self.next(&mut passage, bytes))?;
-        self.end(passage)
+        self.end(&passage)
     }
 
     /// Begins to write one of [`Writing::chunks`] in several goes.
@@ -504,7 +504,7 @@ impl Writing {
     }
 
     /// Writes the header, which makes a chunk of the payload.
-    pub fn end(&self, passage: Passage) -> Result<()> {
+    pub fn end(&self, passage: &Passage) -> Result<()> {
         if passage.at != self.payload_bytes {
             return Err(Error::invalid(format!(
                 "{} of the payload's {} bytes were written",
