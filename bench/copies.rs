@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let shape = Arc::new(layout.copy_shape(CHUNK));
     let bytes = usize::try_from(shape.array_bytes())?;
-    let mut arrays: Vec<Vec<u8>> = (0..shape.arrays()).map(|n| vec![n as u8; bytes]).collect();
+    let mut arrays: Vec<Vec<u8>> = (0u8..).take(shape.arrays()).map(|n| vec![n; bytes]).collect();
     let places: Vec<(*mut u8, usize)> =
         arrays.iter_mut().map(|array| (array.as_mut_ptr(), array.len())).collect();
     // SAFETY: the arrays outlive the memory, and nothing else touches them.
