@@ -1,7 +1,7 @@
 //! Copies between ordinary memory and a shared-memory pool, 256 MiB in all and in pieces of 256 bytes to 2 MiB, against
 //! one large copy of as many bytes by as many threads, in turns. The large copy is the faster one of memcpy and of our
 //! own kernel over one range, each thread having its half. Ratios of "GB/s" rows are ours ÷ reference: more is better.
-//! A row named "memcpy" is the plain loop over the same pieces instead of ours.
+//! `cargo bench --bench copy -- SIZE` measures one size. A row named "memcpy" is the plain loop over the same pieces instead of ours.
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 #![allow(clippy::cast_possible_truncation, reason = "the sizes are known here")]
 #![allow(clippy::print_stdout, reason = "a benchmark's rows are its output")]
@@ -46,8 +46,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let mut memory = vec![1u8; TOTAL + 4096];
     let start = memory.as_mut_ptr().wrapping_add(memory.as_ptr().align_offset(4096));
+    let chosen = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
     for direction in [Direction::Gather, Direction::Scatter] {
         for (name, piece) in PIECES {
+            if chosen.as_ref().is_some_and(|chosen| !name.contains(&**chosen)) {
+                continue;
+            }
             let mut measure =
                 |threads| measure(&mut rows, direction, (name, piece), threads, start, &pool);
             let ([one, one_large], [two, two_large]) = (measure(1), measure(2));

@@ -372,7 +372,7 @@ mod tests {
     /// what a loop over bytes makes of it.
     fn check(lengths: &[usize], to_at: usize, from_at: usize) {
         let total: usize = lengths.iter().map(|bytes| bytes + SLACK).sum::<usize>() + SLACK;
-        let from: Vec<u8> = (0..total).map(|at| (at % 251) as u8).collect();
+        let from: Vec<u8> = (0..251u8).cycle().take(total).collect();
         for kernel in Kernel::all() {
             let mut to = vec![0xee; total];
             let mut expected = to.clone();
@@ -383,8 +383,10 @@ mod tests {
             let start = to.as_mut_ptr();
             let mut spans = Vec::new();
             for bytes in lengths {
-                for at in 0..*bytes {
-                    expected[to_place + at] = from[from_place + at];
+                for (to, from) in
+                    expected[to_place..].iter_mut().zip(&from[from_place..]).take(*bytes)
+                {
+                    *to = *from;
                 }
                 let (to, from) =
                     (start.wrapping_add(to_place), from.as_ptr().wrapping_add(from_place));

@@ -176,7 +176,7 @@ impl Memory for Gated {
                 self.permits.fetch_add(1, Ordering::Relaxed);
                 Ok(Permit::default())
             }
-            Err(RecvTimeoutError::Timeout) => panic!("the copy hangs"),
+            Err(RecvTimeoutError::Timeout) => Err(Error::new(ErrorCode::Timeout, "the copy hangs")),
             _ => Err(Error::new(ErrorCode::Unreachable, "refused")),
         }
     }
@@ -650,9 +650,9 @@ fn many_copies_at_once_do_not_disturb_each_other() {
 fn bad_input_is_refused_before_any_byte_moves() {
     let (engine, pool) = large();
     let shape = &engine.shape;
-    let places: Vec<(*mut u8, usize)> =
-        engine.memory.iter().map(|memory| (memory.start, memory.bytes)).collect();
-    let refused = |change: &dyn Fn(&mut Vec<(*mut u8, usize)>)| {
+    let places: Vec<_> = engine.memory.iter().map(|memory| (memory.start, memory.bytes)).collect();
+    type Places = Vec<(*mut u8, usize)>;
+    let refused = |change: &dyn Fn(&mut Places)| {
         let mut places = places.clone();
         change(&mut places);
         // SAFETY: no copy uses the arrays.

@@ -1,6 +1,6 @@
 //! Checksums of what copies move, so that nothing is read twice.
 
-use crc_fast::{CrcAlgorithm, Digest, checksum_combine};
+use crc_fast::{CrcAlgorithm, Digest};
 
 use crate::copy_plan::{CopyPlan, Stretch};
 use crate::{Error, ErrorCode, Result};
@@ -55,6 +55,7 @@ impl CopySums {
         self.0.sort_unstable();
         let mut stretches = self.0.into_iter().peekable();
         let object = plan.shape().object_bytes();
+        let mut power = (0, ONE); // most stretches are equally long
         let sums: Option<Vec<u64>> = (0..plan.chunks())
             .map(|chunk| {
                 let (mut at, mut sum) = (0, None);
@@ -63,9 +64,10 @@ impl CopySums {
                         return None;
                     }
                     at += next.length;
-                    sum = Some(sum.map_or(next.sum, |sum| {
-                        checksum_combine(CrcAlgorithm::Crc64Nvme, sum, next.sum, next.length)
-                    }));
+                    if next.length != power.0 {
+                        power = (next.length, power_of_x(next.length));
+                    }
+                    sum = Some(sum.map_or(next.sum, |sum| multiply(sum, power.1) ^ next.sum));
                 }
                 sum.filter(|_| at == object)
             })
@@ -76,6 +78,34 @@ impl CopySums {
     }
 }
 
+/// The polynomial of CRC-64/NVME without its x^64; as everywhere here, the highest bit is the lowest power.
+const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+const ONE: u64 = 1 << 63;
+
+/// The product of two polynomials, modulo CRC-64/NVME's. The checksum of A and B together is that of A times
+/// x^(8 * bytes of B), plus that of B: so zlib's crc32_combine has it, and crc-fast too, but for 30 µs each time.
+fn multiply(a: u64, mut b: u64) -> u64 {
+    let mut product = 0;
+    for power in (0..64).rev() {
+        product ^= b & 0u64.wrapping_sub(a >> power & 1);
+        b = b >> 1 ^ POLYNOMIAL & 0u64.wrapping_sub(b & 1);
+    }
+    product
+}
+
+/// x^(8 * bytes).
+fn power_of_x(mut bytes: u64) -> u64 {
+    let (mut power, mut square) = (ONE, ONE >> 8);
+    while bytes > 0 {
+        if bytes & 1 == 1 {
+            power = multiply(power, square);
+        }
+        square = multiply(square, square);
+        bytes >>= 1;
+    }
+    power
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -84,6 +114,15 @@ mod tests {
     use crate::copy_plan::{ChunkCopy, Direction};
     use crate::key::Dtype;
     use crate::kv_layout::{KvLayout, Order, Planes};
+
+    #[test]
+    fn combining_is_what_crc_fast_does() {
+        for (first, second, bytes) in [(0, 0, 0), (1, 2, 3), (u64::MAX, 7, 4096), (5, 6, 1 << 40)] {
+            let expected =
+                crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, first, second, bytes);
+            assert_eq!(multiply(first, power_of_x(bytes)) ^ second, expected);
+        }
+    }
 
     #[test]
     fn stretches_in_any_order_make_the_sum_of_each_object() {
