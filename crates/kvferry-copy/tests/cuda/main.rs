@@ -320,15 +320,15 @@ fn arrays_are_told_of_as_they_are_copied() {
     on("arrays_are_told_of_as_they_are_copied", &ALL[..2], true, || {
         let mut engine = Engine::new(0);
         let kv = Kv::new(&mut engine, flat(12, 2, 4 << 20));
-        let pool = private(POOL_STEP);
+        let (pool, start) = shared("parts", POOL_STEP, 1);
         let fake = Fake::here().unwrap();
-        let call = if fake.calls("cuMemcpyBatchAsync") + fake.calls("cuGetProcAddress_v2") > 0 {
-            ["cuMemcpyBatchAsync", "cuMemcpyHtoDAsync_v2"]
-        } else {
-            ["cuMemcpyHtoDAsync_v2"; 2]
+        let fail_sixth = |single| {
+            for call in ["cuMemcpyBatchAsync", single] {
+                fake.fail(call, 6, 2);
+            }
         };
         // Each array is a part; the sixth cannot be asked for.
-        call.iter().for_each(|call| fake.fail(call, 6, 2));
+        fail_sixth("cuMemcpyHtoDAsync_v2");
         let copying = kv.copy(Direction::Scatter, &[chunk(&[1], 0)], &pool).unwrap();
         wait(copying.array(5)).unwrap();
         assert_eq!(copying.arrays(), 5);
@@ -340,6 +340,17 @@ fn arrays_are_told_of_as_they_are_copied() {
         let copying = kv.copy(Direction::Scatter, &[chunk(&[1], 0)], &pool).unwrap();
         wait(copying.ended()).unwrap();
         assert_eq!(copying.arrays(), 12);
+
+        // A store that fails ends when nothing of it is under way any more.
+        let filled = kv.fill(&engine, 1);
+        fake.schedule(1, 5000);
+        fail_sixth("cuMemcpyDtoHAsync_v2");
+        ends(kv.copy(Direction::Gather, &[chunk(&[0], 0)], &pool)).unwrap_err();
+        fake.host_reads(start, POOL_STEP.try_into().unwrap());
+        for (array, at) in filled.iter().zip((0..5).map(|array| array << 22)) {
+            assert!(read(&*pool, at, 4 << 20) == array[..4 << 20]);
+        }
+        assert_eq!(fake.violations(), 0);
     });
 }
 
@@ -1033,7 +1044,7 @@ fn import(shape: &Arc<CopyShape>, bytes: u64, text: &str) {
     ends(memory.copy(plan(Direction::Scatter, 1), Arc::clone(&pool), false)).unwrap();
     memory.close();
     if let Some(fake) = Fake::here() {
-        assert_eq!(fake.alive()[2], 0, "closed");
+        assert_eq!((fake.alive(), fake.violations()), ([0; 6], 0), "closed");
         // What cannot be opened leaves nothing behind.
         for nth in 1..=2 {
             fake.fail("cuIpcOpenMemHandle_v2", nth, 205);
