@@ -164,5 +164,9 @@ fn handles_are_checked() {
     fake.assert_caught("closed, not freed");
     assert_eq!(fake.cuIpcCloseMemHandle(own), INVALID_VALUE);
     fake.assert_caught("was not opened");
+    fake.fakeCudaControlHold(1);
+    assert_eq!(fake.cuMemsetD8_v2(imported, 1, 1), 0);
+    assert_eq!(fake.cuIpcCloseMemHandle(imported), 0);
+    fake.assert_caught("before the host has seen the end of cuMemsetD8_v2");
     exporter.end();
 }

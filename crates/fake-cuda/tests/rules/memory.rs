@@ -82,6 +82,19 @@ fn memory_given_back_before_the_end_was_seen_is_reported() {
 }
 
 #[test]
+fn device_memory_freed_before_the_end_was_seen_is_reported() {
+    for late in [0, 1] {
+        let fake = Fake::start();
+        let (stream, memory) = (fake.stream(), fake.alloc(64));
+        fake.fakeCudaControlHold(late);
+        assert_eq!(fake.cuMemsetD8Async(memory, 1, 64, stream), 0);
+        assert_eq!(fake.cuMemFree_v2(memory), 0);
+        let first = &fake.violations()[0];
+        assert!(first.contains("before the host has seen the end of cuMemsetD8Async"), "{first}");
+    }
+}
+
+#[test]
 fn given_back_after_the_end_was_seen_is_right() {
     let fake = Fake::start();
     let (stream, event) = (fake.stream(), fake.event());
