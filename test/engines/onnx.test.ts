@@ -4,6 +4,8 @@ import { setImmediate } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import { Client } from "../../ts/client.js";
 import {
+	type EngineTensor,
+	type GenerateOptions,
 	type LoadResult,
 	OnnxPrefixCache,
 	type OnnxPrefixCacheOptions,
@@ -219,6 +221,79 @@ describe("large tensors", () => {
 		]);
 		expect(saved).toMatchObject({ status: "rejected", reason: code("INVALID_ARGUMENT") });
 		expect(via.status()).toMatchObject({ objects: 0, slots_writing: 0 });
+	});
+});
+
+describe("generate", () => {
+	/** What a model of transformers.js is asked, and gives: the prompt, two tokens more, and all but the last's KV. */
+	class FakeModel {
+		readonly sessions = { model: session };
+		readonly asked: { past_key_values: Past; [option: string]: unknown }[] = [];
+		location = "cpu";
+
+		async generate(options: { input_ids: EngineTensor; past_key_values: Past }) {
+			this.asked.push(options);
+			const sequence = [...(options.input_ids.data as BigInt64Array), 7n, 8n];
+			const present = Object.entries(presentOf(session, LAYOUT, sequence.length - 1));
+			const held = present.map(([name, tensor]) => [
+				name.replace("present", "past_key_values"),
+				{ ...tensor, location: this.location },
+			]);
+			return { sequences: int64(sequence), past_key_values: Object.fromEntries(held) };
+		}
+	}
+	class Past {
+		constructor(readonly entries?: Record<string, FakeTensor>) {}
+	}
+	const int64 = (values: bigint[]): EngineTensor => ({
+		...{ type: "int64", data: BigInt64Array.from(values), dims: [1, values.length] },
+	});
+	const prompt = int64(tokens(95).map(BigInt));
+
+	async function newModel() {
+		const model = new FakeModel();
+		const options = { session: undefined, model, DynamicCache: Past };
+		return { model, cache: await openCache(await newServer(), options) };
+	}
+
+	it("has the model go on behind what is stored, and stores what it computed", async () => {
+		const { model, cache } = await newModel();
+		const first = await cache.generate({ input_ids: prompt, cacheSalt: "tenant", max_length: 5 });
+		expect(first).toMatchObject({ loaded: { hitTokens: 0 }, saved: { storedTokens: 96 } });
+		expect(first.sequences.dims).toEqual([1, 97]);
+		const second = await cache.generate({ input_ids: prompt, cacheSalt: "tenant" });
+		expect(second).toMatchObject({ loaded: { hitTokens: 64 }, saved: { bytes: 0 } });
+		const [cold, warm] = model.asked;
+		expect(cold).toEqual({
+			...{ input_ids: prompt, max_length: 5, return_dict_in_generate: true },
+			past_key_values: new Past(undefined),
+		});
+		expect(warm?.past_key_values.entries).toEqual(feedsOf(64));
+		expect(await cache.generate({ input_ids: prompt })).toMatchObject({ loaded: { hitTokens: 0 } });
+	});
+
+	it("gives what was computed, even where it cannot be stored", async () => {
+		const { model, cache } = await newModel();
+		model.location = "gpu-buffer";
+		const { sequences, saved } = await cache.generate({ input_ids: prompt });
+		expect(sequences.dims).toEqual([1, 97]);
+		expect(saved).toMatchObject({ storedTokens: 0, failure: { code: "INVALID_ARGUMENT" } });
+	});
+
+	it("refuses prompts whose tokens do not tell their KV", async () => {
+		const { model, cache } = await newModel();
+		const refused = async (options: Partial<GenerateOptions>, reason: RegExp) => {
+			const inputs = { input_ids: prompt, ...options };
+			await expect(cache.generate(inputs)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(reason),
+			});
+		};
+		await refused({ attention_mask: int64([0n, 1n]) }, /without padding/);
+		await refused({ past_key_values: {} }, /leave them out/);
+		await refused({ input_ids: { ...prompt, dims: [5, 19] } }, /int64 \[5,19\]/);
+		await refused({ input_ids: undefined as unknown as EngineTensor }, /input_ids must be/);
+		expect(model.asked).toEqual([]);
 	});
 });
 

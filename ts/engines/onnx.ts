@@ -7,7 +7,7 @@ import { setImmediate } from "node:timers/promises";
 import { checkInteger, checkObject, checkSalt, invalid } from "../arguments.js";
 import { PrefixCache, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
-import { type ErrorCode, ErrorCodes, KvferryError, wrap } from "../errors.js";
+import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
 import { native } from "../native.js";
 import type { KvTensors, PrefixReading, PrefixWriting } from "../native-binding.js";
 import type { Server } from "../server.js";
@@ -329,7 +329,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		const count = held.tokens - (held.tokens % this.chunkSize);
 		if (count === 0) {
 			throwIfAborted(call.signal);
-			return { storedTokens: 0, bytes: 0, refusedTokens: 0 };
+			return UNSAVED;
 		}
 		const { signal, timeoutMs } = call;
 		const cache = this.#prefix.native;
@@ -354,7 +354,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 				refusedTokens: refused * this.chunkSize,
 			};
 		} catch (error) {
-			return { storedTokens: 0, bytes: 0, refusedTokens: 0, failure: troubleOf(error) };
+			return { ...UNSAVED, failure: troubleOf(error) };
 		}
 	}
 
@@ -389,8 +389,10 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 			past_key_values: new DynamicCache(loaded.hitTokens > 0 ? feeds : undefined),
 			return_dict_in_generate: true,
 		});
-		const saved = await this.save(sequences.data, past_key_values, request);
-		return { sequences, loaded, saved };
+		const saved = await this.save(sequences.data, past_key_values, request).catch(
+			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
+		);
+		return { sequences, loaded, saved }; // whatever became of the cache, this was computed
 	}
 
 	/**
@@ -414,6 +416,7 @@ type Loaded = Pick<LoadResult, "hitTokens" | "bytes" | "lookupMs" | "failure"> &
 type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "refusedTokens" | "failure">;
 
 const NOTHING: Loaded = { hitTokens: 0, bytes: 0, lookupMs: 0, data: [] };
+const UNSAVED: Stored = { storedTokens: 0, bytes: 0, refusedTokens: 0 };
 
 /** Copies until there is no more, and lets the event loop turn in between. */
 async function inTurns(copy: () => boolean, signal: AbortSignal | undefined): Promise<void> {
