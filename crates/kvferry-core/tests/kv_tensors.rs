@@ -159,6 +159,14 @@ fn only_what_is_missing_is_stored() {
     let payload = MODEL.payload(2);
     assert_eq!(&pool[HEADER..HEADER + payload.len()], payload.as_slice());
     assert!(pool[SLOT..].iter().all(|byte| *byte == 0));
+    let all = server(0, &[0, 1, 2]);
+    let cache = all.cache(MODEL.kv().payload_bytes().unwrap());
+    store(&cache, MODEL, &MODEL.prompt(14), 14, 1 << 20);
+    assert_eq!(
+        pool[..SLOT],
+        all.memory.0.lock().unwrap()[2 * SLOT..3 * SLOT],
+        "as the third chunk"
+    );
 }
 
 #[test]
@@ -178,6 +186,9 @@ fn that_are_not_what_was_said_are_refused_before_a_byte_moves() {
         assert_eq!(error.code, ErrorCode::InvalidArgument);
     }
     assert!(MODEL.kv().store(&writing, CHUNK - 1).is_err(), "the first chunk is not there");
+    let two = server(0, &[0, 1]).cache(MODEL.kv().payload_bytes().unwrap());
+    let writing = now(two.store(&tokens(8), "", deadline())).unwrap();
+    assert!(MODEL.kv().store(&writing, 7).is_err(), "the second chunk is not there");
     assert_eq!(*liar.memory.0.lock().unwrap(), vec![0; POOL]);
 }
 
