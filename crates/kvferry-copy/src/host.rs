@@ -191,7 +191,7 @@ impl HostArrays {
             Direction::Gather => (theirs, ours),
             Direction::Scatter => (ours, theirs),
         };
-        Span { to, from, bytes: length(piece.length) }
+        Span { to, from, bytes: length(piece.length), ahead: ptr::null() }
     }
 }
 
@@ -216,8 +216,7 @@ struct Spans {
 
 impl Spans {
     fn new(kernel: Kernel) -> Self {
-        let none = Span { to: ptr::null_mut(), from: ptr::null(), bytes: 0 };
-        Self { kernel, spans: [none; SPANS], count: 0 }
+        Self { kernel, spans: [Span::NONE; SPANS], count: 0 }
     }
 
     /// Copies it, now or by [`Spans::finish`].
@@ -230,12 +229,18 @@ impl Spans {
                 self.flush();
             }
             let bytes = span.bytes.min(SPAN);
+            if let Some(earlier) =
+                Kernel::ahead(bytes).and_then(|ahead| self.count.checked_sub(ahead))
+            {
+                self.spans[earlier].ahead = span.from;
+            }
             self.spans[self.count] = Span { bytes, ..span };
             self.count += 1;
             span = Span {
                 to: span.to.wrapping_add(bytes),
                 from: span.from.wrapping_add(bytes),
                 bytes: span.bytes - bytes,
+                ..span
             };
         }
     }

@@ -13,6 +13,14 @@ pub(crate) struct Span {
     pub(crate) to: *mut u8,
     pub(crate) from: *const u8,
     pub(crate) bytes: usize,
+    /// As many bytes that will be read soon, or null. They need not exist.
+    pub(crate) ahead: *const u8,
+}
+
+impl Span {
+    /// Of no bytes.
+    pub(crate) const NONE: Self =
+        Self { to: ptr::null_mut(), from: ptr::null(), bytes: 0, ahead: ptr::null() };
 }
 
 /// Copies each span. Nobody else sees all that was written before [`Kernel::fence`].
@@ -33,6 +41,8 @@ pub(crate) struct Kernel {
 const SIDE_BY_SIDE: usize = 1024;
 /// From here on spans need no prefetch of ours.
 const LONG: usize = 32 << 10;
+/// Bytes of the prefetch ahead, where spans are not copied side by side.
+const AHEAD: usize = 2048;
 /// Shorter spans are memcpy's.
 const SHORT: usize = 128;
 /// Bytes of a cache line.
@@ -41,8 +51,6 @@ const LINE: usize = 64;
 const TURN: usize = 4 * LINE;
 /// Spans that are copied side by side.
 const STREAMS: usize = 4;
-/// Bytes of the prefetch ahead, in spans of their own.
-const AHEAD: usize = 2048;
 
 impl Kernel {
     /// The best one of this processor.
@@ -85,12 +93,12 @@ impl Kernel {
         unsafe { (self.copy)(spans) };
     }
 
-    /// Has bytes that are copied next fetched into the second cache.
-    pub(crate) fn prefetch(from: *const u8, bytes: usize) {
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let prefetch = drop::<*const u8>;
-        for at in (0..bytes).step_by(LINE) {
-            prefetch(from.wrapping_add(at));
+    /// How many spans later those of so many bytes are read, as far as it helps to say so in [`Span::ahead`].
+    pub(crate) fn ahead(bytes: usize) -> Option<usize> {
+        match bytes {
+            0..SIDE_BY_SIDE => Some((AHEAD / bytes.max(1)).clamp(1, 8)),
+            SIDE_BY_SIDE..LONG => Some(STREAMS),
+            _ => None,
         }
     }
 
@@ -127,28 +135,25 @@ macro_rules! kernel {
             #[target_feature(enable = $feature)]
             pub(super) unsafe fn copy(spans: &[Span]) {
                 let longest = spans.iter().map(|span| span.bytes).max().unwrap_or(0);
-                match longest {
+                if longest < SIDE_BY_SIDE {
                     // SAFETY: the caller's promise.
-                    0..SIDE_BY_SIDE => unsafe { one_by_one(spans) },
+                    unsafe { one_by_one(spans) };
+                } else {
                     // SAFETY: as above.
-                    SIDE_BY_SIDE..LONG => unsafe { side_by_side::<true>(spans) },
-                    // SAFETY: as above.
-                    _ => unsafe { side_by_side::<false>(spans) },
+                    unsafe { side_by_side(spans) };
                 }
             }
 
             #[target_feature(enable = $feature)]
             unsafe fn one_by_one(spans: &[Span]) {
-                let bytes = spans.first().map_or(1, |span| span.bytes.max(1));
-                let ahead = (AHEAD / bytes).clamp(1, 8);
-                for (number, span) in spans.iter().enumerate() {
-                    if let Some(next) = spans.get(number + ahead) {
-                        for line in (0..next.bytes).step_by(LINE) {
-                            $prefetch(next.from.wrapping_add(line));
+                for span in spans {
+                    if !span.ahead.is_null() {
+                        for line in (0..span.bytes).step_by(LINE) {
+                            $prefetch(span.ahead.wrapping_add(line));
                         }
                     }
                     // SAFETY: the caller's promise.
-                    let Span { to, from, bytes } = unsafe { edges(*span) };
+                    let Span { to, from, bytes, .. } = unsafe { edges(*span) };
                     for at in (0..bytes).step_by(TURN) {
                         // SAFETY: what `edges` left is whole turns to an aligned address, within the span.
                         unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
@@ -157,47 +162,43 @@ macro_rules! kernel {
             }
 
             #[target_feature(enable = $feature)]
-            unsafe fn side_by_side<const PREFETCH: bool>(spans: &[Span]) {
-                let none = Span { to: ptr::null_mut(), from: ptr::null(), bytes: 0 };
-                let mut streams = [none; STREAMS];
-                let mut next = 0;
+            unsafe fn side_by_side(spans: &[Span]) {
+                let mut streams = [Span::NONE; STREAMS];
+                let mut next = spans.iter();
                 loop {
                     for stream in &mut streams {
-                        while stream.bytes == 0 && next < spans.len() {
+                        while stream.bytes == 0
+                            && let Some(span) = next.next()
+                        {
                             // SAFETY: the caller's promise.
-                            *stream = unsafe { edges(spans[next]) };
-                            next += 1;
+                            *stream = unsafe { edges(*span) };
                         }
                     }
                     let step = streams.iter().map(|stream| stream.bytes).min().unwrap_or(0);
                     if step == 0 {
                         break;
                     }
-                    let mut later = [ptr::null::<u8>(); STREAMS];
-                    if PREFETCH {
-                        for (number, later) in later.iter_mut().enumerate() {
-                            *later = spans.get(next + number).map_or(ptr::null(), |span| span.from);
-                        }
-                    }
                     for at in (0..step).step_by(TURN) {
-                        for number in 0..STREAMS {
-                            if PREFETCH && !later[number].is_null() {
+                        for Span { to, from, ahead, .. } in &streams {
+                            if !ahead.is_null() {
                                 for line in [0, LINE, 2 * LINE, 3 * LINE] {
-                                    $prefetch(later[number].wrapping_add(at + line));
+                                    $prefetch(ahead.wrapping_add(at + line));
                                 }
                             }
-                            let Span { to, from, .. } = streams[number];
                             // SAFETY: as in `one_by_one`; no stream has fewer bytes than `step`.
                             unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
                         }
                     }
-                    for Span { to, from, bytes } in &mut streams {
+                    for Span { to, from, bytes, ahead } in &mut streams {
                         *to = to.wrapping_add(step);
                         *from = from.wrapping_add(step);
                         *bytes -= step;
+                        if !ahead.is_null() {
+                            *ahead = ahead.wrapping_add(step);
+                        }
                     }
                 }
-                for Span { to, from, bytes } in streams {
+                for Span { to, from, bytes, .. } in streams {
                     for at in (0..bytes).step_by(TURN) {
                         // SAFETY: as above.
                         unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
@@ -209,7 +210,7 @@ macro_rules! kernel {
             #[inline]
             #[target_feature(enable = $feature)]
             unsafe fn edges(span: Span) -> Span {
-                let Span { to, from, bytes } = span;
+                let Span { to, from, bytes, ahead } = span;
                 let copy = |at: usize, bytes: usize| {
                     // SAFETY: within the span, which the caller vouches for.
                     unsafe {
@@ -238,6 +239,7 @@ macro_rules! kernel {
                     to: to.wrapping_add(head),
                     from: from.wrapping_add(head),
                     bytes: rest / TURN * TURN,
+                    ahead,
                 }
             }
         }
@@ -390,7 +392,7 @@ mod tests {
                 }
                 let (to, from) =
                     (start.wrapping_add(to_place), from.as_ptr().wrapping_add(from_place));
-                spans.push(Span { to, from, bytes: *bytes });
+                spans.push(Span { to, from, bytes: *bytes, ahead: from });
                 to_place += bytes + LINE; // each as far from a line as its lengths make it
                 from_place += bytes + LINE;
             }
