@@ -1,7 +1,7 @@
 //! Copies between an engine's host memory and a pool.
 
 use std::ops::Range;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -11,9 +11,9 @@ use kvferry_core::copy_sums::CopySums;
 use kvferry_core::copying::{Copying, KvMemory, Progress, copying};
 use kvferry_core::{Error, ErrorCode, Result};
 
-use crate::buffered::Buffered;
 use crate::kernels::{Kernel, Span};
 use crate::place_of;
+use crate::summed::Summed;
 use crate::threads::{CopyThreads, Job, Parts};
 
 /// Bytes that a thread copies in one go: tens of microseconds, during which a connection that closes waits for
@@ -147,7 +147,7 @@ impl HostArrays {
             _ => None,
         };
         if let Some(sums) = sums {
-            let summed = Buffered::new(self, part).copy()?;
+            let summed = Summed::new(self, part).copy()?;
             sums.lock().unwrap_or_else(PoisonError::into_inner).append(summed);
             return Ok(());
         }
@@ -185,13 +185,13 @@ impl HostArrays {
     }
 
     /// A piece between the arrays and a pool that begins at `start`.
-    fn span(&self, direction: Direction, piece: &Piece, start: *mut u8) -> Span {
+    pub(crate) fn span(&self, direction: Direction, piece: &Piece, start: *mut u8) -> Span {
         let (ours, theirs) = (self.ours(piece), start.wrapping_add(length(piece.pool)));
         let (to, from) = match direction {
             Direction::Gather => (theirs, ours),
             Direction::Scatter => (ours, theirs),
         };
-        Span { to, from, bytes: length(piece.length), ahead: ptr::null() }
+        Span { to, from, bytes: length(piece.length), ..Span::NONE }
     }
 }
 

@@ -5,6 +5,7 @@
 //! processor's own prefetchers follow several streams at once, so four pieces are copied side by side; and they
 //! begin anew at each page, so the next pieces are fetched into the second cache while these are copied.
 
+use std::ops::Range;
 use std::ptr;
 
 /// Bytes that lie together on both sides.
@@ -15,12 +16,19 @@ pub(crate) struct Span {
     pub(crate) bytes: usize,
     /// As many bytes that will be read soon, or null. They need not exist.
     pub(crate) ahead: *const u8,
+    /// Where [`Kernel::copy_twice`] puts the very bytes that it writes to `to`.
+    pub(crate) keep: *mut u8,
 }
 
 impl Span {
     /// Of no bytes.
-    pub(crate) const NONE: Self =
-        Self { to: ptr::null_mut(), from: ptr::null(), bytes: 0, ahead: ptr::null() };
+    pub(crate) const NONE: Self = Self {
+        to: ptr::null_mut(),
+        from: ptr::null(),
+        bytes: 0,
+        ahead: ptr::null(),
+        keep: ptr::null_mut(),
+    };
 }
 
 /// Copies each span. Nobody else sees all that was written before [`Kernel::fence`].
@@ -35,6 +43,7 @@ type CopySpans = unsafe fn(&[Span]);
 pub(crate) struct Kernel {
     name: &'static str,
     copy: CopySpans,
+    copy_twice: CopySpans,
 }
 
 /// Spans from here on are copied side by side; shorter ones have ended before their streams are recognised.
@@ -59,7 +68,7 @@ impl Kernel {
     }
 
     /// What any processor has.
-    const PLAIN: Self = Self { name: "memcpy", copy: plain };
+    const PLAIN: Self = Self { name: "memcpy", copy: plain::<false>, copy_twice: plain::<true> };
 
     /// All that this processor can run, the best first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
@@ -67,14 +76,22 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") {
-                all.push(Self { name: "AVX-512", copy: avx512::copy });
+                all.push(Self {
+                    name: "AVX-512",
+                    copy: avx512::copy::<false>,
+                    copy_twice: avx512::copy::<true>,
+                });
             }
             if is_x86_feature_detected!("avx2") {
-                all.push(Self { name: "AVX2", copy: avx2::copy });
+                all.push(Self {
+                    name: "AVX2",
+                    copy: avx2::copy::<false>,
+                    copy_twice: avx2::copy::<true>,
+                });
             }
         }
         #[cfg(target_arch = "aarch64")]
-        all.push(Self { name: "NEON", copy: neon::copy }); // untested: there was no such machine
+        all.push(Self { name: "NEON", copy: neon::copy::<false>, copy_twice: neon::copy::<true> }); // untested: there was no such machine
         all.push(Self::PLAIN);
         all.into_iter()
     }
@@ -91,6 +108,16 @@ impl Kernel {
     pub(crate) unsafe fn copy(&self, spans: &[Span]) {
         // SAFETY: the caller's promise; `all` has only what the processor can run.
         unsafe { (self.copy)(spans) };
+    }
+
+    /// The same, and puts the same bytes to [`Span::keep`]: what is there was written, whoever changes the source
+    /// meanwhile.
+    ///
+    /// # Safety
+    /// As for [`Kernel::copy`]; so many bytes can be written there too.
+    pub(crate) unsafe fn copy_twice(&self, spans: &[Span]) {
+        // SAFETY: the caller's promise; `all` has only what the processor can run.
+        unsafe { (self.copy_twice)(spans) };
     }
 
     /// How many spans later those of so many bytes are read, as far as it helps to say so in [`Span::ahead`].
@@ -117,11 +144,25 @@ impl Kernel {
     }
 }
 
-unsafe fn plain(spans: &[Span]) {
+unsafe fn plain<const TWICE: bool>(spans: &[Span]) {
     for span in spans {
         // SAFETY: the caller's promise.
-        unsafe { ptr::copy_nonoverlapping(span.from, span.to, span.bytes) };
+        unsafe { copy_bytes::<TWICE>(span, 0..span.bytes) };
     }
+}
+
+/// Copies some of a span's bytes.
+#[inline]
+unsafe fn copy_bytes<const TWICE: bool>(span: &Span, bytes: Range<usize>) {
+    let mut from = span.from.wrapping_add(bytes.start);
+    if TWICE {
+        let keep = span.keep.wrapping_add(bytes.start);
+        // SAFETY: the caller lets the bytes be read, and kept.
+        unsafe { ptr::copy_nonoverlapping(from, keep, bytes.len()) };
+        from = keep;
+    }
+    // SAFETY: and written.
+    unsafe { ptr::copy_nonoverlapping(from, span.to.wrapping_add(bytes.start), bytes.len()) };
 }
 
 /// The loops, for one instruction set: `turn` copies four lines to an aligned address without caching them,
@@ -133,19 +174,19 @@ macro_rules! kernel {
 
             /// See [`CopySpans`].
             #[target_feature(enable = $feature)]
-            pub(super) unsafe fn copy(spans: &[Span]) {
+            pub(super) unsafe fn copy<const TWICE: bool>(spans: &[Span]) {
                 let longest = spans.iter().map(|span| span.bytes).max().unwrap_or(0);
                 if longest < SIDE_BY_SIDE {
                     // SAFETY: the caller's promise.
-                    unsafe { one_by_one(spans) };
+                    unsafe { one_by_one::<TWICE>(spans) };
                 } else {
                     // SAFETY: as above.
-                    unsafe { side_by_side(spans) };
+                    unsafe { side_by_side::<TWICE>(spans) };
                 }
             }
 
             #[target_feature(enable = $feature)]
-            unsafe fn one_by_one(spans: &[Span]) {
+            unsafe fn one_by_one<const TWICE: bool>(spans: &[Span]) {
                 for span in spans {
                     if !span.ahead.is_null() {
                         for line in (0..span.bytes).step_by(LINE) {
@@ -153,16 +194,14 @@ macro_rules! kernel {
                         }
                     }
                     // SAFETY: the caller's promise.
-                    let Span { to, from, bytes, .. } = unsafe { edges(*span) };
-                    for at in (0..bytes).step_by(TURN) {
-                        // SAFETY: what `edges` left is whole turns to an aligned address, within the span.
-                        unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
-                    }
+                    let span = unsafe { edges::<TWICE>(*span) };
+                    // SAFETY: as above; they are whole turns.
+                    unsafe { turns::<TWICE>(&span) };
                 }
             }
 
             #[target_feature(enable = $feature)]
-            unsafe fn side_by_side(spans: &[Span]) {
+            unsafe fn side_by_side<const TWICE: bool>(spans: &[Span]) {
                 let mut streams = [Span::NONE; STREAMS];
                 let mut next = spans.iter();
                 loop {
@@ -171,7 +210,7 @@ macro_rules! kernel {
                             && let Some(span) = next.next()
                         {
                             // SAFETY: the caller's promise.
-                            *stream = unsafe { edges(*span) };
+                            *stream = unsafe { edges::<TWICE>(*span) };
                         }
                     }
                     let step = streams.iter().map(|stream| stream.bytes).min().unwrap_or(0);
@@ -179,67 +218,73 @@ macro_rules! kernel {
                         break;
                     }
                     for at in (0..step).step_by(TURN) {
-                        for Span { to, from, ahead, .. } in &streams {
-                            if !ahead.is_null() {
+                        for stream in &streams {
+                            if !stream.ahead.is_null() {
                                 for line in [0, LINE, 2 * LINE, 3 * LINE] {
-                                    $prefetch(ahead.wrapping_add(at + line));
+                                    $prefetch(stream.ahead.wrapping_add(at + line));
                                 }
                             }
-                            // SAFETY: as in `one_by_one`; no stream has fewer bytes than `step`.
-                            unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
+                            // SAFETY: no stream has fewer bytes than `step`.
+                            unsafe { $turn::<TWICE>(stream, at) };
                         }
                     }
-                    for Span { to, from, bytes, ahead } in &mut streams {
+                    for Span { to, from, bytes, ahead, keep } in &mut streams {
                         *to = to.wrapping_add(step);
                         *from = from.wrapping_add(step);
+                        *keep = keep.wrapping_add(step);
                         *bytes -= step;
                         if !ahead.is_null() {
                             *ahead = ahead.wrapping_add(step);
                         }
                     }
                 }
-                for Span { to, from, bytes, .. } in streams {
-                    for at in (0..bytes).step_by(TURN) {
-                        // SAFETY: as above.
-                        unsafe { $turn(to.wrapping_add(at), from.wrapping_add(at)) };
-                    }
+                for stream in &streams {
+                    // SAFETY: what `edges` left, less whole turns.
+                    unsafe { turns::<TWICE>(stream) };
+                }
+            }
+
+            #[inline]
+            #[target_feature(enable = $feature)]
+            unsafe fn turns<const TWICE: bool>(span: &Span) {
+                for at in (0..span.bytes).step_by(TURN) {
+                    // SAFETY: the caller's whole turns, to an aligned address.
+                    unsafe { $turn::<TWICE>(span, at) };
                 }
             }
 
             /// Copies what comes before the first aligned address and after the last whole turn; the rest is left.
             #[inline]
             #[target_feature(enable = $feature)]
-            unsafe fn edges(span: Span) -> Span {
-                let Span { to, from, bytes, ahead } = span;
-                let copy = |at: usize, bytes: usize| {
-                    // SAFETY: within the span, which the caller vouches for.
-                    unsafe {
-                        ptr::copy_nonoverlapping(from.wrapping_add(at), to.wrapping_add(at), bytes);
-                    }
-                };
+            unsafe fn edges<const TWICE: bool>(span: Span) -> Span {
+                let bytes = span.bytes;
                 if bytes < SHORT {
-                    copy(0, bytes);
+                    // SAFETY: the caller's promise.
+                    unsafe { copy_bytes::<TWICE>(&span, 0..bytes) };
                     return Span { bytes: 0, ..span };
                 }
-                let head = to.addr().wrapping_neg() % LINE;
+                let head = span.to.addr().wrapping_neg() % LINE;
                 if head > 0 {
-                    copy(0, head);
+                    // SAFETY: within the span, as all that follows.
+                    unsafe { copy_bytes::<TWICE>(&span, 0..head) };
                 }
-                let rest = bytes - head;
-                let mut at = head + rest / TURN * TURN;
+                let whole = (bytes - head) / TURN * TURN;
+                let mut at = head + whole;
                 while at + LINE <= bytes {
-                    // SAFETY: a line within the span, to an aligned address.
-                    unsafe { $line(to.wrapping_add(at), from.wrapping_add(at)) };
+                    // SAFETY: a line to an aligned address.
+                    unsafe { $line::<TWICE>(&span, at) };
                     at += LINE;
                 }
                 if at < bytes {
-                    copy(at, bytes - at);
+                    // SAFETY: as above.
+                    unsafe { copy_bytes::<TWICE>(&span, at..bytes) };
                 }
                 Span {
-                    to: to.wrapping_add(head),
-                    from: from.wrapping_add(head),
-                    bytes: rest / TURN * TURN,
-                    ahead,
+                    to: span.to.wrapping_add(head),
+                    from: span.from.wrapping_add(head),
+                    keep: span.keep.wrapping_add(head),
+                    bytes: whole,
+                    ..span
                 }
             }
         }
@@ -250,7 +295,7 @@ macro_rules! kernel {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::LINE;
+    use super::{LINE, Span};
 
     #[inline]
     pub(super) fn prefetch(from: *const u8) {
@@ -258,52 +303,53 @@ mod x86 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
     }
 
+    /// The line at `at`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn line_512(to: *mut u8, from: *const u8) {
-        // SAFETY: the caller lets a line be read.
-        let line = unsafe { _mm512_loadu_si512(from.cast()) };
-        // SAFETY: and written; the address is aligned.
-        unsafe { _mm512_stream_si512(to.cast(), line) };
+    pub(super) unsafe fn line_512<const TWICE: bool>(span: &Span, at: usize) {
+        // SAFETY: the caller lets the line be read.
+        let line = unsafe { _mm512_loadu_si512(span.from.wrapping_add(at).cast()) };
+        if TWICE {
+            // SAFETY: and kept.
+            unsafe { _mm512_storeu_si512(span.keep.wrapping_add(at).cast(), line) };
+        }
+        // SAFETY: and written, to an aligned address.
+        unsafe { _mm512_stream_si512(span.to.wrapping_add(at).cast(), line) };
     }
 
+    /// The four lines at `at`.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn turn_512(to: *mut u8, from: *const u8) {
-        let at = |line: usize| from.wrapping_add(line * LINE).cast();
-        // SAFETY: the caller lets four lines be read.
-        let first = unsafe { _mm512_loadu_si512(at(0)) };
-        // SAFETY: as above.
-        let second = unsafe { _mm512_loadu_si512(at(1)) };
-        // SAFETY: as above.
-        let third = unsafe { _mm512_loadu_si512(at(2)) };
-        // SAFETY: as above.
-        let fourth = unsafe { _mm512_loadu_si512(at(3)) };
-        for (number, line) in [first, second, third, fourth].into_iter().enumerate() {
-            // SAFETY: the caller lets four lines be written; the address is aligned.
-            unsafe { _mm512_stream_si512(to.wrapping_add(number * LINE).cast(), line) };
+    pub(super) unsafe fn turn_512<const TWICE: bool>(span: &Span, at: usize) {
+        for line in [0, LINE, 2 * LINE, 3 * LINE] {
+            // SAFETY: the caller lets four lines be copied.
+            unsafe { line_512::<TWICE>(span, at + line) };
         }
     }
 
+    /// The line at `at`.
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn line_256(to: *mut u8, from: *const u8) {
-        // SAFETY: the caller lets a line be read.
-        let low = unsafe { _mm256_loadu_si256(from.cast()) };
-        // SAFETY: as above.
-        let high = unsafe { _mm256_loadu_si256(from.wrapping_add(32).cast()) };
-        // SAFETY: and written; the address is aligned.
-        unsafe { _mm256_stream_si256(to.cast(), low) };
-        // SAFETY: as above.
-        unsafe { _mm256_stream_si256(to.wrapping_add(32).cast(), high) };
+    pub(super) unsafe fn line_256<const TWICE: bool>(span: &Span, at: usize) {
+        for at in [at, at + LINE / 2] {
+            // SAFETY: the caller lets the line be read.
+            let half = unsafe { _mm256_loadu_si256(span.from.wrapping_add(at).cast()) };
+            if TWICE {
+                // SAFETY: and kept.
+                unsafe { _mm256_storeu_si256(span.keep.wrapping_add(at).cast(), half) };
+            }
+            // SAFETY: and written, to an aligned address.
+            unsafe { _mm256_stream_si256(span.to.wrapping_add(at).cast(), half) };
+        }
     }
 
+    /// The four lines at `at`.
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn turn_256(to: *mut u8, from: *const u8) {
+    pub(super) unsafe fn turn_256<const TWICE: bool>(span: &Span, at: usize) {
         for line in [0, LINE, 2 * LINE, 3 * LINE] {
             // SAFETY: the caller lets four lines be copied.
-            unsafe { line_256(to.wrapping_add(line), from.wrapping_add(line)) };
+            unsafe { line_256::<TWICE>(span, at + line) };
         }
     }
 }
@@ -321,7 +367,7 @@ kernel!(avx2, "avx2", turn_256, line_256, prefetch);
 mod arm {
     use std::arch::asm;
 
-    use super::LINE;
+    use super::{LINE, Span};
 
     #[inline]
     pub(super) fn prefetch(from: *const u8) {
@@ -331,29 +377,38 @@ mod arm {
         }
     }
 
+    /// The line at `at`.
     #[inline]
     #[target_feature(enable = "neon")]
-    pub(super) unsafe fn line(to: *mut u8, from: *const u8) {
-        // SAFETY: the caller lets a line be read and written.
+    pub(super) unsafe fn line<const TWICE: bool>(span: &Span, at: usize) {
+        let from = span.from.wrapping_add(at);
+        let keep = span.keep.wrapping_add(at); // means nothing without TWICE
+        // SAFETY: the caller lets a line be read, kept and written.
         unsafe {
             asm!(
                 "ldp {a:q}, {b:q}, [{from}]",
                 "ldp {c:q}, {d:q}, [{from}, #32]",
                 "stnp {a:q}, {b:q}, [{to}]",
                 "stnp {c:q}, {d:q}, [{to}, #32]",
+                "cbz {twice}, 2f",
+                "stp {a:q}, {b:q}, [{keep}]",
+                "stp {c:q}, {d:q}, [{keep}, #32]",
+                "2:",
                 a = out(vreg) _, b = out(vreg) _, c = out(vreg) _, d = out(vreg) _,
-                from = in(reg) from, to = in(reg) to,
+                from = in(reg) from, to = in(reg) span.to.wrapping_add(at), keep = in(reg) keep,
+                twice = in(reg) u64::from(TWICE),
                 options(nostack, preserves_flags),
             );
         }
     }
 
+    /// The four lines at `at`.
     #[inline]
     #[target_feature(enable = "neon")]
-    pub(super) unsafe fn turn(to: *mut u8, from: *const u8) {
-        for at in [0, LINE, 2 * LINE, 3 * LINE] {
+    pub(super) unsafe fn turn<const TWICE: bool>(span: &Span, at: usize) {
+        for line in [0, LINE, 2 * LINE, 3 * LINE] {
             // SAFETY: the caller lets four lines be copied.
-            unsafe { line(to.wrapping_add(at), from.wrapping_add(at)) };
+            unsafe { self::line::<TWICE>(span, at + line) };
         }
     }
 }
@@ -375,7 +430,9 @@ mod tests {
     fn check(lengths: &[usize], to_at: usize, from_at: usize) {
         let total: usize = lengths.iter().map(|bytes| bytes + SLACK).sum::<usize>() + SLACK;
         let from: Vec<u8> = (0..251u8).cycle().take(total).collect();
-        for kernel in Kernel::all() {
+        let both = Kernel::all().flat_map(|kernel| [(kernel, false), (kernel, true)]);
+        for (kernel, twice) in both {
+            let mut kept = vec![0xee; total];
             let mut to = vec![0xee; total];
             let mut expected = to.clone();
             // Whatever the allocator's alignment, `at` is the address's distance from a line.
@@ -392,14 +449,20 @@ mod tests {
                 }
                 let (to, from) =
                     (start.wrapping_add(to_place), from.as_ptr().wrapping_add(from_place));
-                spans.push(Span { to, from, bytes: *bytes, ahead: from });
+                let keep = kept.as_mut_ptr().wrapping_add(to_place);
+                spans.push(Span { to, from, bytes: *bytes, ahead: from, keep });
                 to_place += bytes + LINE; // each as far from a line as its lengths make it
                 from_place += bytes + LINE;
             }
-            // SAFETY: the spans lie apart in `to`, and within both.
-            unsafe { kernel.copy(&spans) };
+            if twice {
+                // SAFETY: the spans lie apart in `to` and `kept`, and within all three.
+                unsafe { kernel.copy_twice(&spans) };
+            } else {
+                // SAFETY: as above.
+                unsafe { kernel.copy(&spans) };
+            }
             kernel.fence();
-            let same = to == expected;
+            let same = to == expected && (!twice || kept == expected);
             assert!(same, "{}: {lengths:?} at {to_at} from {from_at}", kernel.name());
         }
     }

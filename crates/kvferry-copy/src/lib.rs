@@ -1,7 +1,6 @@
 //! Memory regions and copies: the only crate with unsafe code beside the binding.
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
 
-mod buffered;
 pub mod cuda;
 mod host;
 mod kernels;
@@ -12,6 +11,7 @@ mod memfd;
 mod private;
 #[cfg(target_os = "linux")]
 mod shared;
+mod summed;
 mod threads;
 
 pub use host::{HostArrays, HostMemory};
