@@ -450,13 +450,13 @@ fn load(engine: &Engine, pool: &dyn Memory) -> CopyPlan {
 fn layers_are_told_as_they_arrive() {
     let (engine, pool) = large();
     let (gated, give, _asks) = gated(&pool);
-    let memory = HostMemory::on(&Arc::new(CopyThreads::new(2)), engine.arrays());
+    let memory = HostMemory::on(&Arc::new(CopyThreads::new(1)), engine.arrays());
     let plan = store(&engine, &*pool);
     let (parts, bytes) = (12, plan.bytes_per_array() as usize);
     let copying = memory.copy(plan, gated, false).unwrap();
     (0..parts / 2 + 1).for_each(|_| give.send(true).unwrap());
     wait(copying.array(2)).unwrap();
-    assert!((2..4).contains(&copying.arrays()), "the others wait for leave");
+    assert_eq!(copying.arrays(), 2, "the others wait for leave");
     let written = contents(&*pool);
     // K and V of a layer are the first two arrays; an object has all K before all V.
     for array in [0, 2] {
