@@ -3,7 +3,7 @@
 import { buildAddon, buildJavaScript } from "./build.mjs";
 import { installEngine } from "./engine.mjs";
 import { checkLicences } from "./licences.mjs";
-import { installOnnx } from "./onnx.mjs";
+import { installOnnx, skipped } from "./onnx.mjs";
 import { run, setup, step } from "./setup.mjs";
 
 setup();
@@ -28,8 +28,7 @@ try {
 	installOnnx();
 	run("tsc", ["--project", "examples/onnx-chat"]);
 } catch (error) {
-	const [reason] = /** @type {Error} */ (error).message.split("\n");
-	console.error(`SKIPPED: types of onnxruntime-node: ${reason}`);
+	skipped("the types of onnxruntime-node", error);
 }
 step("typedoc");
 run("typedoc", []);

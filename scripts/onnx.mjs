@@ -55,6 +55,13 @@ export function buildTinyModel() {
 	return model;
 }
 
+/** Says in one line what is left out, and why it could not be installed. */
+export function skipped(/** @type {string} */ what, /** @type {unknown} */ error) {
+	const lines = /** @type {Error} */ (error).message.split("\n");
+	const reason = lines.find((line) => /\berror\b/i.test(line)) ?? lines[0];
+	process.stderr.write(`SKIPPED: ${what}: ${reason}\n`);
+}
+
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
 	installOnnx();
 	console.log(buildTinyModel());

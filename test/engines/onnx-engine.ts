@@ -1,6 +1,6 @@
 import { createRequire } from "node:module";
 import { join } from "node:path";
-import { buildTinyModel, installOnnx, onnxExample } from "../../scripts/onnx.mjs";
+import { buildTinyModel, installOnnx, onnxExample, skipped } from "../../scripts/onnx.mjs";
 import type { EngineSession, EngineTensor } from "../../ts/engines/onnx.js";
 
 /** onnxruntime's session. */
@@ -36,8 +36,7 @@ export function openOnnx(): OnnxEngine | undefined {
 			ort.InferenceSession.create(file(name), { intraOpNumThreads: 1 });
 		return { ort, model, file, open };
 	} catch (error) {
-		const [reason] = (error as Error).message.split("\n");
-		process.stderr.write(`SKIPPED: tests under onnxruntime and transformers.js: ${reason}\n`);
+		skipped("tests under onnxruntime-node and transformers.js", error);
 		return undefined;
 	}
 }
