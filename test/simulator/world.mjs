@@ -119,8 +119,8 @@ export class World {
 	 * @template T @param {Promise<T>} copy @returns {Promise<T>}
 	 */
 	async copied(copy) {
-		const before = [...this.#copies];
-		const inOrder = Promise.allSettled(before).then(() => copy);
+		// Its own failure is met at once, however long the others take.
+		const inOrder = Promise.allSettled([...this.#copies, copy]).then(() => copy);
 		this.#copies.add(inOrder);
 		try {
 			return await inOrder;
