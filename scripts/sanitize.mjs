@@ -80,8 +80,12 @@ function works(/** @type {string} */ command, /** @type {string[]} */ args) {
 /** Builds the tests, and says where they are. @returns {string[]} */
 function testBinaries() {
 	const args = ["test", ...PACKAGE, "--lib", "--test", "host", "--no-run", "--message-format=json"];
-	const options = { cwd: root, encoding: "utf8", maxBuffer: 64 << 20 };
-	const built = spawnSync("cargo", args, { ...options, stdio: ["ignore", "pipe", "inherit"] });
+	const built = spawnSync("cargo", args, {
+		cwd: root,
+		encoding: "utf8",
+		maxBuffer: 64 << 20,
+		stdio: ["ignore", "pipe", "inherit"],
+	});
 	if (built.status !== 0) {
 		fail("the tests do not build");
 	}
