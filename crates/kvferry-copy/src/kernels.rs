@@ -72,28 +72,26 @@ impl Kernel {
 
     /// All that this processor can run, the best first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        let mut all = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f") {
-                all.push(Self {
-                    name: "AVX-512",
-                    copy: avx512::copy::<false>,
-                    copy_twice: avx512::copy::<true>,
-                });
-            }
-            if is_x86_feature_detected!("avx2") {
-                all.push(Self {
-                    name: "AVX2",
-                    copy: avx2::copy::<false>,
-                    copy_twice: avx2::copy::<true>,
-                });
-            }
-        }
-        #[cfg(target_arch = "aarch64")]
-        all.push(Self { name: "NEON", copy: neon::copy::<false>, copy_twice: neon::copy::<true> }); // untested: there was no such machine
-        all.push(Self::PLAIN);
-        all.into_iter()
+        [
+            #[cfg(target_arch = "x86_64")]
+            is_x86_feature_detected!("avx512f").then_some(Self {
+                name: "AVX-512",
+                copy: avx512::copy::<false>,
+                copy_twice: avx512::copy::<true>,
+            }),
+            #[cfg(target_arch = "x86_64")]
+            is_x86_feature_detected!("avx2").then_some(Self {
+                name: "AVX2",
+                copy: avx2::copy::<false>,
+                copy_twice: avx2::copy::<true>,
+            }),
+            // Untested: there was no such machine.
+            #[cfg(target_arch = "aarch64")]
+            Some(Self { name: "NEON", copy: neon::copy::<false>, copy_twice: neon::copy::<true> }),
+            Some(Self::PLAIN),
+        ]
+        .into_iter()
+        .flatten()
     }
 
     /// "AVX-512", "AVX2", "NEON" or "memcpy".
@@ -139,7 +137,7 @@ impl Kernel {
         #[cfg(target_arch = "aarch64")]
         // SAFETY: a barrier touches no memory. `stnp` is ordered by nothing weaker.
         unsafe {
-            std::arch::asm!("dmb ishst", options(nostack, preserves_flags))
+            std::arch::asm!("dmb ishst", options(nostack, preserves_flags));
         };
     }
 }

@@ -1,6 +1,6 @@
 //! A device's primary context, in which engines live, and what is made in it.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{
@@ -187,7 +187,7 @@ impl Current<'_> {
             ))),
             code => {
                 driver.check("cuIpcGetMemHandle", code)?;
-                Ok((handle.reserved.map(i8::cast_unsigned), address - start))
+                Ok((handle.reserved.map(|byte| byte.to_ne_bytes()[0]), address - start))
             }
         }
     }
@@ -195,7 +195,7 @@ impl Current<'_> {
     pub(crate) fn open_ipc(&self, handle: &[u8; 64]) -> Result<u64> {
         let driver = self.context.driver;
         let mut address = 0;
-        let handle = CUipcMemHandle { reserved: handle.map(u8::cast_signed) };
+        let handle = CUipcMemHandle { reserved: handle.map(|byte| c_char::from_ne_bytes([byte])) };
         let flags = CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
         // SAFETY: writes an address; bytes that are no handle are refused.
         let code = unsafe { (driver.cuIpcOpenMemHandle_v2)(&raw mut address, handle, flags) };
