@@ -15,7 +15,7 @@ import {
 } from "node:fs";
 import { join, relative } from "node:path";
 import { pipeline } from "node:stream/promises";
-import { cache, capture, fail, root, step } from "./setup.mjs";
+import { cache, capture, fail, machineEnvironment, root, step } from "./setup.mjs";
 
 /** The example, with node-llama-cpp in its node_modules. */
 export const example = join(root, "examples", "llama-chat");
@@ -93,7 +93,12 @@ export function runQuietly(
 	/** @type {string[]} */ args,
 	/** @type {string} */ cwd,
 ) {
-	const { status, error, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
+	const env = machineEnvironment();
+	const { status, error, stdout, stderr } = spawnSync(command, args, {
+		cwd,
+		env,
+		encoding: "utf8",
+	});
 	if (status !== 0) {
 		throw new Error(`${command} ${args.join(" ")}: ${error?.message ?? `${stdout}${stderr}`}`);
 	}

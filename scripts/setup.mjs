@@ -10,6 +10,7 @@ export const root = fileURLToPath(new URL("..", import.meta.url));
 export const cache = join(root, ".cache");
 
 const venv = join(cache, "venv");
+const venvBin = join(venv, "bin");
 const NODE_FLOOR = "20.19.0";
 const PIP_FLOOR = "22.3"; // has --python
 
@@ -66,7 +67,7 @@ export function installPythonPackages() {
 	if (existsSync(installed) && readFileSync(installed).equals(readFileSync(wanted))) {
 		return;
 	}
-	const { env } = process; // the machine's own python3, not the venv's
+	const env = machineEnvironment();
 	const pip = /^pip (\S+)/.exec(capture("python3", ["-m", "pip", "--version"], env))?.[1];
 	if (pip === undefined) {
 		fail("Python 3 with pip is missing: install both (Debian: apt-get install python3-pip).");
@@ -79,15 +80,21 @@ export function installPythonPackages() {
 	}
 	step("Python packages into .cache/venv");
 	run("python3", ["-m", "venv", "--clear", "--without-pip", venv], { env });
-	const intoVenv = ["-m", "pip", "--python", join(venv, "bin", "python")];
+	const intoVenv = ["-m", "pip", "--python", join(venvBin, "python")];
 	const quietly = ["--quiet", "--disable-pip-version-check"];
 	run("python3", [...intoVenv, "install", ...quietly, "-r", wanted], { env });
 	copyFileSync(wanted, installed);
 }
 
+/** The environment with the machine's own python3, which has pip, and not the venv's. */
+export function machineEnvironment() {
+	const path = (process.env.PATH ?? "").split(delimiter).filter((bin) => bin !== venvBin);
+	return { ...process.env, PATH: path.join(delimiter) };
+}
+
 /** The environment with the venv's and npm's programs first on the PATH. */
 export function toolEnvironment() {
-	const bins = [join(venv, "bin"), join(root, "node_modules", ".bin")];
+	const bins = [venvBin, join(root, "node_modules", ".bin")];
 	return { ...process.env, PATH: [...bins, process.env.PATH].join(delimiter) };
 }
 

@@ -45,9 +45,8 @@ const PAGED = `
 				const native = await openWorker(...args);
 				const startOut = native.startOut.bind(native);
 				native.startOut = (store) => {
-					const copying = startOut(store);
+					startOut(store);
 					resolve();
-					return copying;
 				};
 				return native;
 			};

@@ -113,7 +113,10 @@ export declare class LlamaStateFile {
 export declare class PagedLoad {
   /** Chunks that can be copied. */
   get chunks(): number
-  /** Resolves when the first `arrays` arrays of registered memory have what is copied to them. */
+  /**
+   * Resolves when the first `arrays` arrays of registered memory have what is copied to them; or, of arrays
+   * that there are not, when the copy has ended.
+   */
   copied(arrays: number): Promise<undefined>
 }
 
@@ -135,6 +138,8 @@ export declare class PagedStore {
   get chunks(): number
   /** Chunks that did not fit; absent when the server does not say. */
   get refused(): number | null
+  /** Resolves when all is copied out of registered memory. */
+  copied(): Promise<undefined>
 }
 
 /** A worker's side. */
@@ -164,9 +169,12 @@ export declare class PagedWorker {
    * the rest.
    */
   copyIn(load: PagedLoad, arrays: Array<Uint8Array>): boolean
-  /** Copies into registered memory, all of it. */
-  startIn(load: PagedLoad): Promise<undefined>
-  /** Ends a load; `false` when what was copied must not be used. */
+  /** Begins to copy into registered memory. */
+  startIn(load: PagedLoad): void
+  /**
+   * Ends a load, after the copy that was begun; `false` when what was copied must not be used. The time begins
+   * with the copy's end.
+   */
   finish(load: PagedLoad, timeoutMs: number): Promise<boolean>
   /** Begins a store. */
   store(tokens: Uint32Array, which: PagedRange, timeoutMs: number): Promise<PagedStore>
@@ -177,11 +185,14 @@ export declare class PagedWorker {
    * was the rest.
    */
   copyOut(store: PagedStore, arrays: Array<Uint8Array>): boolean
-  /** Copies out of registered memory, all of it. */
-  startOut(store: PagedStore): Promise<undefined>
-  /** Makes a store visible; the chunks that it had. */
+  /** Begins to copy out of registered memory. */
+  startOut(store: PagedStore): void
+  /**
+   * Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, its room
+   * is given back. The time begins with the copy's end.
+   */
   commit(store: PagedStore, timeoutMs: number): Promise<number>
-  /** Gives a store's room back. */
+  /** Gives a store's room back, after the copy that was begun. */
   abandon(store: PagedStore, timeoutMs: number): Promise<undefined>
   /** Unregisters. */
   close(timeoutMs: number): Promise<undefined>

@@ -188,7 +188,8 @@ async function submission(/** @type {Stack} */ stack, /** @type {number} */ chun
 			const blocks = Uint32Array.from(op.blockIds[0] ?? []);
 			const start = performance.now();
 			worker.planStore(store, blocks, false);
-			await worker.startOut(store);
+			worker.startOut(store);
+			await store.copied();
 			const ms = performance.now() - start;
 			await worker.abandon(store, 5000);
 			return ms;

@@ -336,19 +336,23 @@ export class Transport {
 			}
 			return worker;
 		};
-		/** A copy to or from a GPU's memory. @param {Uint32Array} blocks @param {() => Promise<undefined>} start */
-		const copied = async (blocks, start) => {
+		/**
+		 * A copy to or from a GPU's memory; resolves when it has ended, in one way or the other.
+		 *
+		 * @param {Uint32Array} blocks
+		 * @param {() => void} start
+		 * @param {() => Promise<undefined>} end
+		 */
+		const copied = (blocks, start, end) => {
 			const device = /** @type {import("./device.mjs").Device} */ (this.#world.device);
 			const [, , addresses] = /** @type {NonNullable<typeof registered>} */ (registered);
 			device.write(addresses, blocks);
-			try {
-				return await this.#world.copied(this.#now(start));
-			} finally {
-				device.read(addresses, blocks);
-			}
+			start();
+			const read = () => device.read(addresses, blocks);
+			return this.#world.copied(this.#now(end)).then(read, read);
 		};
 		/** @typedef {{ arrays: Uint8Array[], blocks: Uint32Array }} Copied */
-		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], filled?: Uint32Array, copied?: Copied }>} */
+		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], filled?: Uint32Array, copied?: Copied, copying?: Promise<void> }>} */
 		const grants = new WeakMap();
 		const of = (/** @type {object} */ grant) => {
 			const known = grants.get(grant);
@@ -360,6 +364,7 @@ export class Transport {
 		/** @param {import("../../ts/native-binding.js").PagedStore} store */
 		const commit = async (store) => {
 			const grant = of(store);
+			await grant.copying;
 			const whole = store.refused === 0;
 			if (grant.epoch !== this.epoch) {
 				await grant.worker.commit(store, 1000);
@@ -425,22 +430,25 @@ export class Transport {
 				await worker.registerCuda(...memory);
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["startIn"]} */
-			startIn: async (load) => {
+			startIn: (load) => {
 				const grant = of(load);
 				const arrays = this.#world.device?.mirrors(registered?.[2] ?? new BigUint64Array()) ?? [];
 				const filled = grant.filled ?? new Uint32Array();
 				grant.copied = { arrays, blocks: filled };
-				return await copied(filled, () => grant.worker.startIn(load));
+				const start = () => grant.worker.startIn(load);
+				grant.copying = copied(filled, start, () => load.copied(2 ** 32 - 1));
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["startOut"]} */
-			startOut: async (store) => {
-				const { worker, filled = new Uint32Array() } = of(store);
-				return await copied(filled, () => worker.startOut(store));
+			startOut: (store) => {
+				const grant = of(store);
+				const start = () => grant.worker.startOut(store);
+				grant.copying = copied(grant.filled ?? new Uint32Array(), start, () => store.copied());
 			},
 			/** @param {import("../../ts/native-binding.js").PagedLoad} load */
 			finish: (load) =>
 				this.#end(async () => {
 					const grant = of(load);
+					await grant.copying;
 					const held = await grant.worker.finish(load, 1000);
 					const { random, faults, counts } = this.#world;
 					if (grant.copied !== undefined && random.chance(faults.reused)) {
@@ -481,7 +489,11 @@ export class Transport {
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */
 			commit: (store) => this.#end(() => commit(store)),
 			/** @param {import("../../ts/native-binding.js").PagedStore} store */
-			abandon: (store) => this.#end(() => of(store).worker.abandon(store, 1000)),
+			abandon: (store) =>
+				this.#end(async () => {
+					await of(store).copying;
+					return of(store).worker.abandon(store, 1000);
+				}),
 			close: () => worker.close(1000),
 		};
 	}

@@ -515,9 +515,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				if (wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens, this.#verify))) {
 					const borrowed = this.#borrowed;
 					if (borrowed === undefined) {
-						const copying = waitFor(() => worker.startIn(load), undefined);
+						wrap(() => worker.startIn(load));
 						begun(load);
-						await copying;
 					} else {
 						while (wrap(() => worker.copyIn(load, borrowed))) {
 							await nextTurn();
@@ -565,17 +564,18 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				wrap(() => worker.planStore(store, blocks, this.#verify));
 				const borrowed = this.#borrowed;
 				if (borrowed === undefined) {
-					await waitFor(() => worker.startOut(store), undefined);
+					wrap(() => worker.startOut(store));
+					store.copied().then(copied, copied);
 				} else {
 					while (wrap(() => worker.copyOut(store, borrowed))) {
 						await nextTurn();
 					}
+					copied();
 				}
 			} catch (error) {
 				await worker.abandon(store, this.#timeoutMs).catch(() => {}); // the first error tells more
 				throw error;
 			}
-			copied();
 			this.#storedChunks += await waitFor(() => worker.commit(store, this.#timeoutMs), undefined);
 			this.#failure = undefined;
 		} catch (error) {

@@ -195,13 +195,17 @@ impl Copies {
     }
 
     /// Begins to copy between a pool and registered memory.
-    fn start(&self, memory: Option<&Registered>) -> Result<Copying> {
+    fn start(&self, memory: Option<&Registered>) -> Result<()> {
         let unregistered = || Error::invalid("no memory is registered that copies could run to");
         let memory = memory.ok_or_else(|| to_napi(unregistered()))?;
+        if self.copying.get().is_some() {
+            return Err(ended());
+        }
         let planned = lock(&self.planned).take().ok_or_else(ended)?;
         let paged::Copies { plan, memory: pool } = planned.copies;
         let copying = memory.memory.copy(plan, pool, planned.sums.is_some()).map_err(to_napi)?;
-        Ok(self.copying.get_or_init(|| copying).clone())
+        let _ = self.copying.set(copying); // there was none
+        Ok(())
     }
 
     /// What must have ended before slots are given back.
@@ -235,9 +239,10 @@ fn close_with(env: &Env, memory: &Arc<OnceLock<Registered>>) -> Result<()> {
 }
 
 /// Waits until nothing is copied any more.
-async fn settled(copying: Option<Copying>) {
-    if let Some(copying) = copying {
-        let _ = copying.ended().await; // who began it hears of its error
+async fn copied(copying: Option<Copying>) -> kvferry_core::Result<()> {
+    match copying {
+        Some(copying) => copying.ended().await,
+        None => Ok(()),
     }
 }
 
@@ -455,14 +460,14 @@ impl PagedWorker {
         load.copies.copy_some(self.inner.shape(), &arrays)
     }
 
-    /// Copies into registered memory, all of it.
+    /// Begins to copy into registered memory.
     #[napi(catch_unwind)]
-    pub fn start_in<'env>(&self, env: &'env Env, load: &PagedLoad) -> Result<PromiseRaw<'env, ()>> {
-        let copying = load.copies.start(self.memory.get())?;
-        promise(env, async move { copying.ended().await })
+    pub fn start_in(&self, load: &PagedLoad) -> Result<()> {
+        load.copies.start(self.memory.get())
     }
 
-    /// Ends a load; `false` when what was copied must not be used.
+    /// Ends a load, after the copy that was begun; `false` when what was copied must not be used. The time begins
+    /// with the copy's end.
     #[napi(catch_unwind)]
     pub fn finish<'env>(
         &self,
@@ -471,11 +476,12 @@ impl PagedWorker {
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, bool>> {
         let (copies, verify) = (Arc::clone(&load.copies), load.verify.get() == Some(&true));
-        let (inner, load, until) =
-            (Arc::clone(&self.inner), take(&load.inner)?, deadline(timeout_ms));
+        let (inner, load) = (Arc::clone(&self.inner), take(&load.inner)?);
         begin(env, async move {
-            settled(copies.under_way()).await;
-            inner.finish(load, verify.then(|| copies.checksums()), until).await
+            let copied = copied(copies.under_way()).await;
+            let checksums = verify.then(|| copies.checksums());
+            let held = inner.finish(load, checksums, deadline(timeout_ms)).await;
+            copied.and(held)
         })
     }
 
@@ -519,18 +525,14 @@ impl PagedWorker {
         store.copies.copy_some(self.inner.shape(), &arrays)
     }
 
-    /// Copies out of registered memory, all of it.
+    /// Begins to copy out of registered memory.
     #[napi(catch_unwind)]
-    pub fn start_out<'env>(
-        &self,
-        env: &'env Env,
-        store: &PagedStore,
-    ) -> Result<PromiseRaw<'env, ()>> {
-        let copying = store.copies.start(self.memory.get())?;
-        promise(env, async move { copying.ended().await })
+    pub fn start_out(&self, store: &PagedStore) -> Result<()> {
+        store.copies.start(self.memory.get())
     }
 
-    /// Makes a store visible; the chunks that it had.
+    /// Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, its room
+    /// is given back. The time begins with the copy's end.
     #[napi(catch_unwind)]
     pub fn commit<'env>(
         &self,
@@ -539,15 +541,19 @@ impl PagedWorker {
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, u32>> {
         let copies = Arc::clone(&store.copies);
-        let (inner, store, until) =
-            (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
+        let (inner, store) = (Arc::clone(&self.inner), take(&store.inner)?);
         begin(env, async move {
-            settled(copies.under_way()).await;
+            let copied = copied(copies.under_way()).await;
+            let until = deadline(timeout_ms);
+            if let Err(error) = copied {
+                let _ = inner.abandon(store, until).await; // the first error tells more
+                return Err(error);
+            }
             inner.commit(store, &copies.checksums(), until).await
         })
     }
 
-    /// Gives a store's room back.
+    /// Gives a store's room back, after the copy that was begun.
     #[napi(catch_unwind)]
     pub fn abandon<'env>(
         &self,
@@ -556,11 +562,10 @@ impl PagedWorker {
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, ()>> {
         let copies = Arc::clone(&store.copies);
-        let (inner, store, until) =
-            (Arc::clone(&self.inner), take(&store.inner)?, deadline(timeout_ms));
+        let (inner, store) = (Arc::clone(&self.inner), take(&store.inner)?);
         begin(env, async move {
-            settled(copies.under_way()).await;
-            inner.abandon(store, until).await
+            let _ = copied(copies.under_way()).await;
+            inner.abandon(store, deadline(timeout_ms)).await
         })
     }
 
@@ -623,7 +628,8 @@ impl PagedLoad {
         self.chunks
     }
 
-    /// Resolves when the first `arrays` arrays of registered memory have what is copied to them.
+    /// Resolves when the first `arrays` arrays of registered memory have what is copied to them; or, of arrays
+    /// that there are not, when the copy has ended.
     #[napi(catch_unwind)]
     pub fn copied<'env>(&self, env: &'env Env, arrays: u32) -> Result<PromiseRaw<'env, ()>> {
         let copying = self.copies.under_way().ok_or_else(ended)?;
@@ -643,6 +649,13 @@ impl PagedStore {
     #[napi(getter, catch_unwind)]
     pub fn refused(&self) -> Option<u32> {
         self.refused
+    }
+
+    /// Resolves when all is copied out of registered memory.
+    #[napi(catch_unwind)]
+    pub fn copied<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
+        let copying = self.copies.under_way().ok_or_else(ended)?;
+        begin(env, async move { copying.ended().await })
     }
 }
 
