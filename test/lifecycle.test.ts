@@ -43,10 +43,11 @@ const PAGED = `
 		const begun = new Promise((resolve) => {
 			via.openWorker = async (...args) => {
 				const native = await openWorker(...args);
-				const startOut = native.startOut.bind(native);
-				native.startOut = (store) => {
-					startOut(store);
-					resolve();
+				const storeBlocks = native.storeBlocks.bind(native);
+				native.storeBlocks = (...args) => {
+					const store = storeBlocks(...args);
+					void store.copied(1).then(resolve);
+					return store;
 				};
 				return native;
 			};

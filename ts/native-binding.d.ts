@@ -142,6 +142,19 @@ export declare class PagedStore {
   copied(): Promise<undefined>
 }
 
+/** A load or store that runs by itself. */
+export declare class PagedTransfer {
+  /** Keeps the copy from beginning; `false` when it has begun, or never will. */
+  forbid(): boolean
+  /**
+   * Resolves when the first `arrays` arrays are copied; with more than there are, when all are, and when nothing will
+   * be copied.
+   */
+  copied(arrays: number): Promise<undefined>
+  /** How many chunks were loaded or stored. To be called once. */
+  ended(): Promise<number>
+}
+
 /** A worker's side. */
 export declare class PagedWorker {
   /** Bytes that each array of the memory has. */
@@ -196,6 +209,10 @@ export declare class PagedWorker {
   abandon(store: PagedStore, timeoutMs: number): Promise<undefined>
   /** Unregisters. */
   close(timeoutMs: number): Promise<undefined>
+  /** Loads a range into registered memory. */
+  loadBlocks(tokens: Uint32Array, which: PagedRange, into: PagedBlocks, timeoutMs: number): PagedTransfer
+  /** Stores a range out of registered memory. */
+  storeBlocks(tokens: Uint32Array, which: PagedRange, from: PagedBlocks, timeoutMs: number): PagedTransfer
 }
 
 /** A prefix cache. */
@@ -493,6 +510,16 @@ export interface ObjectLayout {
   shape: Array<number>
   /** The element type. */
   dtype: string
+}
+
+/** What to copy. */
+export interface PagedBlocks {
+  /** The blocks of the whole range. */
+  blocks: Uint32Array
+  /** Leading tokens of the range that a load leaves alone. */
+  skip: number
+  /** Whether checksums are told with a store, and compared after a load. */
+  verify: boolean
 }
 
 /** An engine's KV memory. */

@@ -389,7 +389,7 @@ export class Transport {
 			}
 			return chunks;
 		};
-		return {
+		const wrapped = {
 			arrayBytes: worker.arrayBytes,
 			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
 			load: (tokens, range) =>
@@ -495,8 +495,87 @@ export class Transport {
 					return of(store).worker.abandon(store, 1000);
 				}),
 			close: () => worker.close(1000),
+			// What the addon does by itself, in steps, so that faults come between them.
+			/** @type {Native["PagedWorker"]["prototype"]["loadBlocks"]} */
+			loadBlocks: (tokens, range, { blocks, skip, verify }) => {
+				const load = wrapped.load(tokens, range);
+				return transfer(load, async (load) => {
+					let copying = false;
+					try {
+						copying = wrapped.planLoad(load, blocks, skip, verify);
+						if (copying) {
+							wrapped.startIn(load);
+						}
+					} finally {
+						copying = (await wrapped.finish(load)) && copying;
+					}
+					return copying ? load.chunks : 0;
+				});
+			},
+			/** @type {Native["PagedWorker"]["prototype"]["storeBlocks"]} */
+			storeBlocks: (tokens, range, { blocks, verify }) => {
+				const store = wrapped.store(tokens, range);
+				return transfer(store, async (store, forbidden) => {
+					try {
+						if (!forbidden) {
+							wrapped.planStore(store, blocks, verify);
+							wrapped.startOut(store);
+						}
+					} catch (error) {
+						await wrapped.abandon(store);
+						throw error;
+					}
+					if (forbidden) {
+						await wrapped.abandon(store);
+						return 0;
+					}
+					return await wrapped.commit(store);
+				});
+			},
 		};
+		return wrapped;
 	}
+}
+
+/**
+ * Steps as a transfer of the addon's.
+ *
+ * @template {import("../../ts/native-binding.js").PagedLoad | import("../../ts/native-binding.js").PagedStore} T
+ * @param {Promise<T>} granting
+ * @param {(grant: T, forbidden: boolean) => Promise<number>} go
+ */
+function transfer(granting, go) {
+	let [asking, forbidden] = [true, false];
+	/** @type {(copying: Promise<undefined>) => void} */
+	let begun = () => {};
+	/** @type {Promise<undefined>} */
+	const copying = new Promise((resolve) => {
+		begun = resolve;
+	});
+	const ended = granting.then((grant) => {
+		asking = false;
+		const ending = go(grant, forbidden);
+		try {
+			begun(grant.copied(2 ** 32 - 1).catch(() => undefined));
+		} catch {
+			// Nothing is copied: it would have begun by now.
+		}
+		return ending;
+	});
+	ended.then(
+		() => begun(Promise.resolve(undefined)),
+		() => begun(Promise.resolve(undefined)),
+	);
+	return {
+		forbid: () => {
+			forbidden ||= asking;
+			const first = asking && forbidden;
+			asking = false;
+			return first;
+		},
+		copied: () => copying,
+		ended: () => ended,
+	};
 }
 
 /**

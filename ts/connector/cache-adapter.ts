@@ -3,12 +3,7 @@ import { checkAttached, checkInteger, checkText, checkTokenIds, invalid } from "
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
 import type { KvEvents } from "../events.js";
-import type {
-	PagedWorker as NativeWorker,
-	PagedLoad,
-	PagedPlace,
-	PagedScheduler,
-} from "../native-binding.js";
+import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
 import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
 import type { Server } from "../server.js";
 import { saltOf } from "../tracker.js";
@@ -405,18 +400,9 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				copied = resolve;
 			});
 			this.#copying.add(copying);
-			const late = setTimeout(copied, this.#saveTimeoutMs);
-			copying.then(() => {
-				clearTimeout(late);
-				this.#copying.delete(copying);
-			});
-			const salt = cacheSalts?.[i] ?? "";
-			const mayCopy = () => {
-				clearTimeout(late); // the engine waits for a copy that has begun
-				return this.#copying.has(copying);
-			};
-			const store = this.#store(worker, requestId, op, salt, mayCopy, copied);
-			this.#begin(requestId, this.#stores, store.finally(copied));
+			copying.then(() => this.#copying.delete(copying));
+			const store = this.#store(worker, requestId, op, cacheSalts?.[i] ?? "", copied);
+			this.#begin(requestId, this.#stores, store);
 		});
 	}
 
@@ -495,45 +481,47 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		cacheSalt: string,
 	): Promise<void> {
 		let loaded = false;
-		let begun: (load: PagedLoad | undefined) => void = () => {};
-		const loading = new Promise<PagedLoad | undefined>((resolve) => {
-			begun = resolve;
+		let ended = () => {};
+		const end = new Promise<void>((resolve) => {
+			ended = resolve;
 		});
-		const untilCopied = async (arrays: number) => {
-			const load = await loading;
-			// A copy that fails is told of by the blocks that it should have filled.
-			await load?.copied(arrays).catch(() => {});
-		};
-		this.#loading.add(untilCopied);
+		let loading = (_arrays: number) => end;
 		try {
 			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
-			const load = await waitFor(() => worker.load(tokens, range, this.#timeoutMs), undefined);
-			let copied = false;
-			try {
-				const blocks = blocksOf(op);
-				if (wrap(() => worker.planLoad(load, blocks, op.skipFirstNTokens, this.#verify))) {
-					const borrowed = this.#borrowed;
-					if (borrowed === undefined) {
-						wrap(() => worker.startIn(load));
-						begun(load);
-					} else {
+			const blocks = blocksOf(op);
+			const [skip, verify, timeoutMs] = [op.skipFirstNTokens, this.#verify, this.#timeoutMs];
+			const borrowed = this.#borrowed;
+			if (borrowed === undefined) {
+				const load = wrap(() =>
+					worker.loadBlocks(tokens, range, { blocks, skip, verify }, timeoutMs),
+				);
+				// A copy that fails is told of by the blocks that it should have filled.
+				loading = (arrays) => load.copied(arrays).catch(() => {});
+				this.#loading.add(loading);
+				loaded = (await waitFor(() => load.ended(), undefined)) > 0;
+			} else {
+				this.#loading.add(loading);
+				const load = await waitFor(() => worker.load(tokens, range, timeoutMs), undefined);
+				let copied = false;
+				try {
+					if (wrap(() => worker.planLoad(load, blocks, skip, verify))) {
 						while (wrap(() => worker.copyIn(load, borrowed))) {
 							await nextTurn();
 						}
+						copied = true;
 					}
-					copied = true;
+				} finally {
+					const held = await waitFor(() => worker.finish(load, timeoutMs), undefined);
+					loaded = copied && held;
 				}
-			} finally {
-				const held = await waitFor(() => worker.finish(load, this.#timeoutMs), undefined);
-				loaded = copied && held;
 			}
 			this.#failure = undefined;
 		} catch (error) {
 			this.#failure = error as KvferryError;
 		}
-		begun(undefined);
-		this.#loading.delete(untilCopied);
+		ended();
+		this.#loading.delete(loading);
 		if (!loaded) {
 			for (const block of blocksToFill(op)) {
 				this.#errors.add(block);
@@ -547,39 +535,59 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		requestId: string,
 		op: LoadStoreOp,
 		cacheSalt: string,
-		mayCopy: () => boolean,
 		copied: () => void,
 	): Promise<void> {
+		// The engine waits for a copy that has begun, however late it is.
+		let forbid = () => true;
+		const late = setTimeout(() => {
+			if (forbid()) {
+				this.#droppedStores++;
+				copied();
+			}
+		}, this.#saveTimeoutMs);
 		try {
 			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
-			const store = await waitFor(() => worker.store(tokens, range, this.#timeoutMs), undefined);
-			if (!mayCopy()) {
-				this.#droppedStores++;
-				await waitFor(() => worker.abandon(store, this.#timeoutMs), undefined);
-				return;
-			}
-			try {
-				const blocks = blocksOf(op);
-				wrap(() => worker.planStore(store, blocks, this.#verify));
-				const borrowed = this.#borrowed;
-				if (borrowed === undefined) {
-					wrap(() => worker.startOut(store));
-					store.copied().then(copied, copied);
-				} else {
+			const blocks = blocksOf(op);
+			const [verify, timeoutMs] = [this.#verify, this.#timeoutMs];
+			const borrowed = this.#borrowed;
+			if (borrowed === undefined) {
+				const store = wrap(() =>
+					worker.storeBlocks(tokens, range, { blocks, skip: 0, verify }, timeoutMs),
+				);
+				forbid = () => store.forbid();
+				store.copied(U32_MAX).then(copied, copied);
+				this.#storedChunks += await waitFor(() => store.ended(), undefined);
+			} else {
+				let forbidden = false;
+				forbid = () => {
+					forbidden = true;
+					return true;
+				};
+				const store = await waitFor(() => worker.store(tokens, range, timeoutMs), undefined);
+				if (forbidden) {
+					await waitFor(() => worker.abandon(store, timeoutMs), undefined);
+					return;
+				}
+				forbid = () => false;
+				try {
+					wrap(() => worker.planStore(store, blocks, verify));
 					while (wrap(() => worker.copyOut(store, borrowed))) {
 						await nextTurn();
 					}
-					copied();
+				} catch (error) {
+					await worker.abandon(store, timeoutMs).catch(() => {}); // the first error tells more
+					throw error;
 				}
-			} catch (error) {
-				await worker.abandon(store, this.#timeoutMs).catch(() => {}); // the first error tells more
-				throw error;
+				copied();
+				this.#storedChunks += await waitFor(() => worker.commit(store, timeoutMs), undefined);
 			}
-			this.#storedChunks += await waitFor(() => worker.commit(store, this.#timeoutMs), undefined);
 			this.#failure = undefined;
 		} catch (error) {
 			this.#failure = error as KvferryError;
+		} finally {
+			clearTimeout(late);
+			copied();
 		}
 	}
 }

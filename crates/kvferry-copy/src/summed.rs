@@ -36,14 +36,19 @@ impl<'a> Summed<'a> {
     }
 
     /// Copies it; the checksums of its stretches.
-    pub(crate) fn copy(mut self) -> Result<CopySums> {
+    pub(crate) fn copy(&mut self) -> Result<CopySums> {
         let stretches = self.part.plan.stretches(self.part.bytes.clone());
         let mut sums: Vec<StretchSum> = stretches.iter().map(|_| StretchSum::new()).collect();
         let mut pieces: Vec<OfStretch> = Vec::new();
+        let direction = self.part.plan.direction();
         for (number, stretch) in stretches.iter().enumerate() {
             match &stretch.copied {
                 Some(bytes) => self.part.plan.pieces(bytes.clone(), |piece| {
-                    cut(piece, |piece| pieces.push((number, piece)));
+                    let to = match self.part.place {
+                        Place::Here(start) => self.arrays.span(direction, &piece, start).to.addr(),
+                        Place::Elsewhere => 0,
+                    };
+                    cut(piece, to, |piece| pieces.push((number, piece)));
                     Ok(())
                 })?,
                 None => self.sum_pool(stretch, &mut sums[number])?,
@@ -136,13 +141,16 @@ impl<'a> Summed<'a> {
     }
 }
 
-/// Cuts a piece so that several of them fit into the buffer.
-fn cut(mut piece: Piece, mut visit: impl FnMut(Piece)) {
+/// Cuts a piece so that several of them fit into the buffer, where its bytes go to `to`: at addresses that lines begin
+/// at, since a line that is written in two halves is read first.
+fn cut(mut piece: Piece, to: usize, mut visit: impl FnMut(Piece)) {
+    let mut most = PIECE - to as u64 % PIECE;
     while piece.length > 0 {
-        let length = piece.length.min(PIECE);
+        let length = piece.length.min(most);
         visit(Piece { length, ..piece });
         piece.at += length;
         piece.pool += length;
         piece.length -= length;
+        most = PIECE;
     }
 }

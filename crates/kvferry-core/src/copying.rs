@@ -27,40 +27,52 @@ pub trait KvMemory: Send + Sync {
 
 /// A copy that was begun. Dropping it does not end it.
 #[derive(Debug, Clone)]
-pub struct Copying(Arc<Shared>);
+pub struct Copying(Arc<Watched<State>>);
 
 /// The side that copies. Dropped before its end, it ends with an error.
 #[derive(Debug)]
-pub struct Progress(Arc<Shared>);
-
-#[derive(Debug, Default)]
-struct Shared(Mutex<State>);
+pub struct Progress(Arc<Watched<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     arrays: usize,
     checksums: Vec<u64>,
     ended: Option<Result<()>>,
-    waiting: Vec<Waker>,
+}
+
+/// A state whose changes may be waited for: each from a level on, so that a change wakes only those whom it concerns.
+#[derive(Debug, Default)]
+pub(crate) struct Watched<S>(Mutex<Inner<S>>);
+
+#[derive(Debug, Default)]
+struct Inner<S> {
+    state: S,
+    waiting: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    level: usize,
+    waker: Waker,
 }
 
 /// The two sides of a copy.
 pub fn copying() -> (Progress, Copying) {
-    let shared = Arc::new(Shared::default());
+    let shared = Arc::new(Watched::default());
     (Progress(Arc::clone(&shared)), Copying(shared))
 }
 
 impl Copying {
     /// Leading arrays whose part of the plan is copied.
     pub fn arrays(&self) -> usize {
-        self.0.lock().arrays
+        self.0.lock().state.arrays
     }
 
     /// The CRC-64/NVME of each chunk's whole object, in the plan's order, as its bytes were written or read; bytes that
     /// the copy leaves alone as they are in the pool. Empty before the end, after an error, and where none were asked
     /// for.
     pub fn checksums(&self) -> Vec<u64> {
-        self.0.lock().checksums.clone()
+        self.0.lock().state.checksums.clone()
     }
 
     /// Waits until the first `arrays` arrays have their part.
@@ -68,11 +80,12 @@ impl Copying {
     /// # Errors
     /// Why the copy ended before that.
     pub async fn array(&self, arrays: usize) -> Result<()> {
-        self.until(|state| match &state.ended {
-            _ if state.arrays >= arrays => Some(Ok(())),
-            ended => ended.clone(),
-        })
-        .await
+        self.0
+            .until(arrays, |state| match &state.ended {
+                _ if state.arrays >= arrays => Some(Ok(())),
+                ended => ended.clone(),
+            })
+            .await
     }
 
     /// Waits for the end.
@@ -80,40 +93,24 @@ impl Copying {
     /// # Errors
     /// Why not everything is copied.
     pub async fn ended(&self) -> Result<()> {
-        self.until(|state| state.ended.clone()).await
-    }
-
-    async fn until<T>(&self, done: impl Fn(&State) -> Option<T>) -> T {
-        poll_fn(|context| {
-            let mut state = self.0.lock();
-            match done(&state) {
-                Some(value) => Poll::Ready(value),
-                None => {
-                    if !state.waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-                        state.waiting.push(context.waker().clone());
-                    }
-                    Poll::Pending
-                }
-            }
-        })
-        .await
+        self.0.until(usize::MAX, |state| state.ended.clone()).await
     }
 }
 
 impl Progress {
     /// The first `arrays` arrays are copied.
     pub fn arrays(&self, arrays: usize) {
-        self.0.change(|state| state.arrays = state.arrays.max(arrays));
+        self.0.change(arrays, |state| state.arrays = state.arrays.max(arrays));
     }
 
     /// What [`Copying::checksums`] will be; to be told before the end.
     pub fn checksums(&self, checksums: Vec<u64>) {
-        self.0.lock().checksums = checksums;
+        self.0.lock().state.checksums = checksums;
     }
 
     /// Nothing of the copy is under way any more. Only the first end counts.
     pub fn end(&self, result: Result<()>) {
-        self.0.change(|state| {
+        self.0.change(usize::MAX, |state| {
             state.ended.get_or_insert(result);
         });
     }
@@ -122,24 +119,44 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         let lost = || Err(Error::new(ErrorCode::Internal, "a copy was given up"));
-        self.0.change(|state| {
+        self.0.change(usize::MAX, |state| {
             state.ended.get_or_insert_with(lost);
         });
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl<S> Watched<S> {
+    fn lock(&self) -> MutexGuard<'_, Inner<S>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, change: impl FnOnce(&mut State)) {
-        let waiting = {
-            let mut state = self.lock();
-            change(&mut state);
-            std::mem::take(&mut state.waiting)
+    /// Changes the state, and wakes who waits for `level` or less.
+    pub(crate) fn change<T>(&self, level: usize, change: impl FnOnce(&mut S) -> T) -> T {
+        let (value, concerned) = {
+            let mut inner = self.lock();
+            let value = change(&mut inner.state);
+            let concerned = inner.waiting.extract_if(.., |waiting| waiting.level <= level);
+            (value, concerned.collect::<Vec<_>>())
         };
-        waiting.into_iter().for_each(Waker::wake);
+        concerned.into_iter().for_each(|waiting| waiting.waker.wake());
+        value
+    }
+
+    /// Waits until `done` is something, which it is looked for after changes of `level` or more.
+    pub(crate) async fn until<T>(&self, level: usize, done: impl Fn(&S) -> Option<T>) -> T {
+        poll_fn(|context| {
+            let mut inner = self.lock();
+            if let Some(value) = done(&inner.state) {
+                return Poll::Ready(value);
+            }
+            let mut waiting = inner.waiting.iter();
+            if !waiting.any(|known| known.level <= level && known.waker.will_wake(context.waker()))
+            {
+                inner.waiting.push(Waiting { level, waker: context.waker().clone() });
+            }
+            Poll::Pending
+        })
+        .await
     }
 }
 
@@ -173,8 +190,9 @@ mod tests {
         assert!(end.as_mut().poll(&mut context).is_pending());
         progress.arrays(1);
         assert!(second.as_mut().poll(&mut context).is_pending());
+        assert_eq!(woken.0.load(Ordering::Relaxed), 0, "it concerns nobody");
         progress.arrays(2);
-        assert_eq!(woken.0.load(Ordering::Relaxed), 2);
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1);
         assert!(second.as_mut().poll(&mut context).is_ready());
         assert!(end.as_mut().poll(&mut context).is_pending());
         progress.end(Ok(()));

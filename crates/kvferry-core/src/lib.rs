@@ -20,5 +20,6 @@ pub mod prefix;
 pub mod prefix_index;
 pub mod recovery;
 pub mod tracker;
+pub mod transfer;
 
 pub use error::{Error, ErrorCode, Result};

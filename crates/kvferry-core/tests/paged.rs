@@ -1,4 +1,5 @@
-//! What a paged engine's connectors ask of a cache: the salt of a request is part of every question.
+//! What a paged engine's connectors ask of a cache: the salt of a request is part of every question, and loads and
+//! stores in one go end what they began.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::future::{Future, ready};
@@ -7,11 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use kvferry_core::Result;
 use kvferry_core::cache::{Cache, CacheFuture, Memory, RetrieveGrant, Slot, StoreGrant};
+use kvferry_core::copy_plan::{CopyPlan, CopyShape, Direction};
+use kvferry_core::copying::{Copying, KvMemory, Progress, copying};
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 use kvferry_core::paged::{Place, Range, Scheduler, Worker};
+use kvferry_core::transfer::{Blocks, Transfer};
+use kvferry_core::{Error, ErrorCode, Result};
 
 const CHUNK: u32 = 4;
 
@@ -35,6 +39,10 @@ impl Memory for NoMemory {
 #[derive(Default)]
 struct Recorder {
     asked: Mutex<Vec<(&'static str, Key)>>,
+    /// Loads find nothing any more.
+    gone: bool,
+    /// The checksums of commits.
+    sums: Mutex<Vec<u64>>,
 }
 
 impl Recorder {
@@ -96,9 +104,10 @@ impl Cache for Recorder {
         &'a self,
         key: &'a Key,
         _: u64,
-        _: &'a [u64],
+        checksums: &'a [u64],
         _: Instant,
     ) -> CacheFuture<'a, bool> {
+        self.sums.lock().unwrap().extend(checksums);
         self.asked("commit_store", key, true)
     }
 
@@ -113,7 +122,7 @@ impl Cache for Recorder {
         _: Instant,
     ) -> CacheFuture<'a, Option<RetrieveGrant>> {
         let grant = RetrieveGrant { slots: slots(), memory: Arc::new(NoMemory) };
-        self.asked("prepare_retrieve", key, Some(grant))
+        self.asked("prepare_retrieve", key, (!self.gone).then_some(grant))
     }
 
     fn commit_retrieve<'a>(
@@ -138,10 +147,8 @@ fn deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
-#[test]
-fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
-    let recorder = Arc::new(Recorder::default());
-    let cache: Arc<dyn Cache> = Arc::<Recorder>::clone(&recorder);
+fn worker(recorder: &Arc<Recorder>) -> (Scheduler, Worker) {
+    let cache: Arc<dyn Cache> = Arc::<Recorder>::clone(recorder);
     let place = Place { model_name: "m".into(), world_size: 1, num_kv_readers: 1 };
     let layout = KvLayout {
         num_layers: 1,
@@ -154,15 +161,24 @@ fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
         order: Order::Nhd,
         block_stride: None,
     };
-    let range = || Range {
+    let scheduler = Scheduler::new(Arc::clone(&cache), place.clone()).unwrap();
+    (scheduler, now(Worker::register(cache, place, 0, layout, deadline())).unwrap())
+}
+
+fn range() -> Range {
+    Range {
         request_id: "r".into(),
         token_ids: (0..CHUNK).collect(),
         start: 0,
         end: CHUNK.into(),
         cache_salt: "tenant".into(),
-    };
-    let scheduler = Scheduler::new(Arc::clone(&cache), place.clone()).unwrap();
-    let worker = now(Worker::register(cache, place, 0, layout, deadline())).unwrap();
+    }
+}
+
+#[test]
+fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
+    let recorder = Arc::new(Recorder::default());
+    let (scheduler, worker) = worker(&recorder);
 
     assert_eq!(now(scheduler.lookup(range(), deadline())).unwrap(), 1);
     now(scheduler.release(range(), deadline())).unwrap();
@@ -186,4 +202,161 @@ fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
         "abandon_store",
     ];
     assert_eq!(salts, operations.map(|operation| (operation, "tenant")));
+}
+
+/// Memory whose copies go on as a test says.
+struct Slow {
+    shape: Arc<CopyShape>,
+    copies: Mutex<Vec<(Direction, Option<Progress>)>>,
+    refuses: bool,
+}
+
+impl Slow {
+    fn of(worker: &Worker) -> Self {
+        let shape = Arc::clone(worker.shape());
+        Self { shape, copies: Mutex::default(), refuses: false }
+    }
+
+    /// Ends the copy that was begun last.
+    fn end(&self, result: Result<()>) {
+        let progress = self.copies.lock().unwrap().last_mut().unwrap().1.take().unwrap();
+        progress.checksums(vec![7]);
+        progress.end(result);
+    }
+
+    fn begun(&self) -> Vec<Direction> {
+        self.copies.lock().unwrap().iter().map(|(direction, _)| *direction).collect()
+    }
+}
+
+impl KvMemory for Slow {
+    fn shape(&self) -> &Arc<CopyShape> {
+        &self.shape
+    }
+
+    fn copy(&self, plan: CopyPlan, _: Arc<dyn Memory>, _: bool) -> Result<Copying> {
+        if self.refuses {
+            return Err(broken());
+        }
+        let (progress, copying) = copying();
+        self.copies.lock().unwrap().push((plan.direction(), Some(progress)));
+        Ok(copying)
+    }
+
+    fn close(&self) {}
+}
+
+fn broken() -> Error {
+    Error::new(ErrorCode::CudaFailed, "the device is lost")
+}
+
+fn blocks<'a>(memory: &'a Slow, blocks: &'a [u32], verify: bool) -> Blocks<'a> {
+    Blocks { memory, blocks, skip: 0, verify }
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn operations(recorder: &Recorder) -> Vec<&'static str> {
+    recorder.asked.lock().unwrap().drain(..).map(|(by, _)| by).collect()
+}
+
+#[test]
+fn a_store_is_committed_when_its_copy_has_ended_and_not_before() {
+    let recorder = Arc::new(Recorder::default());
+    let (_, worker) = worker(&recorder);
+    for verify in [false, true] {
+        let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+        let mut context = Context::from_waker(Waker::noop());
+        let mut store =
+            pin!(worker.store_blocks(range(), blocks(&memory, &[2], verify), &transfer, MINUTE));
+        let mut copied = pin!(transfer.copied(usize::MAX));
+        assert!(copied.as_mut().poll(&mut context).is_pending(), "nobody was asked yet");
+        assert!(store.as_mut().poll(&mut context).is_pending());
+        assert!(copied.as_mut().poll(&mut context).is_pending());
+        assert_eq!(operations(&recorder), ["prepare_store"]);
+        assert!(!transfer.forbid(), "it has begun");
+        memory.end(Ok(()));
+        assert_eq!(copied.as_mut().poll(&mut context), Poll::Ready(Ok(())));
+        assert_eq!(store.as_mut().poll(&mut context), Poll::Ready(Ok(1)));
+        assert_eq!(operations(&recorder), ["commit_store"]);
+        assert_eq!(memory.begun(), [Direction::Gather]);
+    }
+    assert_eq!(*recorder.sums.lock().unwrap(), [7, 7]);
+}
+
+#[test]
+fn a_store_that_cannot_be_copied_gives_its_room_back() {
+    let recorder = Arc::new(Recorder::default());
+    let (_, worker) = worker(&recorder);
+    let transfer = Transfer::default();
+    let mut memory = Slow::of(&worker);
+    {
+        let mut store =
+            pin!(worker.store_blocks(range(), blocks(&memory, &[0], false), &transfer, MINUTE));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(store.as_mut().poll(&mut context).is_pending());
+        memory.end(Err(broken()));
+        assert_eq!(store.as_mut().poll(&mut context), Poll::Ready(Err(broken())));
+        assert_eq!(now(transfer.copied(1)), Err(broken()));
+    }
+    memory.refuses = true;
+    let transfer = Transfer::default();
+    let refused = worker.store_blocks(range(), blocks(&memory, &[0], false), &transfer, MINUTE);
+    assert_eq!(now(refused), Err(broken()));
+    assert_eq!(now(transfer.copied(1)), Ok(()), "nobody waits for what will not be");
+    let wrong = worker.store_blocks(range(), blocks(&memory, &[9], false), &transfer, MINUTE);
+    assert_eq!(now(wrong).unwrap_err().code, ErrorCode::InvalidArgument);
+    assert_eq!(operations(&recorder), ["prepare_store", "abandon_store"].repeat(3));
+}
+
+#[test]
+fn a_copy_that_was_forbidden_never_begins() {
+    let recorder = Arc::new(Recorder::default());
+    let (_, worker) = worker(&recorder);
+    let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+    assert!(transfer.forbid());
+    assert!(!transfer.forbid(), "once");
+    assert_eq!(now(transfer.copied(1)), Ok(()));
+    let from = blocks(&memory, &[0], false);
+    assert_eq!(now(worker.store_blocks(range(), from, &transfer, MINUTE)), Ok(0));
+    assert_eq!(now(worker.load_blocks(range(), from, &transfer, MINUTE)), Ok(0));
+    assert!(memory.begun().is_empty());
+    let asked = ["prepare_store", "abandon_store", "prepare_retrieve", "commit_retrieve"];
+    assert_eq!(operations(&recorder), asked);
+}
+
+#[test]
+fn a_load_ends_its_leases_however_it_ends() {
+    let recorder = Arc::new(Recorder::default());
+    let (_, worker) = worker(&recorder);
+    for (verify, end, expected) in
+        [(false, Ok(()), Ok(1)), (true, Ok(()), Ok(0)), (false, Err(broken()), Err(broken()))]
+    {
+        let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+        let mut load =
+            pin!(worker.load_blocks(range(), blocks(&memory, &[3], verify), &transfer, MINUTE));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(load.as_mut().poll(&mut context).is_pending());
+        assert_eq!(operations(&recorder), ["prepare_retrieve"]);
+        memory.end(end);
+        // With `verify` nothing may be used: the slot's writer told no checksum.
+        assert_eq!(load.as_mut().poll(&mut context), Poll::Ready(expected));
+        assert_eq!(operations(&recorder), ["commit_retrieve"]);
+        assert_eq!(memory.begun(), [Direction::Scatter]);
+    }
+    let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+    let wrong = worker.load_blocks(range(), blocks(&memory, &[4], false), &transfer, MINUTE);
+    assert_eq!(now(wrong).unwrap_err().code, ErrorCode::InvalidArgument);
+    assert_eq!(operations(&recorder), ["prepare_retrieve", "commit_retrieve"]);
+}
+
+#[test]
+fn a_load_of_what_is_gone_copies_nothing() {
+    let recorder = Arc::new(Recorder { gone: true, ..Recorder::default() });
+    let (_, worker) = worker(&recorder);
+    let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+    let gone = worker.load_blocks(range(), blocks(&memory, &[0], false), &transfer, MINUTE);
+    assert_eq!(now(gone), Ok(0));
+    assert_eq!(now(transfer.copied(1)), Ok(()));
+    assert!(memory.begun().is_empty());
 }

@@ -22,3 +22,4 @@ mod server;
 #[cfg(feature = "simulator")]
 mod simulator;
 mod tracker;
+mod transfer;

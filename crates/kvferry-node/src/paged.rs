@@ -78,9 +78,9 @@ pub struct PagedScheduler {
 /// A worker's side.
 #[napi]
 pub struct PagedWorker {
-    inner: Arc<Worker>,
+    pub(crate) inner: Arc<Worker>,
     array_bytes: f64,
-    memory: Arc<OnceLock<Registered>>,
+    pub(crate) memory: Arc<OnceLock<Registered>>,
 }
 
 /// Chunks to be copied into blocks.
@@ -111,8 +111,8 @@ struct Copies {
 }
 
 /// KV memory that copies run to and from by themselves.
-struct Registered {
-    memory: Box<dyn KvMemory>,
+pub(crate) struct Registered {
+    pub(crate) memory: Box<dyn KvMemory>,
     /// What keeps the memory alive, if it is JavaScript's.
     _arrays: Vec<Uint8Array>,
 }
@@ -196,7 +196,6 @@ impl Copies {
 
     /// Begins to copy between a pool and registered memory.
     fn start(&self, memory: Option<&Registered>) -> Result<()> {
-        let unregistered = || Error::invalid("no memory is registered that copies could run to");
         let memory = memory.ok_or_else(|| to_napi(unregistered()))?;
         if self.copying.get().is_some() {
             return Err(ended());
@@ -260,7 +259,11 @@ fn integer(number: f64) -> kvferry_core::Result<u64> {
     }
 }
 
-fn range(range: PagedRange, tokens: &[u32]) -> Range {
+pub(crate) fn unregistered() -> Error {
+    Error::invalid("no memory is registered that copies could run to")
+}
+
+pub(crate) fn range(range: PagedRange, tokens: &[u32]) -> Range {
     let PagedRange { request_id, start, end, cache_salt } = range;
     Range { request_id, token_ids: tokens.into(), start: start.into(), end: end.into(), cache_salt }
 }

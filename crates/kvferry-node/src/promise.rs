@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::llama_state::Copy;
 use kvferry_core::{Error, ErrorCode};
-use napi::bindgen_prelude::{PromiseRaw, ToNapiValue, within_runtime_if_available};
+use napi::bindgen_prelude::{PromiseRaw, ToNapiValue, spawn, within_runtime_if_available};
 use napi::{Env, Result};
 
 use crate::error::to_napi;
@@ -37,6 +37,15 @@ where
         Poll::Ready(Ok(value)) => PromiseRaw::resolve(env, value),
         Poll::Ready(Err(error)) => PromiseRaw::reject(env, to_napi(error)),
         Poll::Pending => promise(env, work),
+    }
+}
+
+/// The same for work that no promise tells of.
+pub(crate) fn begin_detached(work: impl Future<Output = ()> + Send + 'static) {
+    let mut work = Box::pin(work);
+    let mut context = Context::from_waker(Waker::noop());
+    if within_runtime_if_available(|| work.as_mut().poll(&mut context)).is_pending() {
+        drop(spawn(work));
     }
 }
 
