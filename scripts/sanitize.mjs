@@ -33,7 +33,7 @@ if (nightly) {
 		"cargo",
 		["+nightly", "test", "--quiet", ...PACKAGE, ...tests, "--", ...skip],
 		environment({
-			RUSTFLAGS: "-Zsanitizer=address",
+			RUSTFLAGS: "-Zsanitizer=address --cfg kvferry_sanitized",
 			CARGO_TARGET_DIR: join(root, "target", "asan"),
 			KVFERRY_HOST_CASES: CASES.asan,
 		}),

@@ -1,5 +1,6 @@
 // Copies that run by themselves: memory on SharedArrayBuffers, and memory by its address.
 
+import { existsSync } from "node:fs";
 import { open as openFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { afterEach, describe, expect, it } from "vitest";
@@ -216,6 +217,18 @@ describe("memory that copies run to by themselves", () => {
 		["is two layers' at once", ({ kv }) => ({ ...kv, "layer.1": kv["layer.0"] as Uint16Array })],
 		["has blocks that overlap", ({ kv }) => kv, { blockStride: 10 }],
 		["has a stride that is none", ({ kv }) => kv, { blockStride: 0.5 }],
+		["is of a device that is not known", ({ kv }) => byAddress(kv), { device: "tpu" }],
+		["is a GPU's without an address", ({ kv }) => kv, { device: "cuda" }],
+		[
+			"has a number for a stream",
+			({ kv }) => byAddress(kv),
+			{ device: "cuda", stream: 0 as unknown as bigint },
+		],
+		[
+			"is ordered by each thread's own stream",
+			({ kv }) => byAddress(kv),
+			{ device: "cuda:1", stream: 2n },
+		],
 	];
 	for (const [name, caches, layout] of bad) {
 		it(`is refused when it ${name}, and another registration succeeds`, async () => {
@@ -234,6 +247,33 @@ describe("memory that copies run to by themselves", () => {
 			expect(adapter.storedChunks).toBe(3);
 		});
 	}
+
+	it("is not summed when it is a GPU's", async () => {
+		const engine = new Engine(NHD, "shared");
+		const layout = { ...engine.layout, device: "cuda" };
+		const registering = worker(await server(), byAddress(engine.kv), layout, { verify: "always" });
+		await expect(registering).rejects.toMatchObject({ code: "UNSUPPORTED_OPTION" });
+	});
+
+	it("may be the host's where there is no CUDA, and an error says what is missing", async (context) => {
+		if (existsSync("/dev/nvidiactl")) {
+			context.skip("this machine has a GPU: npm run test:gpu tests it");
+		}
+		const via = await server();
+		const engine = new Engine(NHD, "shared");
+		const adapter = createWorkerAdapter({ via, modelName: "m" });
+		const connector = new WorkerConnector({ adapter });
+		open.push(connector);
+		const cuda = { ...engine.layout, device: "cuda" };
+		const registering = connector.registerKvCaches(byAddress(engine.kv), cuda);
+		await expect(registering).rejects.toMatchObject({ code: "CUDA_UNAVAILABLE" });
+		await expect(registering).rejects.toThrow(/libcuda/);
+		await connector.registerKvCaches(engine.caches, engine.layout);
+		fill(engine, FROM);
+		await run(connector, step("STORE", FROM));
+		await sent(connector, "r");
+		expect(adapter.storedChunks).toBe(3);
+	});
 
 	it("loads no block twice", async () => {
 		const via = await server();

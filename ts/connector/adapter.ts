@@ -119,7 +119,8 @@ export interface KvCacheLayout {
 	readonly device?: string | undefined;
 	/**
 	 * The CUDA stream (`CUstream`) that the engine computes on: stores wait for what it was given before
-	 * `waitForSave`, and what it is given after a load waits for that. Default 0, the legacy default stream.
+	 * `waitForSave`, and what it is given after a load waits for that. It must not be capturing a graph while loads or
+	 * stores run. Default 0, the legacy default stream; 2, each thread's own, is refused.
 	 */
 	readonly stream?: bigint | undefined;
 }

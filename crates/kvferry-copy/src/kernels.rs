@@ -295,6 +295,9 @@ mod x86 {
 
     use super::{LINE, Span};
 
+    /// Non-temporal stores are assembly, which AddressSanitizer does not look into.
+    const SANITIZED: bool = cfg!(kvferry_sanitized);
+
     #[inline]
     pub(super) fn prefetch(from: *const u8) {
         // SAFETY: a hint, which reads nothing and may name any address.
@@ -311,8 +314,14 @@ mod x86 {
             // SAFETY: and kept.
             unsafe { _mm512_storeu_si512(span.keep.wrapping_add(at).cast(), line) };
         }
-        // SAFETY: and written, to an aligned address.
-        unsafe { _mm512_stream_si512(span.to.wrapping_add(at).cast(), line) };
+        let to = span.to.wrapping_add(at).cast();
+        if SANITIZED {
+            // SAFETY: and written, to an aligned address.
+            unsafe { _mm512_store_si512(to, line) };
+        } else {
+            // SAFETY: as above.
+            unsafe { _mm512_stream_si512(to, line) };
+        }
     }
 
     /// The four lines at `at`.
@@ -336,8 +345,14 @@ mod x86 {
                 // SAFETY: and kept.
                 unsafe { _mm256_storeu_si256(span.keep.wrapping_add(at).cast(), half) };
             }
-            // SAFETY: and written, to an aligned address.
-            unsafe { _mm256_stream_si256(span.to.wrapping_add(at).cast(), half) };
+            let to = span.to.wrapping_add(at).cast();
+            if SANITIZED {
+                // SAFETY: and written, to an aligned address.
+                unsafe { _mm256_store_si256(to, half) };
+            } else {
+                // SAFETY: as above.
+                unsafe { _mm256_stream_si256(to, half) };
+            }
         }
     }
 

@@ -15,6 +15,9 @@ use kvferry_core::{Error, ErrorCode, Result};
 /// of them than memory channels only wait for each other.
 const VARIABLE: &str = "KVFERRY_COPY_THREADS";
 
+/// Copies that wait in each direction at most; more are refused.
+const JOBS_MAX: usize = 16 << 10;
+
 /// Threads that copy. They are started by the first copy, and end some time after the value is dropped.
 #[derive(Debug)]
 pub struct CopyThreads(Arc<Shared>);
@@ -136,7 +139,7 @@ impl CopyThreads {
     /// Begins a copy in parts.
     ///
     /// # Errors
-    /// The system has no thread for us. Nothing was copied then.
+    /// The system has no thread for us; too many copies wait. Nothing was copied then.
     pub(crate) fn begin(
         &self,
         direction: Direction,
@@ -186,6 +189,12 @@ impl CopyThreads {
 
     fn submit(&self, direction: Direction, job: &Arc<Job>) -> Result<()> {
         let mut queue = self.0.lock();
+        if queue.of(direction).len() >= JOBS_MAX {
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                format!("{JOBS_MAX} copies wait for the copy threads already"),
+            ));
+        }
         while queue.started < self.0.count {
             let (shared, number) = (Arc::clone(&self.0), queue.started);
             let builder = thread::Builder::new().name(format!("kvferry-copy-{number}"));
@@ -220,11 +229,15 @@ impl Shared {
     fn work(&self) {
         COPIES.set(true);
         let mut queue = self.lock();
+        let mut over = Vec::new();
         loop {
-            if let Some((job, part)) = queue.claim() {
+            let claimed = queue.claim(&mut over);
+            if claimed.is_some() || !over.is_empty() {
                 drop(queue);
-                job.run(part, By::Helper);
-                drop(job); // may free a pool, which takes its time
+                over.clear();
+                if let Some((job, part)) = claimed {
+                    job.run(part, By::Helper);
+                } // the last one of a job may free a pool, which takes its time
                 queue = self.lock();
             } else if queue.dropped {
                 queue.started -= 1;
@@ -244,8 +257,8 @@ impl Queue {
         }
     }
 
-    /// A part of the oldest load that has one, or else of the oldest store.
-    fn claim(&mut self) -> Option<(Arc<Job>, usize)> {
+    /// A part of the oldest load that has one, or else of the oldest store. Jobs that have none go to `over`.
+    fn claim(&mut self, over: &mut Vec<Arc<Job>>) -> Option<(Arc<Job>, usize)> {
         for direction in [Direction::Scatter, Direction::Gather] {
             let jobs = self.of(direction);
             let mut place = 0;
@@ -253,7 +266,7 @@ impl Queue {
                 match job.claim(By::Helper) {
                     Claim::Part(part) => return Some((Arc::clone(job), part)),
                     Claim::Full => place += 1,
-                    Claim::Empty => drop(jobs.remove(place)),
+                    Claim::Empty => over.extend(jobs.remove(place)),
                 }
             }
         }

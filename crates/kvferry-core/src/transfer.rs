@@ -15,9 +15,11 @@ enum Stage {
     /// The cache was not asked yet, or has not answered.
     #[default]
     Asking,
+    /// The copy is about to begin.
+    Beginning,
+    Copying(Copying),
     /// Nothing will be copied.
     Over,
-    Copying(Copying),
 }
 
 /// An engine's memory, and which blocks of it a load or store is of.
@@ -52,7 +54,7 @@ impl Transfer {
     /// Why the copy ended before that.
     pub async fn copied(&self, arrays: usize) -> Result<()> {
         let copying = self.0.until(0, |stage| match stage {
-            Stage::Asking => None,
+            Stage::Asking | Stage::Beginning => None,
             Stage::Over => Some(None),
             Stage::Copying(copying) => Some(Some(copying.clone())),
         });
@@ -64,14 +66,28 @@ impl Transfer {
 
     /// Begins the copy, unless that was forbidden.
     fn begin(&self, start: impl FnOnce() -> Result<Copying>) -> Result<Option<Copying>> {
-        self.0.change(0, |stage| {
-            if !matches!(stage, Stage::Asking) {
-                return Ok(None);
+        let forbidden = self.0.change(0, |stage| {
+            let asking = matches!(stage, Stage::Asking);
+            if asking {
+                *stage = Stage::Beginning;
             }
-            let copying = start()?;
-            *stage = Stage::Copying(copying.clone());
-            Ok(Some(copying))
-        })
+            !asking
+        });
+        if forbidden {
+            return Ok(None);
+        }
+        let copying = start()?;
+        self.0.change(0, |stage| *stage = Stage::Copying(copying.clone()));
+        Ok(Some(copying))
+    }
+
+    /// Nothing will be copied, unless it is already.
+    fn over(&self) {
+        self.0.change(0, |stage| {
+            if !matches!(stage, Stage::Copying(_)) {
+                *stage = Stage::Over;
+            }
+        });
     }
 }
 
@@ -80,7 +96,7 @@ struct Over<'a>(&'a Transfer);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
-        self.0.forbid();
+        self.0.over();
     }
 }
 
@@ -104,7 +120,7 @@ impl Worker {
             Some(copies) => begin(transfer, into, copies),
             None => Ok(None),
         });
-        let copied = ended(begun).await;
+        let copied = ended(transfer, begun).await;
         let sums = match &copied {
             Ok(Some(copying)) if into.verify => Some(copying.checksums()),
             _ => None,
@@ -129,7 +145,8 @@ impl Worker {
         let _over = Over(transfer);
         let store = self.store(range, Instant::now() + timeout).await?;
         let planned = self.plan_store(&store, from.blocks);
-        let copied = ended(planned.and_then(|copies| begin(transfer, from, copies))).await;
+        let begun = planned.and_then(|copies| begin(transfer, from, copies));
+        let copied = ended(transfer, begun).await;
         let until = Instant::now() + timeout;
         match copied {
             Ok(Some(copying)) => self.commit(store, &copying.checksums(), until).await,
@@ -146,10 +163,10 @@ fn begin(transfer: &Transfer, blocks: Blocks<'_>, copies: Copies) -> Result<Opti
 }
 
 /// Waits for the end of what was begun.
-async fn ended(begun: Result<Option<Copying>>) -> Result<Option<Copying>> {
-    let begun = begun?;
-    if let Some(copying) = &begun {
-        copying.ended().await?;
+async fn ended(transfer: &Transfer, begun: Result<Option<Copying>>) -> Result<Option<Copying>> {
+    match &begun {
+        Ok(Some(copying)) => copying.ended().await?,
+        Ok(None) | Err(_) => transfer.over(),
     }
-    Ok(begun)
+    begun
 }

@@ -2,7 +2,7 @@
 //! stores in one go end what they began.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-use std::future::{Future, ready};
+use std::future::{Future, pending, ready};
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -41,6 +41,8 @@ struct Recorder {
     asked: Mutex<Vec<(&'static str, Key)>>,
     /// Loads find nothing any more.
     gone: bool,
+    /// Nothing that ends is answered.
+    hangs: bool,
     /// The checksums of commits.
     sums: Mutex<Vec<u64>>,
 }
@@ -49,6 +51,18 @@ impl Recorder {
     fn asked<'a, T: Send + 'a>(&self, by: &'static str, key: &Key, value: T) -> CacheFuture<'a, T> {
         self.asked.lock().unwrap().push((by, key.clone()));
         answer(value)
+    }
+}
+
+impl Recorder {
+    fn ending<'a, T: Send + 'a>(
+        &self,
+        by: &'static str,
+        key: &Key,
+        value: T,
+    ) -> CacheFuture<'a, T> {
+        let answer = self.asked(by, key, value);
+        if self.hangs { Box::pin(pending()) } else { answer }
     }
 }
 
@@ -112,7 +126,7 @@ impl Cache for Recorder {
     }
 
     fn abandon_store<'a>(&'a self, key: &'a Key, _: u64, _: Instant) -> CacheFuture<'a, ()> {
-        self.asked("abandon_store", key, ())
+        self.ending("abandon_store", key, ())
     }
 
     fn prepare_retrieve<'a>(
@@ -132,7 +146,7 @@ impl Cache for Recorder {
         _: &'a [Slot],
         _: Instant,
     ) -> CacheFuture<'a, bool> {
-        self.asked("commit_retrieve", key, true)
+        self.ending("commit_retrieve", key, true)
     }
 }
 
@@ -359,4 +373,24 @@ fn a_load_of_what_is_gone_copies_nothing() {
     assert_eq!(now(gone), Ok(0));
     assert_eq!(now(transfer.copied(1)), Ok(()));
     assert!(memory.begun().is_empty());
+}
+
+#[test]
+fn nobody_waits_for_a_copy_that_could_not_begin_until_the_cache_has_answered_that() {
+    let recorder = Arc::new(Recorder { hangs: true, ..Recorder::default() });
+    let (_, worker) = worker(&recorder);
+    let memory = Slow { refuses: true, ..Slow::of(&worker) };
+    let mut context = Context::from_waker(Waker::noop());
+    for wrong in [0, 9] {
+        let (numbers, transfer) = ([wrong], Transfer::default());
+        let blocks = blocks(&memory, &numbers, false);
+        let mut store = pin!(worker.store_blocks(range(), blocks, &transfer, MINUTE));
+        assert!(store.as_mut().poll(&mut context).is_pending());
+        assert_eq!(now(transfer.copied(1)), Ok(()));
+        assert!(!transfer.forbid(), "it failed, and was not dropped");
+        let transfer = Transfer::default();
+        let mut load = pin!(worker.load_blocks(range(), blocks, &transfer, MINUTE));
+        assert!(load.as_mut().poll(&mut context).is_pending());
+        assert_eq!(now(transfer.copied(1)), Ok(()));
+    }
 }

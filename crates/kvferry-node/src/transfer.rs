@@ -54,7 +54,10 @@ impl PagedTransfer {
                     let blocks = Blocks { memory: &**memory, blocks: &blocks, skip, verify };
                     work(blocks, &under_way).await
                 }
-                None => Err(unregistered()),
+                None => {
+                    under_way.forbid();
+                    Err(unregistered())
+                }
             };
             let _ = told.send(chunks); // nobody need wait for it
         });

@@ -26,6 +26,8 @@ use worker::{Arrays, SetUp};
 
 /// Copies that wait at most; more are refused.
 const JOBS_MAX: usize = 1024;
+/// `CU_STREAM_PER_THREAD`.
+const PER_THREAD_STREAM: Handle = 2;
 
 /// Whether CUDA can be used.
 ///
@@ -119,12 +121,12 @@ struct Events {
 
 impl CudaMemory {
     /// Arrays at these addresses of device `device`, of so many bytes. `stream` is the engine's CUstream: 0 or 1 is
-    /// the legacy default stream, 2 the calling thread's default stream. With 2, work that is asked for before a load
-    /// has told of its end may overtake it.
+    /// the legacy default stream.
     ///
     /// # Errors
-    /// [`CopyShape::check_arrays`]; arrays that are not memory of the device; [`ErrorCode::CudaUnavailable`]
-    /// and [`ErrorCode::CudaFailed`].
+    /// [`CopyShape::check_arrays`]; arrays that are not memory of the device; 2, which is another stream on each thread
+    /// (CUDA Driver API, Stream Management, `CU_STREAM_PER_THREAD`); [`ErrorCode::CudaUnavailable`] and
+    /// [`ErrorCode::CudaFailed`].
     ///
     /// # Safety
     /// The arrays stay allocated, and the stream alive, until [`KvMemory::close`] has returned.
@@ -159,6 +161,12 @@ impl CudaMemory {
     fn start(shape: Arc<CopyShape>, device: u32, stream: u64, arrays: Arrays) -> Result<Self> {
         let stream = Handle::try_from(stream)
             .map_err(|_| Error::invalid(format!("there is no stream {stream:#x}")))?;
+        if stream == PER_THREAD_STREAM {
+            return Err(Error::invalid(
+                "stream 2 is each thread's own default stream, and copies are asked for by threads of kvferry's: \
+                 create a stream for the engine, and give its address",
+            ));
+        }
         let shared = Arc::new(Shared::default());
         let (ready, is_ready) = mpsc::sync_channel(1);
         let set_up = SetUp {

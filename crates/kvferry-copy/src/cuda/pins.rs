@@ -40,7 +40,8 @@ pub(crate) struct PinUse(Arc<Pins>);
 
 impl Pins {
     pub(crate) fn join(self: &Arc<Self>) -> PinUse {
-        self.lock().users += 1;
+        let mut state = self.lock();
+        state.users += 1; // one step with the reference that it counts, see `PinUse::is_over`
         PinUse(Arc::clone(self))
     }
 

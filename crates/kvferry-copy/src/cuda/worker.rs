@@ -33,8 +33,6 @@ const PAUSE_MAX: Duration = Duration::from_micros(320);
 
 /// Turns a kernel for small pieces on.
 const KERNEL_VARIABLE: &str = "KVFERRY_CUDA_KERNEL";
-/// The handle that means each thread's own default stream.
-const PER_THREAD_STREAM: Handle = 2;
 
 /// Arrays by address and bytes, or in another process's memory.
 pub(super) enum Arrays {
@@ -64,17 +62,13 @@ pub(super) fn run(set_up: &SetUp, ready: &SyncSender<Result<()>>) {
         let current = context.enter()?;
         let mut made = Made::default();
         let worker = made.begin(set_up, &context, &current);
-        let worker = worker.map(|worker| {
+        let worker = worker.map(|mut worker| {
             let _ = ready.send(Ok(()));
-            let ended = catch_unwind(AssertUnwindSafe(|| {
-                let mut worker = worker;
-                worker.run();
-                worker.end();
-            }));
-            if ended.is_err() {
+            if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                 shared.lock().failed =
                     Some(Error::new(ErrorCode::Internal, "the thread for CUDA panicked"));
             }
+            worker.end(); // waits for what is under way before anything is given back
         });
         made.release(&shared, &current);
         worker
@@ -359,9 +353,6 @@ impl Worker<'_> {
         let pins = self.pins(lane, index)?;
         let Lane { direction, stream, jobs, parts } = &mut self.lanes[lane];
         let (direction, running) = (*direction, &mut jobs[index]);
-        if direction == Direction::Gather {
-            *permit = Some(running.job.pool.permit()?);
-        }
         collect(
             running,
             &self.arrays,
@@ -369,6 +360,9 @@ impl Worker<'_> {
             (self.current, self.context),
             &mut self.pieces,
         )?;
+        if direction == Direction::Gather {
+            *permit = Some(running.job.pool.permit()?); // after memory was page-locked, which takes its time
+        }
         let state = self.shared.lock();
         let (method, kernel) = (state.method, state.kernel);
         drop(state);
@@ -390,10 +384,7 @@ impl Worker<'_> {
         parts.push_back(Part { job, until, event, table, permit });
         // What the engine asks for from now on comes after the load. Not earlier: layers that are there could not
         // be used while others are loaded.
-        if direction == Direction::Scatter
-            && running.is_asked_for()
-            && self.stream != PER_THREAD_STREAM
-        {
+        if direction == Direction::Scatter && running.is_asked_for() {
             current.wait(self.stream, event)?;
         }
         Ok(())
