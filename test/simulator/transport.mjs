@@ -389,6 +389,53 @@ export class Transport {
 			}
 			return chunks;
 		};
+		/** @param {import("../../ts/native-binding.js").PagedRange} range */
+		const keysOf = (range) => {
+			const sequence = this.#world.sequenceOf(range.requestId);
+			/** @type {string[]} */
+			const keys = [];
+			for (let end = range.start + this.chunkSize; end <= range.end; end += this.chunkSize) {
+				keys.push(`${place.modelName} ${sequence.key(end - 1)}`);
+			}
+			return keys;
+		};
+		/**
+		 * A load or store by the addon itself; `ended` hears its chunks, or of an error.
+		 *
+		 * @param {Uint32Array} blocks
+		 * @param {(native: import("../../ts/native-binding.js").PagedWorker) => import("../../ts/native-binding.js").PagedTransfer} begin
+		 * @param {(chunks: number | undefined) => Promise<void>} ended
+		 */
+		const whole = (blocks, begin, ended) => {
+			const device = /** @type {import("./device.mjs").Device} */ (this.#world.device);
+			const [, , addresses] = /** @type {NonNullable<typeof registered>} */ (registered);
+			const run = async (
+				/** @type {import("../../ts/native-binding.js").PagedWorker} */ native,
+			) => {
+				const now = this.epoch;
+				device.write(addresses, blocks);
+				const transfer = begin(native);
+				const copied = transfer.copied(2 ** 32 - 1).catch(() => {}); // its error is the end's
+				/** @type {number | undefined} */
+				let chunks;
+				try {
+					chunks = await transfer.ended();
+					return chunks;
+				} finally {
+					await copied;
+					device.read(addresses, blocks);
+					if (now === this.epoch) {
+						await ended(chunks);
+					}
+				}
+			};
+			const ending = current().then((native) => this.#world.copied(this.#now(() => run(native))));
+			const copying = ending.then(
+				() => undefined,
+				() => undefined,
+			);
+			return { forbid: () => false, copied: () => copying, ended: () => ending };
+		};
 		const wrapped = {
 			arrayBytes: worker.arrayBytes,
 			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
@@ -461,12 +508,7 @@ export class Transport {
 				}),
 			/** @param {Uint32Array} tokens @param {import("../../ts/native-binding.js").PagedRange} range */
 			store: (tokens, range) => {
-				const sequence = this.#world.sequenceOf(range.requestId);
-				/** @type {string[]} */
-				const keys = [];
-				for (let end = range.start + this.chunkSize; end <= range.end; end += this.chunkSize) {
-					keys.push(`${place.modelName} ${sequence.key(end - 1)}`);
-				}
+				const keys = keysOf(range);
 				return this.#call(
 					async () => {
 						const native = await current();
@@ -495,9 +537,25 @@ export class Transport {
 					return of(store).worker.abandon(store, 1000);
 				}),
 			close: () => worker.close(1000),
-			// What the addon does by itself, in steps, so that faults come between them.
+			// By the addon itself; or in its steps, so that faults come between them.
 			/** @type {Native["PagedWorker"]["prototype"]["loadBlocks"]} */
 			loadBlocks: (tokens, range, { blocks, skip, verify }) => {
+				if (this.#world.random.chance(0.5)) {
+					const ended = async (/** @type {boolean} */ begun) => {
+						const leased = this.#leased.get(range.requestId);
+						const [first, last] = [range.start, range.end].map((at) => at / this.chunkSize);
+						for (let chunk = Number(first); begun && chunk < Number(last); chunk++) {
+							const chunks = /** @type {number[]} */ (leased?.chunks);
+							chunks[chunk] = Math.max(0, /** @type {number} */ (chunks[chunk]) - 1);
+						}
+					};
+					const filled = blocks.subarray(Math.floor(skip / layout.blockSize));
+					return whole(
+						filled,
+						(native) => native.loadBlocks(tokens, range, { blocks, skip, verify }, 1000),
+						(chunks) => ended(chunks !== 0),
+					);
+				}
 				const load = wrapped.load(tokens, range);
 				return transfer(load, async (load) => {
 					let copying = false;
@@ -514,6 +572,29 @@ export class Transport {
 			},
 			/** @type {Native["PagedWorker"]["prototype"]["storeBlocks"]} */
 			storeBlocks: (tokens, range, { blocks, verify }) => {
+				if (this.#world.random.chance(0.5)) {
+					const keys = keysOf(range).map((key) => this.#known(key));
+					for (const { maybe, granted } of keys) {
+						maybe.add(workerId);
+						granted.add(workerId);
+					}
+					const evicted = this.#evicted();
+					const ended = async (/** @type {number | undefined} */ chunks = 0) => {
+						this.#world.counts.storedChunks += chunks;
+						for (const known of chunks === keys.length ? keys : []) {
+							if (known.evicted !== evicted) {
+								known.ranks.clear();
+								known.evicted = evicted;
+							}
+							known.ranks.add(workerId);
+						}
+					};
+					return whole(
+						blocks,
+						(native) => native.storeBlocks(tokens, range, { blocks, skip: 0, verify }, 1000),
+						ended,
+					);
+				}
 				const store = wrapped.store(tokens, range);
 				return transfer(store, async (store, forbidden) => {
 					try {
