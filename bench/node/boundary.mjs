@@ -29,7 +29,7 @@ const HASHERS = [
  */
 export default async function boundary() {
 	const tokens = randomFillSync(new Uint32Array(TOKENS)).map((id) => id % 128_256);
-	const program = buildProgram("boundary");
+	const program = buildProgram("kvferry-bench", "--bin", "boundary");
 	const rows = [];
 	for (const [algorithm, make] of HASHERS) {
 		const hasher = make();

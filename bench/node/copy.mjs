@@ -1,5 +1,5 @@
 // Copies through TypeScript and through the whole stack, against the same copies in a process of Rust
-// (bench/copies.rs). A chunk is one of an 8B model: 32 layers, 8 KV heads of 128 bfloat16, 256 tokens in blocks of
+// (kvferry-copy's example copies). A chunk is one of an 8B model: 32 layers, 8 KV heads of 128 bfloat16, 256 tokens in blocks of
 // 16 that do not follow each other: 32 MiB in 1,024 pieces. Ours and the reference take turns within one run.
 
 import { spawn } from "node:child_process";
@@ -34,7 +34,7 @@ const layout = {
  * @returns {Promise<import("./rows.mjs").Row[]>}
  */
 export default async function copy() {
-	const program = buildProgram("copies");
+	const program = buildProgram("kvferry-copy", "--example", "copies");
 	const rows = [];
 	for (const chunks of [1, 4]) {
 		rows.push(...(await compare(program, chunks)));

@@ -21,9 +21,13 @@ export function median(/** @type {number[]} */ values) {
 }
 
 /** Builds a program of bench/ and tells its path. */
-export function buildProgram(/** @type {string} */ name) {
-	const build = ["build", "--release", "--quiet", "--locked", "-p", "kvferry-bench"];
-	const messages = capture("cargo", [...build, "--bin", name, "--message-format=json"]);
+export function buildProgram(
+	/** @type {string} */ crate,
+	/** @type {"--bin" | "--example"} */ kind,
+	/** @type {string} */ name,
+) {
+	const build = ["build", "--release", "--quiet", "--locked", "-p", crate, kind, name];
+	const messages = capture("cargo", [...build, "--message-format=json"]);
 	for (const line of messages.split("\n")) {
 		const { executable } = JSON.parse(line || "{}");
 		if (executable) {

@@ -9,6 +9,10 @@
 #![allow(clippy::print_stdout, reason = "a benchmark's rows are its output")]
 #![allow(clippy::cast_possible_truncation, reason = "the sizes are known here")]
 
+#[path = "../../../bench/lib.rs"]
+#[allow(dead_code, unreachable_pub, reason = "other benchmarks use the rest")]
+mod rows;
+
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -17,7 +21,6 @@ use std::thread::{self, Thread};
 use std::time::Instant;
 
 use cudarc::driver::sys::{self, CUresult, CUstream};
-use kvferry_bench::Rows;
 use kvferry_copy::PrivateRegion;
 use kvferry_copy::cuda::{self, CudaMemory, Method};
 use kvferry_core::cache::Memory;
@@ -25,6 +28,7 @@ use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use kvferry_core::copying::KvMemory as _;
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
+use rows::Rows;
 
 const BYTES: u64 = 256 << 20;
 const LAYERS: u64 = 8;

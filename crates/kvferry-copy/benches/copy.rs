@@ -7,6 +7,10 @@
 #![allow(clippy::print_stdout, reason = "a benchmark's rows are its output")]
 #![allow(unsafe_code, reason = "the reference copies by address")]
 
+#[path = "../../../bench/lib.rs"]
+#[allow(dead_code, unreachable_pub, reason = "other benchmarks use the rest")]
+mod rows;
+
 use std::future::Future;
 use std::hint::black_box;
 use std::pin::pin;
@@ -15,13 +19,13 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Instant;
 
-use kvferry_bench::Rows;
 use kvferry_copy::{CopyThreads, HostArrays, HostMemory, POOL_STEP, SharedRegion, kernel_name};
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use kvferry_core::copying::KvMemory;
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
+use rows::Rows;
 
 const TOTAL: usize = 256 << 20;
 const CHUNK: u32 = 256;
