@@ -63,12 +63,13 @@ extern "C" fn cuModuleGetFunction(function: Out<Handle>, module: Handle, name: I
 }
 
 /// Driver API, Module Management: the handles of its functions are invalid afterwards. Our reading: no launch may be
-/// under way.
+/// under way, which none is once the context is broken.
 #[unsafe(no_mangle)]
 extern "C" fn cuModuleUnload(module: Handle) -> u32 {
     call("cuModuleUnload", |state| {
-        let launched = state.module(module)?.launched;
-        if launched.is_some_and(|stamp| !state.clocks.host.knows(stamp)) {
+        let Module { launched, context, .. } = *state.module(module)?;
+        let is_over = |stamp| state.clocks.host.knows(stamp) || state.broken(context).is_some();
+        if launched.is_some_and(|stamp| !is_over(stamp)) {
             state.report("a module is unloaded before the host has seen the end of its kernels");
         }
         state.modules.remove(&module);

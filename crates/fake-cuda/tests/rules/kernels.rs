@@ -136,6 +136,8 @@ fn a_wrong_piece_is_an_illegal_address_that_stays() {
         assert_eq!(fake.cuMemsetD8Async(memory, 1, 1, stream), ILLEGAL_ADDRESS);
         assert_eq!(fake.cuMemFree_v2(memory), ILLEGAL_ADDRESS);
         assert_eq!(fake.leaks()[2], 0); // freed all the same
+        assert_eq!(fake.cuModuleUnload(kernel.module), ILLEGAL_ADDRESS);
+        assert_eq!(fake.leaks()[4], 0);
         fake.assert_clean();
     }
 }
