@@ -148,7 +148,7 @@ impl Load {
         while left > 0 && copying.done < copying.chunks {
             let chunk = copying.done;
             if copying.now.is_none() {
-                let Some(passage) = reading.begin(chunk)? else {
+                let Some(passage) = reading.begin(chunk, 0)? else {
                     copying.chunks = chunk;
                     break;
                 };
@@ -160,7 +160,7 @@ impl Load {
                 let part = tensors.get_mut(tensor).and_then(|tensor| tensor.get_mut(part));
                 reading.next(passage, part.ok_or_else(outside)?)
             })?;
-            match ended.map(|passage| reading.end(&passage)).transpose()? {
+            match ended.map(|passage| reading.end([&passage])).transpose()? {
                 None => {}
                 Some(true) => copying.done += 1,
                 Some(false) => copying.chunks = chunk,

@@ -2,6 +2,7 @@
 //! unsafe.
 
 pub mod cache;
+mod checksum;
 pub mod copy_plan;
 pub mod copy_sums;
 pub mod copying;

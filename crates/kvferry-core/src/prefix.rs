@@ -16,6 +16,7 @@
 //! Little-endian. To a server an object is one layer of uint8 in a single plane, registered under the
 //! model name `kvferry/` + the hexadecimal SHA-256 of the identity.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +26,7 @@ use crc_fast::{CrcAlgorithm, Digest};
 use sha2::Digest as _;
 
 use crate::cache::{Cache, Memory, Slot};
+use crate::checksum::Joiner;
 use crate::hash::{ChunkAlgorithm, ChunkHasher};
 use crate::key::{Dtype, Key, Layout, check_salt};
 use crate::{Error, ErrorCode, Result};
@@ -74,8 +76,8 @@ pub struct Reading {
     memory: Arc<dyn Memory>,
     identities: Vec<[u8; 32]>,
     payload_bytes: u64,
-    /// Slots whose bytes were not what was stored.
-    damaged: Mutex<Vec<Slot>>,
+    /// Places of slots whose bytes were not what was stored.
+    damaged: Mutex<BTreeSet<usize>>,
 }
 
 /// Chunks being stored.
@@ -96,7 +98,8 @@ pub struct Passage {
     place: usize,
     /// Where the payload begins in the pool.
     start: u64,
-    /// Bytes that went by.
+    /// The payload's bytes that go by: those from `from` on, until `at` so far.
+    from: u64,
     at: u64,
     digest: Digest,
     /// What the header says, of a reading.
@@ -215,6 +218,8 @@ impl PrefixCache {
         let mut held = Ok(true);
         if let Some(reading) = reading {
             let damaged = reading.damaged.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let damaged = damaged.into_iter().filter_map(|place| reading.slots.get(place).cloned());
+            let damaged: Vec<Slot> = damaged.collect();
             if !damaged.is_empty() {
                 self.damaged.fetch_add(damaged.len() as u64, Ordering::Relaxed);
                 // They stay a miss when this fails.
@@ -377,13 +382,14 @@ impl Reading {
         chunk: u32,
         into: impl FnOnce(&mut dyn FnMut(&mut [u8]) -> Result<()>) -> Result<()>,
     ) -> Result<bool> {
-        let Some(mut passage) = self.begin(chunk)? else { return Ok(false) };
+        let Some(mut passage) = self.begin(chunk, 0)? else { return Ok(false) };
         into(&mut |bytes| self.next(&mut passage, bytes))?;
-        self.end(&passage)
+        self.end([&passage])
     }
 
-    /// Begins to read a chunk in several goes; `None` when it is not what was stored, by its header.
-    pub fn begin(&self, chunk: u32) -> Result<Option<Passage>> {
+    /// Begins to read a chunk in several goes, from byte `from` of its payload on; `None` when it is not what was
+    /// stored, by its header.
+    pub fn begin(&self, chunk: u32, from: u64) -> Result<Option<Passage>> {
         let place = chunk as usize;
         let (Some(slot), Some(identity)) = (self.slots.get(place), self.identities.get(place))
         else {
@@ -396,7 +402,9 @@ impl Reading {
         let mut header = [0; HEADER];
         self.memory.read(slot.offset, &mut header)?;
         match parse_header(&header, self.payload_bytes, identity) {
-            Some(checksum) => Ok(Some(Passage { checksum, ..Passage::new(place, start) })),
+            Some(checksum) => {
+                Ok(Some(Passage { from, at: from, checksum, ..Passage::new(place, start) }))
+            }
             None => {
                 self.note_damage(place);
                 Ok(None)
@@ -414,30 +422,50 @@ impl Reading {
         Ok(())
     }
 
-    /// Whether all that was read of the payload is what was stored; see [`Reading::read`].
-    pub fn end(&self, passage: &Passage) -> Result<bool> {
-        if passage.at != self.payload_bytes {
+    /// Whether what was read is what was stored, see [`Reading::read`]: of one chunk, in passages that follow each other
+    /// from the payload's first byte to its last.
+    pub fn end<'a>(&self, passages: impl IntoIterator<Item = &'a Passage>) -> Result<bool> {
+        let (mut place, mut at, mut sum, mut expected) = (0, 0, 0, None);
+        let mut joiner = Joiner::default();
+        for passage in passages {
+            if passage.from != at {
+                return Err(Error::invalid(format!(
+                    "a payload was read until byte {at}, and from byte {} on",
+                    passage.from
+                )));
+            }
+            sum = joiner.join(sum, passage.digest.finalize(), passage.at - at);
+            (place, at) = (passage.place, passage.at);
+            expected.get_or_insert(passage.checksum);
+        }
+        if at != self.payload_bytes {
             return Err(Error::invalid(format!(
-                "{} of the payload's {} bytes were read",
-                passage.at, self.payload_bytes
+                "{at} of the payload's {} bytes were read",
+                self.payload_bytes
             )));
         }
-        let whole = passage.digest.finalize() == passage.checksum;
+        let whole = expected == Some(sum);
         if !whole {
-            self.note_damage(passage.place);
+            self.note_damage(place);
         }
         Ok(whole)
     }
 
     fn note_damage(&self, place: usize) {
-        let mut damaged = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
-        damaged.extend(self.slots.get(place).cloned());
+        self.damaged.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
     }
 }
 
 impl Passage {
     fn new(place: usize, start: u64) -> Self {
-        Self { place, start, at: 0, digest: Digest::new(CrcAlgorithm::Crc64Nvme), checksum: 0 }
+        Self {
+            place,
+            start,
+            from: 0,
+            at: 0,
+            digest: Digest::new(CrcAlgorithm::Crc64Nvme),
+            checksum: 0,
+        }
     }
 
     /// Where the payload's next `length` bytes begin in the pool.

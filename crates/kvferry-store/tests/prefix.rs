@@ -28,10 +28,12 @@ fn deadline() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
+const POOL: usize = 16 << 20;
+
 fn store() -> Store {
     let options = StoreOptions {
         chunk_size: CHUNK,
-        memory: 4 << 20,
+        memory: POOL as u64,
         shared_name: None,
         limits: Limits::default(),
     };
@@ -80,7 +82,7 @@ fn get(cache: &PrefixCache, tokens: &[u32]) -> u32 {
 
 /// Where the pool holds `needle`.
 fn find(memory: &dyn Memory, needle: &[u8]) -> u64 {
-    let mut pool = vec![0; 4 << 20];
+    let mut pool = vec![0; POOL];
     memory.read(0, &mut pool).unwrap();
     pool.windows(needle.len()).position(|window| window == needle).unwrap() as u64
 }
@@ -209,10 +211,11 @@ impl FileBuffer for File {
     }
 }
 
-fn geometry(transposed: bool) -> Geometry {
+/// `heads` times as large as the smallest.
+fn geometry(transposed: bool, heads: u32) -> Geometry {
     let plane = |runs, run_bytes| Plane { ggml_type: 1, runs, run_bytes };
-    let values = if transposed { plane(3, 2) } else { plane(1, 6) };
-    let layers = vec![Layer { keys: plane(1, 8), values }; 4];
+    let values = if transposed { plane(3 * heads, 2) } else { plane(1, 6 * heads) };
+    let layers = vec![Layer { keys: plane(1, 8 * heads), values }; 4];
     Geometry::new(transposed, layers).unwrap()
 }
 
@@ -231,9 +234,12 @@ fn engine_file(geometry: &Geometry, tokens: &[u32]) -> Vec<u8> {
 
 #[test]
 fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
-    for transposed in [false, true] {
+    // With 4000 heads a chunk has 3.5 MB, which are copied in four parts.
+    let shapes = [(false, 1), (true, 1), (false, 4000), (true, 4000)];
+    let cases = shapes.into_iter().flat_map(|shape| [0, 50, 100].map(|percent| (shape, percent)));
+    for ((transposed, heads), damaged_percent) in cases {
         let store = store();
-        let geometry = geometry(transposed);
+        let geometry = geometry(transposed, heads);
         let payload = geometry.chunk_payload_bytes(CHUNK).unwrap();
         let cache = cache(&store, "llama", payload);
         let saved = engine_file(&geometry, &tokens(3));
@@ -267,15 +273,17 @@ fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
         // The last chunk is damaged: the file is that of the two before it.
         let two = file.0.clone();
         let memory = store.memory();
-        let mut pool = vec![0; 4 << 20];
+        let mut pool = vec![0; POOL];
         memory.read(0, &mut pool).unwrap();
         let headers = pool.windows(4).enumerate().filter(|(_, window)| window == b"KVFY");
-        let last = headers.map(|(at, _)| at as u64).max().unwrap() + 64 + payload - 1;
+        let last = headers.map(|(at, _)| at as u64).max().unwrap() + 64;
+        let at = last + (payload - 1) * damaged_percent / 100;
         let mut byte = [0];
-        memory.read(last, &mut byte).unwrap();
-        memory.write(last, &[!byte[0]]).unwrap();
-        assert_eq!(restore(3, &mut file), 2);
+        memory.read(at, &mut byte).unwrap();
+        memory.write(at, &[!byte[0]]).unwrap();
+        assert_eq!(restore(3, &mut file), 2, "{heads} heads, damaged at {damaged_percent} %");
         assert_eq!(file.0, two);
+        assert_eq!(cache.damaged_chunks(), 1);
         let status = store.status(Instant::now());
         for name in ["leases", "sessions", "slots_reading", "slots_writing"] {
             assert_eq!(status.iter().find(|row| row.0 == name).unwrap().1, 0, "{name}");
@@ -286,13 +294,61 @@ fn an_engine_gets_byte_for_byte_the_state_that_it_saved() {
 #[test]
 fn a_state_of_another_shape_is_refused_and_nothing_of_it_stored() {
     let store = store();
-    let expected = geometry(false);
+    let expected = geometry(false, 1);
     let cache = cache(&store, "llama", expected.chunk_payload_bytes(CHUNK).unwrap());
-    let saved = engine_file(&geometry(true), &tokens(2));
+    let saved = engine_file(&geometry(true, 1), &tokens(2));
     let run = &kvferry_copy::run_copies;
     let error = now(llama_state::store(&cache, &expected, &tokens(2), &saved, "", deadline(), run))
         .unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidState);
     let status = store.status(Instant::now());
     assert_eq!(status.iter().find(|row| row.0 == "used_bytes").unwrap().1, 0);
+}
+
+#[test]
+fn a_payload_is_read_from_its_first_byte_to_its_last_in_parts_that_follow_each_other() {
+    let store = store();
+    let cache = cache(&store, "model", PAYLOAD);
+    put(&cache, &tokens(1));
+    let hit = now(cache.lookup(&tokens(1), "", deadline())).unwrap();
+    let reading = now(cache.load(&hit, deadline())).unwrap().unwrap();
+    let part = |from: u64, bytes: usize| {
+        let mut passage = reading.begin(0, from).unwrap().unwrap();
+        let mut part = vec![0; bytes];
+        reading.next(&mut passage, &mut part).unwrap();
+        assert_eq!(part, payload(0)[usize::try_from(from).unwrap()..][..bytes]);
+        passage
+    };
+    let (first, second) = (part(0, 30_000), part(30_000, 70_000));
+    assert!(reading.end([&first, &second]).unwrap());
+    for wrong in [vec![&second, &first], vec![&first], vec![&second], vec![&first, &first], vec![]]
+    {
+        assert_eq!(reading.end(wrong).unwrap_err().code, ErrorCode::InvalidArgument);
+    }
+    assert!(now(cache.finish(&hit, Some(reading), deadline())).unwrap());
+    assert_eq!(cache.damaged_chunks(), 0);
+}
+
+#[test]
+fn a_stored_state_of_another_shape_is_never_the_engines() {
+    let store = store();
+    let geometry = geometry(false, 1);
+    let payload = geometry.chunk_payload_bytes(CHUNK).unwrap();
+    let cache = cache(&store, "llama", payload);
+    let writing = now(cache.store(&tokens(1), "", deadline())).unwrap();
+    writing.write(0, |next| next(&vec![7; usize::try_from(payload).unwrap()])).unwrap();
+    assert!(now(cache.commit(writing, deadline())).unwrap());
+    let target = Target {
+        geometry: &geometry,
+        tokens: &tokens(1),
+        chunk_size: CHUNK,
+        streams: 1,
+        sequence: 0,
+        beyond: 0,
+    };
+    let (mut file, run) = (File(Vec::new()), &kvferry_copy::run_copies);
+    let restoring = llama_state::restore(&cache, &target, "", &mut file, deadline(), run);
+    let (restored, held) = now(restoring).unwrap();
+    now(held.end(&cache, deadline()));
+    assert_eq!((restored.found, restored.written), (1, 0));
 }

@@ -4,8 +4,12 @@ use std::time::{Duration, Instant};
 
 use super::{AssemblePlan, Geometry, Segment, StateFile, invalid};
 use crate::cache::FileBuffer;
-use crate::prefix::{Hit, PrefixCache, Reading, Writing};
+use crate::prefix::{Hit, Passage, PrefixCache, Reading, Writing};
 use crate::{Error, ErrorCode, Result};
+
+/// Bytes of a chunk that are copied in one go: little enough that no thread waits long for the last one, and much more
+/// than it takes to begin one.
+const PART_BYTES: usize = 1 << 20;
 
 /// One of several copies that do not depend on each other.
 pub type Copy<'a> = Box<dyn FnOnce() + Send + 'a>;
@@ -182,19 +186,65 @@ fn fill(
         room.ok_or_else(outside)?.copy_from_slice(&piece.bytes);
     }
     let expected = target.geometry.encode();
-    let copy = |(chunk, pieces): (u32, Vec<&mut [u8]>)| {
+    let copy = |Part { chunk, from, pieces }: Part<'_>| {
         check()?;
-        let mut descriptor = vec![0; expected.len()];
-        let whole = reading.read(chunk, |next| {
-            next(&mut descriptor)?;
-            pieces.into_iter().try_for_each(next)
-        })?;
-        Ok(whole && descriptor == expected)
+        let mut of_part = PartRead { chunk, passage: reading.begin(chunk, from)?, fits: true };
+        if let Some(passage) = &mut of_part.passage {
+            if from == 0 {
+                let mut descriptor = vec![0; expected.len()];
+                reading.next(passage, &mut descriptor)?;
+                of_part.fits = descriptor == expected;
+            }
+            pieces.into_iter().try_for_each(|piece| reading.next(passage, piece))?;
+        }
+        Ok(of_part)
     };
-    let chunks_of_file = carve(bytes, &plan, chunks, target.chunk_size)?;
-    let whole = copy_all((0..).zip(chunks_of_file), &copy, run_copies)?;
+    let pieces = carve(bytes, &plan, chunks, target.chunk_size)?;
+    let parts =
+        pieces.into_iter().zip(0..).flat_map(|(pieces, chunk)| cut(chunk, expected.len(), pieces));
+    let read = copy_all(parts, &copy, run_copies)?;
+    let whole = read.chunk_by(|one, two| one.chunk == two.chunk).map(|of_chunk| {
+        let passages: Option<Vec<_>> = of_chunk.iter().map(|part| part.passage.as_ref()).collect();
+        let is_whole = passages.map_or(Ok(false), |passages| reading.end(passages))?;
+        Ok(is_whole && of_chunk.iter().all(|part| part.fits))
+    });
+    let whole = whole.collect::<Result<Vec<_>>>()?;
     let leading = whole.iter().take_while(|whole| **whole).count();
     Ok(u32::try_from(leading).unwrap_or(u32::MAX))
+}
+
+/// What is copied in one go of a chunk: the payload's bytes from `from` on.
+struct Part<'a> {
+    chunk: u32,
+    from: u64,
+    pieces: Vec<&'a mut [u8]>,
+}
+
+/// A part that was read.
+struct PartRead {
+    chunk: u32,
+    /// `None`: the chunk is not what was stored.
+    passage: Option<Passage>,
+    /// The state's shape is the target's, as far as this part tells.
+    fits: bool,
+}
+
+/// Cuts a chunk, whose pieces follow `ahead` bytes of the payload, into parts.
+fn cut(chunk: u32, ahead: usize, pieces: Vec<&mut [u8]>) -> Vec<Part<'_>> {
+    let mut parts = vec![Part { chunk, from: 0, pieces: Vec::new() }];
+    let (mut at, mut room) = (ahead as u64, PART_BYTES);
+    for piece in pieces {
+        if room == 0 {
+            parts.push(Part { chunk, from: at, pieces: Vec::new() });
+            room = PART_BYTES;
+        }
+        at += piece.len() as u64;
+        room = room.saturating_sub(piece.len());
+        if let Some(part) = parts.last_mut() {
+            part.pieces.push(piece);
+        }
+    }
+    parts
 }
 
 /// Cuts a file into the pieces of each of its chunks, in the payload's order.
