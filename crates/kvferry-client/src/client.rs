@@ -3,6 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kvferry_core::key::Layout;
@@ -13,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout_at};
 
 use crate::address::Address;
+use crate::gate::LOOK;
 use crate::link::Link;
 use crate::release::{self, Release};
 use crate::session::{Outgoing, Session, lock};
@@ -215,9 +217,11 @@ impl Client {
     pub async fn close(&self) {
         let registrations = std::mem::take(&mut *lock(&self.shared.registrations));
         if let Ok(session) = self.session() {
-            session.shut(); // unregistering gives the slots to others
             let deadline = Instant::now() + GOODBYE;
-            for (instance_id, _) in registrations {
+            // Unregistering gives the slots to others: not while a GPU still writes to them.
+            let is_quiet =
+                session.shut() || timeout_at(deadline.into(), session.quiet()).await.is_ok();
+            for (instance_id, _) in registrations.into_iter().filter(|_| is_quiet) {
                 // The end of the connection tells the same.
                 let _ = session.request(&Request::Unregister { instance_id }, deadline).await;
             }
@@ -315,12 +319,32 @@ pub(crate) fn unexpected(operation: Operation, reply: &Reply) -> Error {
 /// granted over it: the server gives the slots to others then.
 struct InUse {
     session: Arc<Session>,
-    link: Link,
+    link: Option<Link>,
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        self.session.shut(); // the fields go after this, the socket with them
+        let last = Last { session: Arc::clone(&self.session), _link: self.link.take() };
+        // What a GPU writes takes as long as the GPU does. Nobody waits for it but the socket.
+        if !last.session.shut()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move { last.session.quiet().await });
+        }
+    }
+}
+
+/// A socket that closes when nothing is written any more.
+struct Last {
+    session: Arc<Session>,
+    _link: Option<Link>,
+}
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        while !self.session.is_quiet() {
+            thread::sleep(LOOK); // the runtime ends
+        }
     }
 }
 
@@ -340,7 +364,7 @@ async fn keep_connected(shared: &Shared, first: Option<Opened>) {
                 }
             },
         };
-        let mut in_use = InUse { session, link };
+        let mut in_use = InUse { session, link: Some(link) };
         let began = Instant::now();
         let Err(error) = serve(shared, &mut in_use, &mut outgoing).await;
         shared.set(State::disconnected(error.clone()));
@@ -359,7 +383,7 @@ async fn serve(
     in_use: &mut InUse,
     outgoing: &mut mpsc::UnboundedReceiver<Outgoing>,
 ) -> Result<std::convert::Infallible> {
-    let InUse { session, link } = &mut *in_use;
+    let InUse { session, link: Some(link) } = in_use else { return Err(shared.closed()) };
     let interval = shared.options.heartbeat_interval;
     let mut heartbeat = interval_at(tokio::time::Instant::now() + interval, interval);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::{Error, ErrorCode, Result};
@@ -10,6 +11,9 @@ use kvferry_core::{Error, ErrorCode, Result};
 const CLOSED: usize = 1 << (usize::BITS - 1);
 /// Bytes that one pass through the gate writes, so that closing it waits for microseconds.
 const PIECE: usize = 64 << 10;
+const YIELDS: usize = 1000;
+/// Between two looks whether a write that takes long is over.
+pub(crate) const LOOK: Duration = Duration::from_millis(1);
 
 /// Open while the connection that granted slots lives. When its socket closes, or an instance is
 /// unregistered, the server takes the slots for free and grants them to others: by then the gate is
@@ -18,12 +22,22 @@ const PIECE: usize = 64 << 10;
 pub(crate) struct Gate(AtomicUsize);
 
 impl Gate {
-    /// Lets no more writes begin, and waits for those that have.
-    pub(crate) fn shut(&self) {
+    /// Lets no more writes begin, and waits for those that have as long as our own take; `false` when some go on: a
+    /// GPU's take as long as the GPU does.
+    pub(crate) fn shut(&self) -> bool {
         self.0.fetch_or(CLOSED, Ordering::AcqRel);
-        while self.0.load(Ordering::Acquire) != CLOSED {
+        for _ in 0..YIELDS {
+            if self.is_quiet() {
+                return true;
+            }
             thread::yield_now();
         }
+        self.is_quiet()
+    }
+
+    /// Whether it is shut, and no write is under way.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.0.load(Ordering::Acquire) == CLOSED
     }
 
     fn pass(self: &Arc<Self>) -> Result<Writer> {
@@ -122,11 +136,23 @@ mod tests {
                 });
             }
             started.wait();
-            gate.shut();
+            assert!(gate.shut());
             let written = memory.0.lock().unwrap().len();
             thread::yield_now();
             assert_eq!(memory.0.lock().unwrap().len(), written);
-            gate.shut(); // again does nothing
+            assert!(gate.shut(), "again does nothing");
         });
+    }
+
+    #[test]
+    fn a_write_that_takes_long_holds_nobody_up_and_is_told() {
+        let gate = Arc::new(Gate::default());
+        let memory = Gated { memory: Arc::new(Bytes::default()), gate: Arc::clone(&gate) };
+        let permit = memory.permit().unwrap();
+        assert!(!gate.shut());
+        assert!(memory.permit().is_err(), "no more begin");
+        assert!(!gate.is_quiet());
+        drop(permit);
+        assert!(gate.is_quiet() && gate.shut());
     }
 }

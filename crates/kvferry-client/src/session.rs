@@ -12,9 +12,10 @@ use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::Hello;
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 
 use crate::address::Address;
-use crate::gate::{Gate, Gated};
+use crate::gate::{Gate, Gated, LOOK};
 use crate::pool::Pool;
 
 /// Bytes of requests that may wait to be sent.
@@ -248,9 +249,21 @@ impl Session {
         Arc::new(Gated { memory: pool.memory, gate: Arc::clone(&self.gate) })
     }
 
-    /// Ends all writing to what was granted; to be called before the server learns of the end.
-    pub(crate) fn shut(&self) {
-        self.gate.shut();
+    /// Ends all writing to what was granted; to be called before the server learns of the end. `false`: some goes on,
+    /// until [`Session::quiet`].
+    pub(crate) fn shut(&self) -> bool {
+        self.gate.shut()
+    }
+
+    /// Waits until nothing is written any more to what was granted, after [`Session::shut`].
+    pub(crate) async fn quiet(&self) {
+        while !self.is_quiet() {
+            sleep(LOOK).await;
+        }
+    }
+
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.gate.is_quiet()
     }
 
     /// Maps the pool that a registration's reply names, unless it is mapped.

@@ -7,7 +7,7 @@ mod releases;
 mod router;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry_client::{Client, ConnectOptions};
 use kvferry_copy::SharedRegion;
@@ -25,6 +25,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 /// A pool as a server makes it, under a name of this test's own.
 fn pool(test: &str) -> (String, SharedRegion) {
@@ -387,6 +388,31 @@ async fn nothing_is_written_to_granted_slots_once_the_server_may_give_them_away(
             region.read(0, &mut seen).unwrap();
             assert_eq!(&seen, b"------", "close has waited until nothing can be written");
         }
+    }
+}
+
+#[tokio::test]
+async fn what_a_gpu_still_writes_keeps_its_slots_and_holds_nobody_up() {
+    let (name, _region) = pool("gpu");
+    for ending in ["close", "drop"] {
+        let mut router = Router::honest(&name).await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        let writing = grant.memory.permit().unwrap();
+        let began = Instant::now();
+        if ending == "close" {
+            client.close().await;
+        }
+        drop(client);
+        assert!(began.elapsed() < Duration::from_secs(10), "nobody waits for the GPU");
+        // The router takes the next client when the socket of this one has closed.
+        let mut next = tokio::spawn(Client::connect(router.options()));
+        assert!(timeout(Duration::from_millis(200), &mut next).await.is_err(), "{ending}");
+        let gone = router.so_far().into_iter();
+        assert_eq!(gone.filter(|request| matches!(request, Request::Unregister { .. })).count(), 0);
+        drop(writing);
+        next.await.unwrap().unwrap();
     }
 }
 
