@@ -199,7 +199,7 @@ impl CopyShape {
     /// Plans copies between the arrays and a pool of `pool_bytes`.
     ///
     /// # Errors
-    /// Blocks beyond the arrays' and slots beyond the pool; a block that would be written twice, or slots that
+    /// Blocks beyond the arrays', more of them than a chunk has, and slots beyond the pool; a block that would be written twice, or slots that
     /// overlap where they are written.
     pub fn plan(
         self: &Arc<Self>,
@@ -243,7 +243,15 @@ impl CopyShape {
 
     fn check_blocks(&self, direction: Direction, chunks: &[ChunkCopy<'_>]) -> Result<()> {
         let mut written = Vec::new();
+        let of_object = self.object_bytes / self.arrays().max(1) as u64;
         for chunk in chunks {
+            let blocks = chunk.blocks.len() as u64;
+            if blocks > of_object / self.blocks.bytes {
+                return Err(Error::invalid(format!(
+                    "a chunk was given {blocks} blocks of {} bytes, its object has {of_object} bytes of each array",
+                    self.blocks.bytes
+                )));
+            }
             for (number, block) in (1u64..).zip(chunk.blocks) {
                 if *block >= self.blocks.count {
                     return Err(Error::invalid(format!(
@@ -663,6 +671,10 @@ mod tests {
             plan(direction, blocks, slots).unwrap_err().message
         };
         assert!(refused(Direction::Gather, &[0, 8], &[0]).contains("block 8"));
+        assert!(plan(Direction::Gather, &[0, 1, 2, 3], &[0]).is_ok());
+        assert!(
+            refused(Direction::Gather, &[0, 1, 2, 3, 4], &[0]).contains("5 blocks of 80 bytes")
+        );
         assert!(
             refused(Direction::Scatter, &[1, 2, 1], &[0]).contains("block 1 would be loaded twice")
         );
