@@ -78,9 +78,10 @@ pub struct PagedScheduler {
 /// A worker's side.
 #[napi]
 pub struct PagedWorker {
+    /// Before `inner`: when that goes, its slots are given back, and nothing must be copied any more.
+    pub(crate) memory: Arc<OnceLock<Registered>>,
     pub(crate) inner: Arc<Worker>,
     array_bytes: f64,
-    pub(crate) memory: Arc<OnceLock<Registered>>,
 }
 
 /// Chunks to be copied into blocks.
@@ -578,10 +579,12 @@ impl PagedWorker {
         let (inner, until) = (Arc::clone(&self.inner), deadline(timeout_ms));
         let memory = Arc::clone(&self.memory);
         begin(env, async move {
-            if let Some(memory) = memory.get() {
-                memory.memory.close();
-            }
-            inner.unregister(until).await
+            // It waits for copies under way, and gives page-locked memory back: not on JavaScript's thread.
+            let close = move || memory.get().map(|memory| memory.memory.close());
+            let closed = tokio::task::spawn_blocking(close).await;
+            inner.unregister(until).await?;
+            let lost = |_| Error::new(ErrorCode::Internal, "closing the KV memory was given up");
+            closed.map(|_| ()).map_err(lost)
         })
     }
 
