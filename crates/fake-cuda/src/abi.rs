@@ -26,6 +26,16 @@ impl<T> Out<T> {
         Ok(())
     }
 
+    /// What is there before, for a pointer that is read through too.
+    pub(crate) fn get(&self) -> Outcome<T>
+    where
+        T: Copy,
+    {
+        self.require()?;
+        // SAFETY: not null; the C interface asks the caller for a value that is there.
+        Ok(unsafe { self.0.read() })
+    }
+
     pub(crate) fn set_unless_null(&self, value: T) {
         if !self.0.is_null() {
             // SAFETY: not null; the C interface asks the caller for memory that a T fits into.

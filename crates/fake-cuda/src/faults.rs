@@ -220,6 +220,12 @@ extern "C" fn fakeCudaControlHold(held: i32) {
     PROGRESS.notify_all();
 }
 
+/// While `capturing` is not 0, some thread captures a graph in the global mode.
+#[unsafe(no_mangle)]
+extern "C" fn fakeCudaControlCapture(capturing: i32) {
+    lock().capturing = capturing != 0;
+}
+
 /// The `nth` call of `name` from now on (1: the next) answers with `code`. A code such as ILLEGAL_ADDRESS or LAUNCH_FAILED
 /// stays for every later call. What gives something back does so all the same. Names are the exported ones, with
 /// their `_v2`. Returns 0, or 1 for a null name or an `nth` of 0.

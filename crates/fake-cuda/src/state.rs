@@ -5,15 +5,15 @@ use crate::clocks::{Clock, Clocks, Stamp};
 use crate::contexts::{self, Context, Device};
 use crate::errors::{
     CONTEXT_IS_DESTROYED, Failure, INVALID_CONTEXT, NOT_INITIALIZED, NOT_PERMITTED, Outcome,
-    SUCCESS, name, wrong,
+    STREAM_CAPTURE_UNSUPPORTED, SUCCESS, name, wrong,
 };
 use crate::events::Event;
 use crate::faults::{Config, Faults};
 use crate::kernels::Module;
 use crate::memory::{Allocation, Registration};
 use crate::queue::{OpId, PROGRESS, Queue};
-use crate::streams::Stream;
-use std::cell::RefCell;
+use crate::streams::{self, Stream};
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
@@ -34,6 +34,8 @@ pub(crate) struct State {
     pub(crate) clocks: Clocks,
     pub(crate) queue: Queue,
     pub(crate) violations: Vec<String>,
+    /// Some thread captures a graph in the global mode.
+    pub(crate) capturing: bool,
     /// The call that runs gives something back, which a broken device does not prevent.
     releasing: bool,
     handles: u64,
@@ -56,6 +58,8 @@ pub(crate) fn lock() -> MutexGuard<'static, State> {
 thread_local! {
     /// The contexts of this thread, the current one last.
     pub(crate) static CONTEXTS: RefCell<Vec<Handle>> = const { RefCell::new(Vec::new()) };
+    /// The mode of this thread in which it meets captures of other threads.
+    pub(crate) static CAPTURE_MODE: Cell<u32> = const { Cell::new(0) };
     /// The operation whose host function runs on this thread.
     static HOST_FUNCTION: RefCell<Option<(Stamp, Clock)>> = const { RefCell::new(None) };
 }
@@ -131,6 +135,30 @@ fn gives_back_memory_or_handles(name: &str) -> bool {
     )
 }
 
+/// Driver API, Stream Management, cuThreadExchangeStreamCaptureMode: while any thread captures in the mode GLOBAL, one that
+/// is not RELAXED is "prohibited from potentially unsafe API calls". Which these are is our reading: those that
+/// wait, ask for progress, or give and take memory.
+fn is_unsafe_in_capture(name: &str) -> bool {
+    matches!(
+        name,
+        "cuEventQuery"
+            | "cuEventSynchronize"
+            | "cuStreamQuery"
+            | "cuStreamSynchronize"
+            | "cuCtxSynchronize"
+            | "cuMemAlloc_v2"
+            | "cuMemFree_v2"
+            | "cuMemHostAlloc"
+            | "cuMemFreeHost"
+            | "cuMemHostRegister_v2"
+            | "cuMemHostUnregister"
+            | "cuIpcOpenMemHandle_v2"
+            | "cuIpcCloseMemHandle"
+            | "cuModuleLoadData"
+            | "cuModuleUnload"
+    )
+}
+
 /// Calls that are allowed before cuInit: those that its page in the Driver API (Initialization) does not need, and
 /// those about versions and errors.
 fn needs_no_init(name: &str) -> bool {
@@ -162,6 +190,7 @@ impl State {
             registrations: BTreeMap::new(),
             clocks: Clocks::default(),
             violations: Vec::new(),
+            capturing: false,
             releasing: false,
             handles: 0,
         }
@@ -183,6 +212,12 @@ impl State {
         // CUDA_ERROR_NOT_INITIALIZED".
         if !self.initialized && !needs_no_init(name) {
             return Err(wrong(NOT_INITIALIZED, "called before cuInit"));
+        }
+        if self.capturing && CAPTURE_MODE.get() != streams::RELAXED && is_unsafe_in_capture(name) {
+            return Err(wrong(
+                STREAM_CAPTURE_UNSUPPORTED,
+                "called while a graph is captured, which it spoils",
+            ));
         }
         if let Some(code) = fault.code {
             if crate::errors::is_sticky(code) {

@@ -7,7 +7,7 @@ use crate::errors::{
     wrong,
 };
 use crate::queue::{OpId, Turn, Work};
-use crate::state::{State, Wait, call, waiting_call};
+use crate::state::{CAPTURE_MODE, State, Wait, call, waiting_call};
 use std::ffi::c_void;
 
 #[derive(Clone, Copy, PartialEq)]
@@ -40,6 +40,8 @@ impl Stream {
     }
 }
 
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+pub(crate) const RELAXED: u32 = 2;
 const LEGACY_HANDLE: Handle = 1;
 const PER_THREAD_HANDLE: Handle = 2;
 
@@ -225,6 +227,18 @@ extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, flags: u32) -> u3
         turn.after.push(op);
         state.enqueue(turn, Work::Mark(None));
         Ok(())
+    })
+}
+
+/// Driver API, Stream Management: swaps the thread's mode with `mode`: GLOBAL (0), THREAD_LOCAL (1) or RELAXED (2).
+#[unsafe(no_mangle)]
+extern "C" fn cuThreadExchangeStreamCaptureMode(mode: Out<u32>) -> u32 {
+    call("cuThreadExchangeStreamCaptureMode", |_| {
+        let wanted = mode.get()?;
+        if wanted > RELAXED {
+            return Err(wrong(INVALID_VALUE, &format!("there is no capture mode {wanted}")));
+        }
+        mode.set(CAPTURE_MODE.replace(wanted))
     })
 }
 

@@ -104,3 +104,25 @@ fn a_host_function_runs_in_its_stream_and_may_call_nothing() {
     assert_eq!(fake.cuStreamSynchronize(stream), 0);
     assert_eq!(host[0], 0xCD);
 }
+
+#[test]
+fn a_call_that_would_spoil_another_threads_capture_is_one_of_a_relaxed_thread() {
+    let fake = Fake::start();
+    let (stream, event) = (fake.stream(), fake.event());
+    assert_eq!(fake.cuEventRecord(event, stream), 0);
+    assert_eq!(fake.cuStreamSynchronize(stream), 0);
+    fake.fakeCudaControlCapture(1);
+    assert_eq!(fake.cuEventQuery(event), STREAM_CAPTURE_UNSUPPORTED);
+    fake.assert_caught("which it spoils");
+    let mut mode = RELAXED;
+    assert_eq!(fake.cuThreadExchangeStreamCaptureMode(&mut mode), 0);
+    assert_eq!(mode, 0, "the thread's mode before: global");
+    assert_eq!(fake.cuEventQuery(event), 0);
+    assert_eq!(fake.cuThreadExchangeStreamCaptureMode(&mut mode), 0);
+    assert_eq!(mode, RELAXED);
+    mode = 3;
+    assert_eq!(fake.cuThreadExchangeStreamCaptureMode(&mut mode), INVALID_VALUE);
+    fake.assert_caught("no capture mode 3");
+    fake.fakeCudaControlCapture(0);
+    assert_eq!(fake.cuEventQuery(event), 0);
+}

@@ -14,6 +14,8 @@ pub(crate) const INVALID_HANDLE: u32 = 400;
 pub(crate) const NOT_FOUND: u32 = 500;
 pub(crate) const NOT_READY: u32 = 600;
 pub(crate) const ILLEGAL_ADDRESS: u32 = 700;
+pub(crate) const STREAM_CAPTURE_UNSUPPORTED: u32 = 900;
+pub(crate) const RELAXED: u32 = 2;
 pub(crate) const NON_BLOCKING: u32 = 1;
 
 #[repr(C)]
@@ -65,6 +67,7 @@ functions! {
     fn cuStreamSynchronize(stream: u64) -> u32;
     fn cuStreamQuery(stream: u64) -> u32;
     fn cuStreamWaitEvent(stream: u64, event: u64, flags: u32) -> u32;
+    fn cuThreadExchangeStreamCaptureMode(mode: &mut u32) -> u32;
     fn cuLaunchHostFunc(stream: u64, function: HostFn, data: *mut c_void) -> u32;
     fn cuEventCreate(event: &mut u64, flags: u32) -> u32;
     fn cuEventRecord(event: u64, stream: u64) -> u32;
@@ -104,6 +107,7 @@ functions! {
     fn fakeCudaControlVersion(version: i32);
     fn fakeCudaControlMemory(bytes: usize);
     fn fakeCudaControlSchedule(seed: u64, delay_us: u64);
+    fn fakeCudaControlCapture(capturing: i32);
     fn fakeCudaControlHold(held: i32);
     fn fakeCudaControlFail(name: *const c_char, nth: u64, code: u32) -> i32;
     fn fakeCudaControlFailRandom(seed: u64, per_mille: u64, code: u32);

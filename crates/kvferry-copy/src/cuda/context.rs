@@ -9,7 +9,10 @@ use cudarc::driver::sys::{
 };
 use kvferry_core::{Error, ErrorCode, Result};
 
-use super::driver::{Driver, Handle, INVALID_VALUE, NOT_READY, SUCCESS, check};
+use super::driver::{Driver, Failed, Handle, INVALID_VALUE, NOT_READY, SUCCESS, check};
+
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+const RELAXED: c_uint = 2;
 
 /// A device's primary context, retained until this is dropped.
 pub(crate) struct Context {
@@ -19,9 +22,13 @@ pub(crate) struct Context {
     handle: Handle,
 }
 
-/// While it lives, a context is this thread's current one; the engine's own lies below it.
+/// While it lives, a context is this thread's current one, the engine's own lies below it, and no call of this thread
+/// spoils a graph that the engine captures on another one meanwhile (CUDA Driver API, Stream Management,
+/// cuThreadExchangeStreamCaptureMode: asking for an event or page-locking memory would).
 pub(crate) struct Current<'a> {
     pub(crate) context: &'a Context,
+    /// This thread's before.
+    capture_mode: c_uint,
     /// The stack of contexts is the thread's.
     _thread: std::marker::PhantomData<*const ()>,
 }
@@ -40,7 +47,21 @@ impl Context {
         let driver = self.driver;
         // SAFETY: the context is retained, and leaves this thread again when `Current` is dropped.
         unsafe { check!(driver.cuCtxPushCurrent_v2(self.handle)) }?;
-        Ok(Current { context: self, _thread: std::marker::PhantomData })
+        let mut capture_mode = RELAXED;
+        // SAFETY: reads and writes a number.
+        let relaxed =
+            unsafe { check!(driver.cuThreadExchangeStreamCaptureMode(&raw mut capture_mode)) };
+        if let Err(error) = relaxed {
+            self.leave();
+            return Err(error);
+        }
+        Ok(Current { context: self, capture_mode, _thread: std::marker::PhantomData })
+    }
+
+    fn leave(&self) {
+        let mut popped = 0;
+        // SAFETY: the context was pushed by this thread, and calls between push and pop are balanced.
+        let _ = unsafe { (self.driver.cuCtxPopCurrent_v2)(&raw mut popped) };
     }
 }
 
@@ -53,9 +74,10 @@ impl Drop for Context {
 
 impl Drop for Current<'_> {
     fn drop(&mut self) {
-        let mut popped = 0;
-        // SAFETY: the context was pushed by this thread, and calls between push and pop are balanced.
-        let _ = unsafe { (self.context.driver.cuCtxPopCurrent_v2)(&raw mut popped) };
+        let exchange = self.context.driver.cuThreadExchangeStreamCaptureMode;
+        // SAFETY: reads and writes a number. Nothing could be done about a failure.
+        let _ = unsafe { exchange(&raw mut self.capture_mode) };
+        self.context.leave();
     }
 }
 
@@ -90,13 +112,13 @@ impl Current<'_> {
         unsafe { check!(driver.cuStreamWaitEvent(stream, event, 0)) }
     }
 
-    pub(crate) fn new_event(&self) -> Result<Handle> {
+    pub(crate) fn new_event(&self) -> Result<Handle, Failed> {
         let driver = self.context.driver;
         let mut event = 0;
         let flags = CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as c_uint;
         // SAFETY: writes a handle.
-        unsafe { check!(driver.cuEventCreate(&raw mut event, flags)) }?;
-        Ok(event)
+        let code = unsafe { (driver.cuEventCreate)(&raw mut event, flags) };
+        driver.succeeded("cuEventCreate", code).map(|()| event)
     }
 
     pub(crate) fn destroy_event(&self, event: Handle) {
@@ -104,19 +126,19 @@ impl Current<'_> {
         let _ = unsafe { (self.context.driver.cuEventDestroy_v2)(event) };
     }
 
-    pub(crate) fn record(&self, event: Handle, stream: Handle) -> Result<()> {
+    pub(crate) fn record(&self, event: Handle, stream: Handle) -> Result<(), Failed> {
         let driver = self.context.driver;
         // SAFETY: both live, the engine's stream by the word of who gave it.
-        unsafe { check!(driver.cuEventRecord(event, stream)) }
+        driver.succeeded("cuEventRecord", unsafe { (driver.cuEventRecord)(event, stream) })
     }
 
     /// Whether what the event has recorded is done.
-    pub(crate) fn is_done(&self, event: Handle) -> Result<bool> {
+    pub(crate) fn is_done(&self, event: Handle) -> Result<bool, Failed> {
         let driver = self.context.driver;
         // SAFETY: the event lives.
         match unsafe { (driver.cuEventQuery)(event) } {
             NOT_READY => Ok(false),
-            code => driver.check("cuEventQuery", code).map(|()| true),
+            code => driver.succeeded("cuEventQuery", code).map(|()| true),
         }
     }
 

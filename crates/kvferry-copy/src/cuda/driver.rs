@@ -90,6 +90,7 @@ driver! {
     cuDevicePrimaryCtxRelease_v2(c_int);
     cuCtxPushCurrent_v2(Handle);
     cuCtxPopCurrent_v2(*mut Handle);
+    cuThreadExchangeStreamCaptureMode(*mut c_uint);
     cuStreamCreate(*mut Handle, c_uint);
     cuStreamDestroy_v2(Handle);
     cuStreamSynchronize(Handle);
@@ -117,6 +118,19 @@ driver! {
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
         *mut *mut c_void, *mut *mut c_void
     );
+}
+
+/// A call that failed.
+pub(crate) struct Failed {
+    pub(crate) error: Error,
+    /// Nothing that was asked of the device goes on, and no later call will succeed.
+    pub(crate) lost: bool,
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
 }
 
 /// Calls a function of the driver, within an unsafe block; its failure is an error that names it.
@@ -186,27 +200,29 @@ impl Driver {
     }
 
     pub(crate) fn check(&self, call: &str, code: Code) -> Result<()> {
-        if code == SUCCESS { Ok(()) } else { Err(self.error(call, code)) }
+        self.succeeded(call, code).map_err(Error::from)
     }
 
-    pub(crate) fn error(&self, call: &str, code: Code) -> Error {
+    /// The same for who goes on after some failures.
+    pub(crate) fn succeeded(&self, call: &str, code: Code) -> Result<(), Failed> {
+        if code == SUCCESS {
+            return Ok(());
+        }
+        // CUDA Driver API, CUresult: these leave the process in a state in which all further work fails.
+        let lost = matches!(code, 46 | 214 | 700 | 702 | 709 | 710 | 714..=719);
         let meaning = match code {
             2 => {
                 "memory ran out, of the GPU or of what the system lets be page-locked; nothing can be copied \
                   until some is free"
             }
-            46 | 214 | 700 | 702 | 709 | 710 | 714..=719 => {
-                "the GPU is lost to this process, which must be started anew"
-            }
+            _ if lost => "the GPU is lost to this process, which must be started anew",
             201 | 400 => {
                 "a stream is not of the device's primary context, or does not exist any more"
             }
             _ => "what was to be copied cannot be used",
         };
-        Error::new(
-            ErrorCode::CudaFailed,
-            format!("{call} failed with {}: {meaning}", self.name(code)),
-        )
+        let message = format!("{call} failed with {}: {meaning}", self.name(code));
+        Err(Failed { error: Error::new(ErrorCode::CudaFailed, message), lost })
     }
 
     /// CUDA's name of an error.

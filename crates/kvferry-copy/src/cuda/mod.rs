@@ -18,7 +18,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::pins_of;
 use context::{Context, Current};
-use driver::{Driver, Handle};
+use driver::{Driver, Failed, Handle};
 pub(crate) use pins::Pins;
 use submit::Kernel;
 pub use submit::Method;
@@ -298,7 +298,7 @@ fn unreachable_pool() -> Error {
 
 impl Events {
     /// An event that has recorded what a stream was asked until now.
-    fn record(&mut self, current: &Current<'_>, stream: Handle) -> Result<Handle> {
+    fn record(&mut self, current: &Current<'_>, stream: Handle) -> Result<Handle, Failed> {
         let event = match self.free.pop() {
             Some(event) => event,
             None => {

@@ -166,19 +166,21 @@ pub(crate) struct Submission<'a> {
 }
 
 impl Submission<'_> {
-    /// Asks for all of `pieces`. A table comes back that is in use until they are copied.
-    ///
-    /// # Errors
-    /// A call's; some may have been asked for.
-    pub(crate) fn submit(&self, pieces: &Pieces, tables: &mut Vec<Table>) -> Result<Option<Table>> {
+    /// Asks for all of `pieces`. A table comes back that is in use until they are copied. After an error, some may
+    /// have been asked for.
+    pub(crate) fn submit(
+        &self,
+        pieces: &Pieces,
+        tables: &mut Vec<Table>,
+    ) -> (Option<Table>, Result<()>) {
         let is_small = pieces.total < SMALL * pieces.len() as u64;
         match (self.method, self.kernel, self.current.context.driver.batch) {
             (Method::Kernel, Some(kernel), _) => self.launch(kernel, pieces, tables),
             (Method::KernelForSmall, Some(kernel), _) if is_small => {
                 self.launch(kernel, pieces, tables)
             }
-            (Method::Single, ..) | (_, _, None) => self.each(pieces).map(|()| None),
-            (_, _, Some(batch)) => self.batches(batch, pieces).map(|()| None),
+            (Method::Single, ..) | (_, _, None) => (None, self.each(pieces)),
+            (_, _, Some(batch)) => (None, self.batches(batch, pieces)),
         }
     }
 
@@ -247,14 +249,17 @@ impl Submission<'_> {
         kernel: Kernel,
         pieces: &Pieces,
         tables: &mut Vec<Table>,
-    ) -> Result<Option<Table>> {
+    ) -> (Option<Table>, Result<()>) {
         let mut table = match tables.pop() {
             Some(table) if table.capacity >= pieces.len() => table,
             other => {
                 if let Some(small) = other {
                     small.free(self.current);
                 }
-                Table::new(self.current, pieces.len().next_power_of_two())?
+                match Table::new(self.current, pieces.len().next_power_of_two()) {
+                    Ok(table) => table,
+                    Err(error) => return (None, Err(error)),
+                }
             }
         };
         table.fill(pieces, self.direction);
@@ -276,13 +281,7 @@ impl Submission<'_> {
                     function, blocks, 1, 1, THREADS, 1, 1, 0, stream, parameters, none
                 ))
             };
-        match launched {
-            Ok(()) => Ok(Some(table)),
-            Err(error) => {
-                tables.push(table);
-                Err(error)
-            }
-        }
+        (Some(table), launched)
     }
 }
 

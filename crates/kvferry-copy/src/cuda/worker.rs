@@ -6,14 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::copy_plan::{CopyShape, Direction, Piece};
 use kvferry_core::{Error, ErrorCode, Result};
 
 use super::context::{Context, Current};
-use super::driver::Handle;
+use super::driver::{Failed, Handle};
 use super::pins::PinUse;
 use super::submit::{Kernel, Method, Pieces, Submission, Table};
 use super::{IpcArray, Job, Shared, unreachable_pool};
@@ -30,6 +30,8 @@ const PARTS: usize = 4;
 const EAGER: u32 = 64;
 const PAUSE_MIN: Duration = Duration::from_micros(10);
 const PAUSE_MAX: Duration = Duration::from_micros(320);
+/// How long the driver may fail to say whether copies are done before all is given up.
+const DOUBT_MAX: Duration = Duration::from_secs(10);
 
 /// Turns a kernel for small pieces on.
 const KERNEL_VARIABLE: &str = "KVFERRY_CUDA_KERNEL";
@@ -108,7 +110,8 @@ impl Made {
         let mut lane = |direction| -> Result<Lane> {
             let stream = current.new_stream()?;
             self.streams.push(stream);
-            Ok(Lane { direction, stream, jobs: VecDeque::new(), parts: VecDeque::new() })
+            let (jobs, parts) = Default::default();
+            Ok(Lane { direction, stream, jobs, parts, doubted: None })
         };
         let lanes = [lane(Direction::Scatter)?, lane(Direction::Gather)?];
         let kernel = std::env::var_os(KERNEL_VARIABLE).is_some_and(|value| value == "1");
@@ -131,6 +134,7 @@ impl Made {
             pieces: Pieces::default(),
             tables: Vec::new(),
             ids: 0,
+            doubtful: false,
         })
     }
 
@@ -187,6 +191,8 @@ struct Worker<'a> {
     pieces: Pieces,
     tables: Vec<Table>,
     ids: u64,
+    /// Copies may be under way that nothing will tell the end of.
+    doubtful: bool,
 }
 
 /// One direction.
@@ -195,6 +201,8 @@ struct Lane {
     stream: Handle,
     jobs: VecDeque<Running>,
     parts: VecDeque<Part>,
+    /// Since when the driver does not say whether the first part is done.
+    doubted: Option<Instant>,
 }
 
 struct Running {
@@ -214,7 +222,9 @@ struct Part {
     job: u64,
     /// Bytes of the plan that are done with it.
     until: u64,
-    event: Handle,
+    /// `None`: a call failed, and the event is still to be recorded. Nothing else says whether some of the copies
+    /// were begun, and when they are over.
+    event: Option<Handle>,
     table: Option<Table>,
     permit: Option<Permit>,
 }
@@ -241,7 +251,11 @@ impl Worker<'_> {
     }
 
     fn end(mut self) {
-        // Nothing is under way, unless the device was taken for lost and was not.
+        if self.doubtful {
+            std::mem::forget((self.pins, self.tables));
+            return;
+        }
+        // Nothing is under way, unless the thread panicked.
         for lane in &self.lanes {
             let _ = self.current.synchronize(lane.stream);
         }
@@ -279,7 +293,7 @@ impl Worker<'_> {
             self.lanes[lane].jobs.push_back(running);
         }
         if let Some(error) = failed {
-            self.lose(&error);
+            self.lose(&error, true); // no part of theirs was asked for
         }
         true
     }
@@ -287,22 +301,50 @@ impl Worker<'_> {
     /// Looks whether parts are done.
     fn poll(&mut self, lane: usize) -> bool {
         let mut news = false;
-        while let Some(part) = self.lanes[lane].parts.front() {
-            match self.current.is_done(part.event) {
-                Ok(false) => break,
-                Ok(true) => {
-                    if let Some(part) = self.lanes[lane].parts.pop_front() {
-                        self.complete(lane, part, true);
-                    }
+        loop {
+            let looked = self.look(lane);
+            let Lane { parts, jobs, doubted, .. } = &mut self.lanes[lane];
+            match looked {
+                Ok(false) => {
+                    *doubted = None;
+                    return news;
                 }
-                Err(error) => {
-                    let job = part.job;
-                    self.fail(lane, job, error);
+                Ok(true) => {
+                    *doubted = None;
+                    if let Some(part) = parts.pop_front() {
+                        self.complete(lane, part);
+                    }
+                    news = true;
+                }
+                // Whatever the reason: the copies may be under way, so all that they need stays.
+                Err(Failed { error, lost }) => {
+                    let since = *doubted.get_or_insert_with(Instant::now);
+                    let job = parts.front().map(|part| part.job);
+                    if let Some(running) = jobs.iter_mut().find(|running| Some(running.id) == job) {
+                        running.failed.get_or_insert_with(|| error.clone());
+                    }
+                    if lost || since.elapsed() > DOUBT_MAX {
+                        self.shared.lock().failed.get_or_insert_with(|| error.clone());
+                        self.lose(&error, lost);
+                    }
+                    return news;
                 }
             }
-            news = true;
         }
-        news
+    }
+
+    /// Whether the first part is done.
+    fn look(&mut self, lane: usize) -> Result<bool, Failed> {
+        let Lane { stream, parts, .. } = &mut self.lanes[lane];
+        let Some(part) = parts.front_mut() else { return Ok(false) };
+        let event = match part.event {
+            Some(event) => event,
+            None => {
+                let event = self.shared.lock().events.record(self.current, *stream)?;
+                *part.event.insert(event)
+            }
+        };
+        self.current.is_done(event)
     }
 
     /// Asks for the next part.
@@ -323,9 +365,8 @@ impl Worker<'_> {
                 return true;
             }
         }
-        let mut permit = None;
-        if let Err(error) = self.ask_part(lane, index, &mut permit) {
-            self.fail(lane, id, error); // some may be under way until then, under the permit
+        if let Err(error) = self.ask_part(lane, index) {
+            self.fail(lane, id, error);
         }
         true
     }
@@ -349,9 +390,9 @@ impl Worker<'_> {
         Ok(true)
     }
 
-    fn ask_part(&mut self, lane: usize, index: usize, permit: &mut Option<Permit>) -> Result<()> {
+    fn ask_part(&mut self, lane: usize, index: usize) -> Result<()> {
         let pins = self.pins(lane, index)?;
-        let Lane { direction, stream, jobs, parts } = &mut self.lanes[lane];
+        let Lane { direction, stream, jobs, parts, .. } = &mut self.lanes[lane];
         let (direction, running) = (*direction, &mut jobs[index]);
         collect(
             running,
@@ -360,28 +401,25 @@ impl Worker<'_> {
             (self.current, self.context),
             &mut self.pieces,
         )?;
-        if direction == Direction::Gather {
-            *permit = Some(running.job.pool.permit()?); // after memory was page-locked, which takes its time
-        }
+        let permit = match direction {
+            // After memory was page-locked, which takes its time.
+            Direction::Gather => Some(running.job.pool.permit()?),
+            Direction::Scatter => None,
+        };
         let state = self.shared.lock();
         let (method, kernel) = (state.method, state.kernel);
         drop(state);
         let current = self.current;
         let submission = Submission { current, stream: *stream, direction, method, kernel };
-        let table = submission.submit(&self.pieces, &mut self.tables)?;
-        running.at += self.pieces.total();
-        let recorded = self.shared.lock().events.record(current, *stream);
-        let event = match recorded {
-            Ok(event) => event,
-            Err(error) => {
-                // The table may be read until the stream was seen to be done; the failure sees to that.
-                self.tables.extend(table);
-                return Err(error);
-            }
-        };
+        let (table, submitted) = submission.submit(&self.pieces, &mut self.tables);
+        let recorded = submitted.and_then(|()| {
+            running.at += self.pieces.total();
+            Ok(self.shared.lock().events.record(current, *stream)?)
+        });
         running.parts += 1;
-        let (job, until, permit) = (running.id, running.at, permit.take());
+        let (job, until, event) = (running.id, running.at, recorded.as_ref().ok().copied());
         parts.push_back(Part { job, until, event, table, permit });
+        let event = recorded?;
         // What the engine asks for from now on comes after the load. Not earlier: layers that are there could not
         // be used while others are loaded.
         if direction == Direction::Scatter && running.is_asked_for() {
@@ -403,20 +441,18 @@ impl Worker<'_> {
         Ok(self.pins.len() - 1)
     }
 
-    /// Ends a part, which was done or never will be.
-    fn complete(&mut self, lane: usize, part: Part, is_done: bool) {
+    /// Ends a part, which is done.
+    fn complete(&mut self, lane: usize, part: Part) {
         let Part { job, until, event, table, permit } = part;
         drop(permit);
         self.tables.extend(table);
-        self.shared.lock().events.free.push(event);
+        self.shared.lock().events.free.extend(event);
         let jobs = &mut self.lanes[lane].jobs;
         let Some(index) = jobs.iter().position(|running| running.id == job) else { return };
         let running = &mut jobs[index];
         running.parts -= 1;
-        if is_done {
-            let arrays = until / running.job.plan.bytes_per_array();
-            running.job.progress.arrays(usize::try_from(arrays).unwrap_or(usize::MAX));
-        }
+        let arrays = until / running.job.plan.bytes_per_array();
+        running.job.progress.arrays(usize::try_from(arrays).unwrap_or(usize::MAX));
         if running.parts == 0 && running.is_asked_for() {
             self.finish(lane, index);
         }
@@ -433,40 +469,33 @@ impl Worker<'_> {
         progress.end(running.failed.map_or(Ok(()), Err));
     }
 
-    /// Ends a job with an error, once nothing of it is under way.
+    /// Lets no more of a job begin, and ends it with an error once nothing of it is under way.
     fn fail(&mut self, lane: usize, job: u64, error: Error) {
-        if let Some(running) = self.lanes[lane].jobs.iter_mut().find(|running| running.id == job) {
-            running.failed.get_or_insert(error);
-        }
-        let stream = self.lanes[lane].stream;
-        // A call may fail once for reasons of its own.
-        let settled =
-            self.current.synchronize(stream).or_else(|_| self.current.synchronize(stream));
-        match settled {
-            Ok(()) => {
-                for part in std::mem::take(&mut self.lanes[lane].parts) {
-                    self.complete(lane, part, true);
-                }
-                let jobs = &self.lanes[lane].jobs;
-                if let Some(index) = jobs.iter().position(|running| running.id == job) {
-                    self.finish(lane, index); // it had no part
-                }
-            }
-            Err(error) => {
-                self.shared.lock().failed.get_or_insert_with(|| error.clone());
-                self.lose(&error);
-            }
+        let jobs = &mut self.lanes[lane].jobs;
+        let Some(index) = jobs.iter().position(|running| running.id == job) else { return };
+        jobs[index].failed.get_or_insert(error);
+        if jobs[index].parts == 0 {
+            self.finish(lane, index);
         }
     }
 
-    /// Ends all jobs: the device does not answer any more.
-    fn lose(&mut self, error: &Error) {
+    /// Ends all jobs: the device does not answer any more. What may still be written by it, as it is not `lost` for
+    /// sure, is kept for ever: pools stay mapped, and slots with whoever may write to them.
+    fn lose(&mut self, error: &Error, lost: bool) {
+        self.doubtful |= !lost;
         for lane in [0, 1] {
             for running in &mut self.lanes[lane].jobs {
                 running.failed.get_or_insert_with(|| error.clone());
+                if !lost && running.parts > 0 {
+                    std::mem::forget(Arc::clone(&running.job.pool));
+                }
             }
             for part in std::mem::take(&mut self.lanes[lane].parts) {
-                self.complete(lane, part, false);
+                if lost {
+                    self.tables.extend(part.table);
+                } else {
+                    std::mem::forget((part.table, part.permit));
+                }
             }
             while !self.lanes[lane].jobs.is_empty() {
                 self.finish(lane, 0);

@@ -42,7 +42,7 @@ pub(crate) fn on(test: &str, drivers: &[On], needs_fake: bool, body: impl Fn()) 
         }
         return run_child(test, child(test));
     }
-    let Some(fake) = fake_library() else {
+    let Some(fake) = fake_library().filter(|fake| fake.exists()) else {
         return skip(test, "there is no libfake_cuda.so: cargo build -p fake-cuda");
     };
     for (number, driver) in drivers.iter().enumerate() {
@@ -116,8 +116,9 @@ pub(crate) fn run_child(test: &str, mut command: Command) {
 fn fake_library() -> Option<PathBuf> {
     let executable = env::current_exe().unwrap();
     let target = executable.ancestors().nth(2)?;
+    // `cargo build` and `cargo test` leave it in places of their own: the newer one counts.
     let places = [target.join("libfake_cuda.so"), target.join("deps/libfake_cuda.so")];
-    places.into_iter().find(|place| place.exists())
+    places.into_iter().max_by_key(|place| fs::metadata(place).and_then(|of| of.modified()).ok())
 }
 
 /// The library with a function's name struck out.
@@ -274,6 +275,12 @@ impl Fake {
         hold(held.into());
     }
 
+    /// While on, some thread captures a graph in the global mode.
+    pub(crate) fn capture(&self, on: bool) {
+        let capture: extern "C" fn(i32) = Self::symbol("fakeCudaControlCapture").unwrap();
+        capture(on.into());
+    }
+
     pub(crate) fn fail(&self, call: &str, nth: u64, code: u32) {
         let fail: extern "C" fn(*const c_char, u64, u32) -> i32 =
             Self::symbol("fakeCudaControlFail").unwrap();
@@ -327,8 +334,17 @@ impl Fake {
 
     /// Waits until a function was called so often. Who waits in vain goes on: what comes next fails, and says more.
     pub(crate) fn await_calls(&self, call: &str, calls: u64) {
+        self.await_that(|| self.calls(call) >= calls);
+    }
+
+    /// The same for anything.
+    #[allow(
+        clippy::unused_self,
+        reason = "only what the fake driver can be made to do is awaited so"
+    )]
+    pub(crate) fn await_that(&self, happened: impl Fn() -> bool) {
         let started = Instant::now();
-        while self.calls(call) < calls && started.elapsed() < LIMIT / 12 {
+        while !happened() && started.elapsed() < LIMIT / 12 {
             thread::yield_now();
         }
     }
