@@ -1,4 +1,4 @@
-import { readFile, stat } from "node:fs/promises";
+import { open } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { checkText } from "../arguments.js";
 import { KvferryError } from "../errors.js";
@@ -23,7 +23,8 @@ export interface OnnxIdentityOptions {
  * All that a model's KV depends on besides the tokens.
  *
  * @returns Canonical JSON.
- * @throws {@link KvferryError} `IDENTITY_UNKNOWN` without a model, `SYSTEM` when a file cannot be read.
+ * @throws {@link KvferryError} `IDENTITY_UNKNOWN` without a model, or when a name of external data in it is cut off or
+ * longer than 4096 bytes; `SYSTEM` when a file cannot be read.
  */
 export async function identityOf(
 	session: EngineSession,
@@ -57,28 +58,78 @@ async function modelOf({ modelPath, modelId }: OnnxIdentityOptions): Promise<obj
 	}
 	checkText("modelPath", modelPath);
 	const sha256 = await fileSha256(modelPath);
-	const external = await externalFiles(modelPath);
-	const hashes = external.map((name) => fileSha256(join(dirname(modelPath), name)));
-	return { sha256, external: await Promise.all(hashes) };
+	const external = new Map<string, string>();
+	for await (const name of externalFiles(modelPath)) {
+		// One after the other: a model can have a file for each tensor.
+		if (!external.has(name)) {
+			external.set(name, await fileSha256(join(dirname(modelPath), name)));
+		}
+	}
+	return { sha256, external: [...external.values()] };
 }
-
-/** A model whose weights lie elsewhere is a small file. */
-const GRAPH_BYTES_MAX = 2 ** 26;
 
 /** `StringStringEntryProto` of an ONNX tensor: the key "location", and then a name. */
 const LOCATION = Buffer.from("\x0a\x08location\x12", "latin1");
 
-/** The files of external data that a model names, in the order of their first use. */
-async function externalFiles(path: string): Promise<string[]> {
-	if ((await stat(path)).size > GRAPH_BYTES_MAX) {
-		return [];
+/** Of the varint before a name. Protobuf takes no longer one for a length. */
+const LENGTH_BYTES_MAX = 5;
+
+/** `PATH_MAX` of Linux. */
+const NAME_BYTES_MAX = 4096;
+
+const ENTRY_BYTES_MAX = LOCATION.length + LENGTH_BYTES_MAX + NAME_BYTES_MAX;
+
+/** A graph can have weights inside too, so it is not held as a whole. */
+const READ_BYTES = 1 << 20;
+
+/** The files of external data that a model names, in the order of their use. */
+async function* externalFiles(path: string): AsyncGenerator<string> {
+	await using file = await open(path);
+	let held: Buffer = Buffer.alloc(0);
+	for await (const piece of file.createReadStream({
+		highWaterMark: READ_BYTES,
+		autoClose: false,
+	})) {
+		held = Buffer.concat([held, piece]);
+		// What begins later may end in the next piece.
+		const end = Math.max(0, held.length - ENTRY_BYTES_MAX);
+		yield* namesIn(held, end, path);
+		held = held.subarray(end);
 	}
-	const model = await readFile(path);
-	const names = new Set<string>();
-	for (let at = model.indexOf(LOCATION); at >= 0; at = model.indexOf(LOCATION, at + 1)) {
-		const start = at + LOCATION.length;
-		const length = model[start] ?? 0; // a varint of one byte: file names are short
-		names.add(model.toString("utf8", start + 1, start + 1 + length));
+	yield* namesIn(held, held.length, path);
+}
+
+/** The names in entries that begin in the first `end` bytes. */
+function* namesIn(bytes: Buffer, end: number, path: string): Generator<string> {
+	let at = bytes.indexOf(LOCATION);
+	while (at >= 0 && at < end) {
+		const name = nameAt(bytes, at + LOCATION.length);
+		if (name === undefined) {
+			// Left out, it could be weights that the identity does not tell apart.
+			throw new KvferryError(
+				"IDENTITY_UNKNOWN",
+				`The model ${path} has a name of external data that is cut off or longer than ${NAME_BYTES_MAX} bytes: pass the option \`modelId\` instead of \`modelPath\`.`,
+			);
+		}
+		yield name;
+		at = bytes.indexOf(LOCATION, at + 1);
 	}
-	return [...names];
+}
+
+/** The name behind the varint at `start`. */
+function nameAt(bytes: Buffer, start: number): string | undefined {
+	let length = 0;
+	for (let digit = 0; digit < LENGTH_BYTES_MAX; digit++) {
+		const byte = bytes[start + digit];
+		if (byte === undefined) {
+			return undefined;
+		}
+		length += (byte & 0x7f) * 2 ** (7 * digit);
+		if (byte < 0x80) {
+			const from = start + digit + 1;
+			const whole = length <= NAME_BYTES_MAX && from + length <= bytes.length;
+			return whole ? bytes.toString("utf8", from, from + length) : undefined;
+		}
+	}
+	return undefined;
 }
