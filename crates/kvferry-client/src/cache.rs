@@ -12,6 +12,7 @@ use kvferry_wire::message::Slots;
 use kvferry_wire::{Operation, Reply, Request, RequestKey};
 
 use crate::client::{Client, unexpected};
+use crate::pool::Pool;
 use crate::session::{Session, Undo};
 
 /// Between the first two questions for a lookup's result; doubled from there on.
@@ -131,6 +132,7 @@ impl Cache for Client {
                 ));
             }
             let pool = session.pool().ok_or_else(no_pool)?;
+            map(&pool, &store.slots.slots).await?;
             if !store.slots.slots.is_empty() {
                 session.grant(Operation::PrepareStore, key, instance, store.slots.slots.clone());
             }
@@ -224,6 +226,7 @@ impl Cache for Client {
                 ));
             }
             let pool = session.pool().ok_or_else(no_pool)?;
+            map(&pool, &slots.slots).await?;
             // Its commit is told the slots.
             session.grant(Operation::PrepareRetrieve, key, instance, Vec::new());
             undo.disarm();
@@ -362,6 +365,21 @@ impl Client {
         let key = Key { worker_id: None, num_kv_readers: readers, ..key.clone() };
         Ok((key.into(), readers.into()))
     }
+}
+
+/// Maps the pages of what was granted on a thread that nobody else waits for: it may take 13 ms for each 64 MiB, once.
+/// Who copies may be JavaScript's thread.
+async fn map(pool: &Pool, slots: &[Slot]) -> Result<()> {
+    let is_new = |slot: &&Slot| !pool.memory.is_mapped(slot.offset, slot.length);
+    let new: Vec<(u64, u64)> =
+        slots.iter().filter(is_new).map(|slot| (slot.offset, slot.length)).collect();
+    if new.is_empty() {
+        return Ok(());
+    }
+    let memory = Arc::clone(&pool.memory);
+    let mapped = move || new.into_iter().try_for_each(|(at, bytes)| memory.map(at, bytes));
+    let lost = |_| Error::new(ErrorCode::Internal, "mapping the pool was given up");
+    tokio::task::spawn_blocking(mapped).await.map_err(lost)?
 }
 
 /// Slots of another size than the registered objects would be filled or read wrongly.

@@ -86,6 +86,14 @@ impl Memory for Gated {
         Ok(())
     }
 
+    fn is_mapped(&self, offset: u64, bytes: u64) -> bool {
+        self.memory.is_mapped(offset, bytes)
+    }
+
+    fn map(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.memory.map(offset, bytes)
+    }
+
     fn guarded(&self) -> Option<&Arc<dyn Memory>> {
         Some(&self.memory)
     }

@@ -392,6 +392,25 @@ async fn nothing_is_written_to_granted_slots_once_the_server_may_give_them_away(
 }
 
 #[tokio::test]
+async fn what_is_granted_is_mapped_before_who_copies_hears_of_it() {
+    let (name, _region) = pool("mapped");
+    for load in [false, true] {
+        let router = Router::honest(&name).await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let (slots, memory) = if load {
+            let grant = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+            (grant.slots, grant.memory)
+        } else {
+            let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+            (grant.slots, grant.memory)
+        };
+        assert!(!slots.is_empty());
+        assert!(slots.iter().all(|slot| memory.is_mapped(slot.offset, slot.length)), "{load}");
+    }
+}
+
+#[tokio::test]
 async fn what_a_gpu_still_writes_keeps_its_slots_and_holds_nobody_up() {
     let (name, _region) = pool("gpu");
     for ending in ["close", "drop"] {

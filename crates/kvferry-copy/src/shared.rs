@@ -142,10 +142,8 @@ impl SharedRegion {
     /// Maps the pages of every step that `offset..offset + bytes` touches, once: a copy into an
     /// unmapped range takes 4 times as long. The server has reserved them.
     fn populate(&self, offset: u64, bytes: usize) -> Result<()> {
-        let last = (offset + (bytes as u64).max(1) - 1) / POOL_STEP;
-        for step in offset / POOL_STEP..=last {
-            let Some(done) = usize::try_from(step).ok().and_then(|step| self.populated.get(step))
-            else {
+        for step in steps_of(offset, bytes as u64) {
+            let Some(done) = self.is_populated(step) else {
                 return Ok(()); // out of bounds: the copy says so
             };
             if done.load(Ordering::Acquire) {
@@ -161,6 +159,10 @@ impl SharedRegion {
             done.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    fn is_populated(&self, step: u64) -> Option<&AtomicBool> {
+        usize::try_from(step).ok().and_then(|step| self.populated.get(step))
     }
 
     /// Where `bytes` at `offset` lie, while this region lives; their pages are mapped.
@@ -187,6 +189,15 @@ impl Memory for SharedRegion {
         self.mapping.len() as u64
     }
 
+    fn is_mapped(&self, offset: u64, bytes: u64) -> bool {
+        let mut steps = steps_of(offset, bytes).map_while(|step| self.is_populated(step));
+        steps.all(|done| done.load(Ordering::Acquire))
+    }
+
+    fn map(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.populate(offset, usize::try_from(bytes).unwrap_or(usize::MAX))
+    }
+
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         self.populate(offset, into.len())?;
         self.mapping.read(offset, into)
@@ -208,6 +219,11 @@ impl Drop for SharedRegion {
             let _ = remove_file(path); // clients keep their mappings
         }
     }
+}
+
+/// The steps that `bytes` at `offset` touch.
+fn steps_of(offset: u64, bytes: u64) -> std::ops::RangeInclusive<u64> {
+    offset / POOL_STEP..=offset.saturating_add(bytes.max(1) - 1) / POOL_STEP
 }
 
 /// Creates the segment and locks it, replacing one that nobody has locked.
@@ -317,7 +333,12 @@ mod tests {
             assert_eq!(error.code, ErrorCode::Protocol, "the file has another size");
         }
         let client = SharedRegion::open(&name, POOL_STEP + 4096).unwrap();
+        client.map(0, 4).unwrap();
+        assert!(client.is_mapped(0, POOL_STEP) && !client.is_mapped(POOL_STEP - 2, 4));
         client.write(POOL_STEP - 2, b"over").unwrap(); // crosses a step
+        assert!(client.is_mapped(POOL_STEP - 2, 4));
+        assert!(client.is_mapped(u64::MAX - 1, 9), "out of bounds: there is nothing to map");
+        client.map(u64::MAX - 1, 9).unwrap();
         let mut four = [0; 4];
         server.read(POOL_STEP - 2, &mut four).unwrap();
         assert_eq!(&four, b"over");

@@ -25,6 +25,20 @@ pub trait Memory: Any + Send + Sync {
     /// Copies `from` to `offset`; an error, and nothing copied, when out of bounds.
     fn write(&self, offset: u64, from: &[u8]) -> Result<()>;
 
+    /// Whether reaching `bytes` at `offset` takes no time of its own: pages of shared memory are mapped when they are
+    /// first touched, and that takes milliseconds.
+    fn is_mapped(&self, _offset: u64, _bytes: u64) -> bool {
+        true
+    }
+
+    /// Does so now; `true` is what [`Memory::is_mapped`] says afterwards.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn map(&self, _offset: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// The memory that this one lets others write to only for a time.
     fn guarded(&self) -> Option<&Arc<dyn Memory>> {
         None
