@@ -70,9 +70,11 @@ pub(super) fn run(set_up: &SetUp, ready: &SyncSender<Result<()>>) {
                 shared.lock().failed =
                     Some(Error::new(ErrorCode::Internal, "the thread for CUDA panicked"));
             }
-            worker.end(); // waits for what is under way before anything is given back
+            worker.end() // waits for what is under way before anything is given back
         });
-        made.release(&shared, &current);
+        if !matches!(worker, Ok(End::InDoubt)) {
+            made.release(&shared, &current);
+        }
         worker
     });
     let mut state = shared.lock();
@@ -178,6 +180,14 @@ impl Made {
     }
 }
 
+/// What is known at the end.
+enum End {
+    /// Nothing is under way.
+    Settled,
+    /// Something may be, for ever: nothing that it needs is given back.
+    InDoubt,
+}
+
 struct Worker<'a> {
     shared: Arc<Shared>,
     context: &'a Arc<Context>,
@@ -250,10 +260,10 @@ impl Worker<'_> {
         }
     }
 
-    fn end(mut self) {
+    fn end(mut self) -> End {
         if self.doubtful {
             std::mem::forget((self.pins, self.tables));
-            return;
+            return End::InDoubt;
         }
         // Nothing is under way, unless the thread panicked.
         for lane in &self.lanes {
@@ -261,6 +271,7 @@ impl Worker<'_> {
         }
         self.tables.drain(..).for_each(|table| table.free(self.current));
         self.pins.clear(); // while the context is current
+        End::Settled
     }
 
     /// Takes new jobs, after a pause where there was nothing new `looks` times; `false` when all is done.

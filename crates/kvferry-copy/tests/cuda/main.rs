@@ -808,6 +808,33 @@ fn what_may_be_under_way_keeps_its_permit_however_calls_fail() {
 }
 
 #[test]
+fn a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write() {
+    let leaks = [On::Fake(&[("FAKECUDA_STRICT", "0")])];
+    let test = "a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write";
+    on(test, &leaks, true, || {
+        let mut engine = Engine::new(0);
+        let kv = Kv::new(&mut engine, flat(3, 4, 4096));
+        let fake = Fake::here().unwrap();
+        let held = Arc::new(AtomicUsize::new(0));
+        let asked = Mutex::new(Asked::Hold);
+        let guarded = Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked });
+        let pool: Arc<dyn Memory> = guarded.clone();
+        let copying = kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool).unwrap();
+        fake.await_that(|| held.load(Ordering::SeqCst) == 1);
+        fake.fail_at_random(1, 1000, 999);
+        assert_eq!(wait(copying.ended()).unwrap_err().code, ErrorCode::CudaFailed, "nobody hangs");
+        let later = kv.copy(Direction::Gather, &[chunk(&[2], 0)], &pool);
+        assert_eq!(later.unwrap_err().code, ErrorCode::CudaFailed);
+        fake.reset();
+        drop(kv);
+        assert_eq!(held.load(Ordering::SeqCst), 1, "the slots are never another's");
+        drop(pool);
+        assert!(Arc::strong_count(&guarded) > 1, "the pages are never unmapped");
+        fake.hold(false);
+    });
+}
+
+#[test]
 fn copies_spoil_no_graph_that_is_captured_meanwhile() {
     on("copies_spoil_no_graph_that_is_captured_meanwhile", &ALL, true, || {
         let mut engine = Engine::new(0);
