@@ -930,26 +930,35 @@ const CALLS: [&str; 30] = [
 
 #[test]
 fn without_a_usable_driver_one_typed_error_says_why() {
-    let unusable = [
+    let more = [
+        "cuInit",
+        "cuDriverGetVersion",
+        "cuGetErrorName",
+        "cuIpcGetMemHandle",
+        "cuIpcOpenMemHandle_v2",
+        "cuIpcCloseMemHandle",
+    ];
+    let needed = CALLS.into_iter().filter(|call| !call.starts_with("cuMemcpyBatchAsync"));
+    let mut unusable: Vec<On> = needed.chain(more).map(On::Without).collect();
+    unusable.extend([
         On::Nothing,
-        On::Without("cuStreamWaitEvent"),
-        On::Without("cuMemHostRegister_v2"),
         On::Fake(&[("FAKECUDA_DEVICES", "0")]),
         On::Fake(&[("FAKECUDA_FAIL", "cuInit:1:999")]),
-    ];
+    ]);
     on("without_a_usable_driver_one_typed_error_says_why", &unusable, true, || {
         let shape = shape(&flat(1, 2, 4096));
         let bytes = shape.array_bytes();
         let error = cuda::check_available().unwrap_err();
         assert_eq!(error.code, ErrorCode::CudaUnavailable);
-        let named =
-            ["libcuda.so.1", "cuStreamWaitEvent", "cuMemHostRegister_v2", "device", "cuInit"];
-        assert!(named.iter().any(|name| error.message.contains(name)), "{error}");
+        let named = ["libcuda.so.1", "there is no CUDA device 0", "cuInit says"];
+        let missing = CALLS.into_iter().chain(more).map(|call| format!("has no {call}: install"));
+        let mut named = named.map(str::to_owned).into_iter().chain(missing);
+        assert!(named.any(|name| error.message.contains(&name)), "{error}");
         assert!(!error.message.contains("panic"), "{error}");
-        // A second try may find the driver well; the other four stay as they are.
+        // A second try may find a driver well that did not start; the others stay as they are.
         let opened = unsafe { CudaMemory::new(shape, 0, 0, &[(0x7000_0000_0000, bytes)]) };
         let opened = opened.unwrap_err();
-        assert!(opened.code == ErrorCode::CudaUnavailable || error.message.contains("cuInit"));
+        assert!(opened.code == ErrorCode::CudaUnavailable || error.message.contains("cuInit says"));
     });
 }
 
