@@ -2,11 +2,14 @@
 // target/fake-cuda, and prints that folder, for LD_LIBRARY_PATH. `--without` makes a copy that does not export
 // those functions, as an older driver does not, in a folder of its own.
 
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { fail, requireRust, root, run } from "./setup.mjs";
+
+/** Where it lies, whole. */
+export const fakeCudaRoot = join(root, "target", "fake-cuda");
 
 /**
  * Builds it, and returns the folder.
@@ -19,10 +22,13 @@ export function buildFakeCuda(without = []) {
 	for (const name of without) {
 		strike(library, name);
 	}
-	const folder = join(root, "target", ["fake-cuda", ...without].join("-without-"));
+	const folder = [fakeCudaRoot, ...without].join("-without-");
 	mkdirSync(folder, { recursive: true });
 	for (const name of ["libcuda.so.1", "libcuda.so"]) {
-		writeFileSync(join(folder, name), library);
+		// In one go: processes that have it loaded keep the one that they have.
+		const written = join(folder, `${name}.${process.pid}`);
+		writeFileSync(written, library);
+		renameSync(written, join(folder, name));
 	}
 	return folder;
 }

@@ -170,6 +170,13 @@ export class Transport {
 		}
 	}
 
+	/** Counts what ended a copy, if it was a call of CUDA. @param {unknown} error */
+	#countFailure(error) {
+		if (error instanceof Error && error.message.startsWith("CUDA_FAILED")) {
+			this.#world.counts.failedCalls++;
+		}
+	}
+
 	/** @param {import("../../ts/native-binding.js").PagedPlace} place */
 	openScheduler(place) {
 		/** @type {{ epoch: number, native: import("../../ts/native-binding.js").PagedScheduler } | undefined} */
@@ -347,9 +354,23 @@ export class Transport {
 			const device = /** @type {import("./device.mjs").Device} */ (this.#world.device);
 			const [, , addresses] = /** @type {NonNullable<typeof registered>} */ (registered);
 			device.write(addresses, blocks);
-			start();
+			try {
+				start();
+			} catch (error) {
+				this.#countFailure(error);
+				throw error;
+			}
 			const read = () => device.read(addresses, blocks);
-			return this.#world.copied(this.#now(end)).then(read, read);
+			return this.#world.copied(this.#now(end)).then(
+				() => {
+					this.#world.counts.gpuCopies++;
+					read();
+				},
+				(error) => {
+					this.#countFailure(error);
+					read();
+				},
+			);
 		};
 		/** @typedef {{ arrays: Uint8Array[], blocks: Uint32Array }} Copied */
 		/** @type {WeakMap<object, { worker: import("../../ts/native-binding.js").PagedWorker, epoch: number, keys?: string[], filled?: Uint32Array, copied?: Copied, copying?: Promise<void> }>} */
@@ -420,7 +441,11 @@ export class Transport {
 				let chunks;
 				try {
 					chunks = await transfer.ended();
+					this.#world.counts.gpuCopies += chunks > 0 ? 1 : 0;
 					return chunks;
+				} catch (error) {
+					this.#countFailure(error);
+					throw error;
 				} finally {
 					await copied;
 					device.read(addresses, blocks);

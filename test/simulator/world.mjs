@@ -35,7 +35,9 @@ export class World {
 		...{ requests: 0, finished: 0, ended: 0, aborts: 0, errors: 0, preemptions: 0 },
 		...{ allocationFailures: 0, loads: 0, failedLoads: 0, tornLoads: 0, hitChunks: 0 },
 		...{ storeOperations: 0, storedChunks: 0, refusedChunks: 0, restarts: 0, clears: 0, jumps: 0 },
-		...{ evictedChunks: 0, sharedFailures: 0, reusedSlots: 0, failedCalls: 0 },
+		...{ evictedChunks: 0, sharedFailures: 0, reusedSlots: 0 },
+		/** With a GPU: copies that it did, and calls of CUDA that were made to fail and were met by a copy. */
+		...{ gpuCopies: 0, failedCalls: 0 },
 	};
 	/** The GPU that KV memory is on, if it is. @type {Device | undefined} */
 	device;
@@ -185,7 +187,6 @@ export class World {
 				const calls = ["cuMemcpyBatchAsync", "cuEventRecord", "cuStreamWaitEvent", "cuEventQuery"];
 				const [call, number] = [random.pick(calls), random.integer(1, 300)];
 				this.device.addon.simulatorCudaFail(call, number, random.pick([1, 2, 46]));
-				this.counts.failedCalls = 1;
 			}
 			this.#makeRequests(engines);
 			const limit = 1000 + 400 * this.requests;
