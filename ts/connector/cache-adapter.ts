@@ -725,7 +725,12 @@ function arrayOf(name: string, array: KvArray, separate: boolean): AnyArray {
 		byteLength,
 	} = (array ?? {}) as KvPointer & KvIpcHandle;
 	const address = typeof pointer === "bigint" && BigInt.asUintN(64, pointer) === pointer;
-	if (!address && !(ipcHandle instanceof Uint8Array && ipcHandle.length === 64)) {
+	if (!address && ipcHandle instanceof Uint8Array && ipcHandle.length !== 64) {
+		throw invalid(
+			`the IPC handle of layer ${name} has ${ipcHandle.length} bytes: give the 64 of cuIpcGetMemHandle`,
+		);
+	}
+	if (!address && !(ipcHandle instanceof Uint8Array)) {
 		const two = separate ? ", or two of them" : "";
 		throw invalid(
 			`layer ${name} must be a typed array, { pointer, byteLength } or { ipcHandle, byteLength }${two}`,
