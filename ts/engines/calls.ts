@@ -70,7 +70,7 @@ export function troubleOf(error: unknown): KvferryError {
 export function toTokenIds(
 	tokens: readonly number[] | readonly bigint[] | Uint32Array | BigInt64Array,
 ): Uint32Array {
-	// A loop: Uint32Array.from takes 0.1 µs a token, a third of what a whole lookup does.
+	// A loop: Uint32Array.from with a function takes half as long again.
 	const ids = new Uint32Array(tokens.length);
 	for (let i = 0; i < ids.length; i++) {
 		const id = Number(tokens[i]);
