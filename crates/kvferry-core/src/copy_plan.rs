@@ -199,8 +199,8 @@ impl CopyShape {
     /// Plans copies between the arrays and a pool of `pool_bytes`.
     ///
     /// # Errors
-    /// Blocks beyond the arrays', more of them than a chunk has, and slots beyond the pool; a block that would be written twice, or slots that
-    /// overlap where they are written.
+    /// Blocks beyond the arrays', more of them than a chunk has, and slots beyond the pool; a block that would be
+    /// written twice, or slots that overlap where they are written.
     pub fn plan(
         self: &Arc<Self>,
         direction: Direction,
