@@ -588,6 +588,26 @@ export interface Removal {
   atMs: number
 }
 
+/**
+ * Replays requests: for each its time in milliseconds and the number of its blocks, which follow each other in
+ * `blocks`.
+ */
+export declare function replay(times: Float64Array, lengths: Uint32Array, blocks: Uint32Array, capacity: number, policy: string): Promise<ReplayReport>
+
+/** What came of a replay. */
+export interface ReplayReport {
+  /** Requests. */
+  requests: number
+  /** Blocks of all of them. */
+  blocks: number
+  /** Leading blocks that were there, of all of them. */
+  hits: number
+  /** Blocks that the policy knows in the end, where it counts them. */
+  known: number
+  /** Bytes that it takes for them. */
+  knownBytes: number
+}
+
 /** What `Server.start` needs; `ts/server.ts` has the defaults. */
 export interface ServerOptions {
   /** A loopback host; absent: no socket. */
@@ -598,6 +618,8 @@ export interface ServerOptions {
   memory: number
   /** The segment's name; absent: by the port. Without a socket the pool is not shared. */
   shmName?: string
+  /** What goes when room is needed; absent: ours. */
+  policy?: string
   /** Tokens of one chunk. */
   chunkSize: number
   /** Milliseconds that a session may be idle. */

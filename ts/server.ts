@@ -12,6 +12,9 @@ import type {
 } from "./native-binding.js";
 import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
+/** Which chunks go first, see {@link ServerOptions.policy}. */
+export type EvictionPolicy = "default" | "lru" | "arc" | "s3fifo";
+
 /** How a {@link Server} is set up. */
 export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	/**
@@ -30,6 +33,11 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 * it is missing. Default: by the port.
 	 */
 	readonly shmName?: string;
+	/**
+	 * What goes when room is needed: "default" learns from the requests what is likely to be used again, "lru" is the
+	 * least recently used; "arc" and "s3fifo" are the published algorithms.
+	 */
+	readonly policy?: EvictionPolicy;
 	/** Tokens of one chunk, 1 to 65536. Default 256. */
 	readonly chunkSize?: number;
 	/**
@@ -90,12 +98,13 @@ export class Server implements AsyncDisposable {
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
-		const { shmName, chunkSize = 256, keepAlive = listen, signal } = options;
+		const { shmName, chunkSize = 256, keepAlive = listen, policy = "default", signal } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
 		checkInteger("memory", memory, 4096, 2 ** 44);
 		checkInteger("chunkSize", chunkSize, 1, 65_536);
+		checkText("policy", policy);
 		checkInteger("sessionTimeoutMs", sessionTimeoutMs, 1, 2 ** 31 - 1);
 		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
 		if (shmName !== undefined) {
@@ -107,6 +116,7 @@ export class Server implements AsyncDisposable {
 					memory,
 					port,
 					chunkSize,
+					policy,
 					sessionTimeoutMs,
 					reservationTimeoutMs,
 					...(listen ? { host } : {}),

@@ -45,7 +45,7 @@ describe("kvferry", () => {
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, doctor, or --help.\n",
+			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, replay, doctor, or --help.\n",
 		);
 	});
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { clientOptions, doctorOptions, serveOptions } from "../../ts/cli/options.js";
+import { clientOptions, doctorOptions, replayOptions, serveOptions } from "../../ts/cli/options.js";
 
 describe("kvferry serve", () => {
 	it("has the documented defaults", () => {
@@ -8,18 +8,21 @@ describe("kvferry serve", () => {
 			port: 5555,
 			chunkSize: 256,
 			memory: 4 * 2 ** 30,
+			policy: "default",
 			json: false,
 		});
 	});
 
 	it("takes each flag", () => {
-		const flags = "--host localhost --port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --json";
+		const flags =
+			"--host localhost --port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --json";
 		expect(serveOptions(flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
 			chunkSize: 16,
 			memory: 1_572_864,
 			shmName: "a",
+			policy: "s3fifo",
 			json: true,
 		});
 	});
@@ -40,7 +43,7 @@ describe("kvferry serve", () => {
 		},
 	);
 
-	it.each(["http-port", "disk", "disk-size", "remote", "policy", "config"])(
+	it.each(["http-port", "disk", "disk-size", "remote", "config"])(
 		"names the later flag --%s",
 		(flag) => {
 			expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
@@ -61,6 +64,7 @@ describe("kvferry serve", () => {
 		["--memory", "0"],
 		["--memory", "9999999TiB"],
 		["--memory", ""],
+		["--policy", "fifo"],
 		["--nonsense", "1"],
 	])("refuses %s %s and names it", (flag, value) => {
 		expect(() => serveOptions([`${flag}=${value}`])).toThrow(
@@ -136,6 +140,34 @@ describe("kvferry doctor", () => {
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
 				message: expect.stringContaining(flag),
+			}),
+		);
+	});
+});
+
+describe("kvferry replay", () => {
+	it("takes a file, a capacity and a policy", () => {
+		expect(replayOptions(["a.jsonl", "--capacity", "10"])).toEqual({
+			file: "a.jsonl",
+			capacity: 10,
+			policy: "default",
+			json: false,
+		});
+		const flags = "- --capacity 5 --policy lru --json".split(" ");
+		expect(replayOptions(flags)).toEqual({ file: "-", capacity: 5, policy: "lru", json: true });
+	});
+
+	it.each([
+		["no file", ["--capacity", "10"], "FILE"],
+		["two files", ["a", "b", "--capacity", "10"], "FILE"],
+		["no capacity", ["a"], "--capacity"],
+		["no room", ["a", "--capacity", "0"], "--capacity"],
+		["another policy", ["a", "--capacity", "1", "--policy", "belady"], "default, lru, arc, s3fifo"],
+	])("refuses %s and says what is missing", (_, args, named) => {
+		expect(() => replayOptions(args)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(named),
 			}),
 		);
 	});

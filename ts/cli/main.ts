@@ -14,6 +14,7 @@ Commands
              --chunk-size N     tokens in a chunk (256)
              --memory SIZE      size of the shared-memory pool (4GiB)
              --shm-name NAME    name of the pool in /dev/shm
+             --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
   ping     tell how long a server takes to answer
   status   tell what a server holds
              --url URL          the server (tcp://127.0.0.1:5555)
@@ -29,6 +30,10 @@ Commands
              --chunk-size N     tokens in a chunk, as the engine takes it
              --hash-algorithm NAME, --hash-seed SEED
                                 how the engine hashes chunks
+  replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
+             (ms) and hash_ids; - is stdin
+             --capacity BLOCKS  room for so many
+             --policy NAME      as for serve (default)
 
 Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
   --help     print this
@@ -40,6 +45,7 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
 	["status", async () => (await import("./query.js")).status],
+	["replay", async () => (await import("./replay.js")).replay],
 	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);
 

@@ -3,6 +3,7 @@ import { isIPv4, isIPv6 } from "node:net";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
+import type { EvictionPolicy } from "../server.js";
 
 /** What `kvferry serve` was asked for. */
 export interface ServeOptions {
@@ -14,6 +15,7 @@ export interface ServeOptions {
 	readonly memory: number;
 	/** Name of the pool in /dev/shm; the server's own choice where absent. */
 	readonly shmName?: string;
+	readonly policy: EvictionPolicy;
 	readonly json: boolean;
 }
 
@@ -40,8 +42,20 @@ export interface DoctorOptions extends ClientOptions {
 	readonly hashSeed?: string;
 }
 
+/** What `kvferry replay` was asked for. */
+export interface ReplayOptions {
+	/** "-" is stdin. */
+	readonly file: string;
+	/** Blocks. */
+	readonly capacity: number;
+	readonly policy: EvictionPolicy;
+	readonly json: boolean;
+}
+
 /** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["http-port", "disk", "disk-size", "remote", "policy", "config"] as const;
+const LATER = ["http-port", "disk", "disk-size", "remote", "config"] as const;
+
+const POLICIES: readonly EvictionPolicy[] = ["default", "lru", "arc", "s3fifo"];
 
 const UNITS: Readonly<Record<string, number>> = {
 	"": 1,
@@ -70,7 +84,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		disk: { type: "string" },
 		"disk-size": { type: "string" },
 		remote: { type: "string" },
-		policy: { type: "string" },
+		policy: { type: "string", default: "default" },
 		config: { type: "string" },
 	});
 	for (const flag of LATER) {
@@ -88,6 +102,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
 		memory: bytes("memory", values.memory),
 		...(shmName === undefined ? {} : { shmName }),
+		policy: policy(values.policy),
 		json: values.json,
 	};
 }
@@ -106,6 +121,35 @@ export function clientOptions(args: string[]): ClientOptions {
 	return {
 		url: values.url,
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		json: values.json,
+	};
+}
+
+/**
+ * Reads the flags of `kvferry replay`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`.
+ */
+export function replayOptions(args: string[]): ReplayOptions {
+	const options = {
+		capacity: { type: "string" },
+		policy: { type: "string", default: "default" },
+		json: { type: "boolean", default: false },
+	} as const;
+	const { values, positionals } = parsed(() =>
+		parseArgs({ args, options, allowPositionals: true }),
+	);
+	const [file, ...others] = positionals;
+	if (file === undefined || others.length > 0) {
+		throw invalid("kvferry replay takes one FILE: one JSON object a line, - for stdin.");
+	}
+	if (values.capacity === undefined) {
+		throw invalid("--capacity BLOCKS is missing: say how many blocks the cache holds.");
+	}
+	return {
+		file,
+		capacity: integer("capacity", values.capacity, 1, 2 ** 30),
+		policy: policy(values.policy),
 		json: values.json,
 	};
 }
@@ -173,11 +217,23 @@ function sha256(text: string): string {
 }
 
 function parse<T extends NonNullable<ParseArgsConfig["options"]>>(args: string[], options: T) {
+	return parsed(() => parseArgs({ args, options, allowPositionals: false })).values;
+}
+
+function parsed<T>(parse: () => T): T {
 	try {
-		return parseArgs({ args, options, allowPositionals: false }).values;
+		return parse();
 	} catch (error) {
 		throw new KvferryError("INVALID_ARGUMENT", (error as Error).message, { cause: error });
 	}
+}
+
+function policy(name: string): EvictionPolicy {
+	const known = POLICIES.find((policy) => policy === name);
+	if (known === undefined) {
+		throw invalid(`--policy ${name}: give one of ${POLICIES.join(", ")}.`);
+	}
+	return known;
 }
 
 function loopback(host: string): string {

@@ -18,6 +18,7 @@ mod parallel;
 mod prefix_index;
 mod promise;
 mod recovery;
+mod replay;
 mod server;
 #[cfg(feature = "simulator")]
 mod simulator;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvferry_core::{Error, ErrorCode};
-use kvferry_store::{Embedded, Limits, Store, StoreOptions};
+use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
 use napi::{Env, Result};
 use napi_derive::napi;
@@ -26,6 +26,8 @@ pub struct ServerOptions {
     pub memory: f64,
     /// The segment's name; absent: by the port. Without a socket the pool is not shared.
     pub shm_name: Option<String>,
+    /// What goes when room is needed; absent: ours.
+    pub policy: Option<String>,
     /// Tokens of one chunk.
     pub chunk_size: u32,
     /// Milliseconds that a session may be idle.
@@ -153,10 +155,12 @@ impl Server {
 
 fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
     let ServerOptions { host, port, shm_name, .. } = options;
+    let policy = options.policy.as_deref().map_or(Ok(Policy::default()), Policy::from_name)?;
     let private = StoreOptions {
         chunk_size: options.chunk_size,
         memory: whole(options.memory, "memory")?,
         shared_name: None,
+        policy,
         limits: Limits {
             session_idle: Duration::from_millis(options.session_timeout_ms.into()),
             reservation: Duration::from_millis(options.reservation_timeout_ms.into()),

@@ -183,7 +183,7 @@ fn label(error: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use kvferry_store::{Limits, Store, StoreOptions};
+    use kvferry_store::{Limits, Policy, Store, StoreOptions};
     use kvferry_wire::message::Value;
     use kvferry_wire::{Operation, Reply, Request};
     use tokio::io::{DuplexStream, duplex};
@@ -204,6 +204,7 @@ mod tests {
                 chunk_size: 16,
                 memory: 1 << 20,
                 shared_name: None,
+                policy: Policy::Lru,
                 limits: Limits::default(),
             };
             let store = Store::new(options).unwrap();

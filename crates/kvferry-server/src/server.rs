@@ -155,7 +155,7 @@ impl Drop for Leaving {
 
 #[cfg(test)]
 mod tests {
-    use kvferry_store::{Limits, StoreOptions};
+    use kvferry_store::{Limits, Policy, StoreOptions};
     use tokio::io::AsyncReadExt;
     use tokio::net::TcpStream;
 
@@ -166,6 +166,7 @@ mod tests {
             chunk_size: 16,
             memory: 1 << 20,
             shared_name: None,
+            policy: Policy::Lru,
             limits: Limits::default(),
         };
         Store::new(options).unwrap()

@@ -21,6 +21,10 @@ pub struct Embedded {
 /// Instances of embedded engines; servers' peers choose their own, at random and below 2^63.
 static INSTANCES: AtomicU64 = AtomicU64::new(1 << 63);
 
+pub(crate) fn next_instance() -> u64 {
+    INSTANCES.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Embedded {
     /// A new peer of `store`.
     pub fn new(store: Store) -> Self {
@@ -42,7 +46,7 @@ impl Cache for Embedded {
     }
 
     fn register(&self, layout: Layout, _deadline: Instant) -> CacheFuture<'_, u64> {
-        let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
+        let instance = next_instance();
         Box::pin(ready(self.store.register(self.owner, instance, layout).map(|()| instance)))
     }
 

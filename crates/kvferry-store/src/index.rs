@@ -1,17 +1,18 @@
 //! Which objects there are, how they hang together, and which may go.
 //!
 //! Objects of one prefix form a chain: each knows the object of the chunk before it. An object is
-//! *pinned* while it is reserved or leased, and while any child of it is pinned. Unpinned objects are
-//! in one list, least recently used first. An object becomes unpinned after its children, so it always
-//! stands behind them: whatever is first in the list has no children there, and taking the first is
-//! both least recently used and children before parents, at the same cost however many there are.
+//! *pinned* while it is reserved or leased, and while any child of it is pinned. Which of the unpinned
+//! ones goes first, a policy says. An object becomes unpinned after its children, so a policy that takes
+//! what became so first takes children before parents.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
+use std::time::Instant;
 
 use kvferry_core::explain::RemovalCause;
 
 use crate::events::{EventLog, Origin};
+use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;
 use crate::space::Space;
 
@@ -24,6 +25,16 @@ pub(crate) struct ObjectId {
     pub(crate) chunk: [u8; 32],
     pub(crate) space: [u8; 32],
     pub(crate) rank: u32,
+}
+
+impl ObjectId {
+    /// 64 bits of it, for policies: a collision makes a choice worse and nothing wrong.
+    fn key(&self) -> u64 {
+        let first =
+            |hash: &[u8; 32]| hash.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let rank = u64::from(self.rank).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        first(&self.chunk) ^ first(&self.space) ^ rank
+    }
 }
 
 /// A reference to an object that notices when the object is gone.
@@ -42,19 +53,18 @@ struct Object {
     /// Nobody finds it any more; it goes first.
     discarded: bool,
     pins: u32,
-    previous: u32,
-    next: u32,
+    /// Objects whose parent it is.
+    children: u32,
 }
 
 /// All objects of the store.
-#[derive(Default)]
 pub(crate) struct Index {
     objects: Vec<Option<Object>>,
     unused: Vec<u32>,
     by_id: HashMap<ObjectId, Handle>,
-    /// The list of unpinned objects.
-    oldest: Option<u32>,
-    newest: Option<u32>,
+    eviction: Box<dyn Eviction>,
+    /// Discarded ones that nothing keeps.
+    doomed: VecDeque<Handle>,
     visible: u64,
     /// What became visible and what went.
     pub(crate) events: EventLog,
@@ -69,6 +79,38 @@ pub(crate) struct Seen<'a> {
 }
 
 impl Index {
+    /// Of nothing, to be emptied as the policy says.
+    pub(crate) fn new(policy: Policy) -> Self {
+        Self {
+            objects: Vec::new(),
+            unused: Vec::new(),
+            by_id: HashMap::new(),
+            eviction: policy.eviction(),
+            doomed: VecDeque::new(),
+            visible: 0,
+            events: EventLog::default(),
+        }
+    }
+
+    /// A request uses these, its first chunk first; `ranks` of each chunk.
+    pub(crate) fn request(&mut self, ids: &[ObjectId], ranks: usize, now: Instant) {
+        let uses = ids
+            .iter()
+            .map(|id| Use { key: id.key(), place: self.get(id).map(|handle| handle.index) });
+        let uses: Vec<Use> = uses.collect();
+        self.eviction.request(&uses, ranks, now);
+    }
+
+    /// Whether a request has used it, as far as the policy remembers.
+    pub(crate) fn knows(&self, id: &ObjectId) -> bool {
+        self.eviction.knows(id.key())
+    }
+
+    /// What the policy takes, see [`Eviction::takes`].
+    pub(crate) fn policy_takes(&self) -> Option<(usize, usize)> {
+        self.eviction.takes()
+    }
+
     /// Visible objects.
     pub(crate) fn visible(&self) -> u64 {
         self.visible
@@ -106,8 +148,7 @@ impl Index {
             visible: false,
             discarded: false,
             pins: 1,
-            previous: NONE,
-            next: NONE,
+            children: 0,
         };
         let index = match self.unused.pop() {
             Some(index) => {
@@ -121,8 +162,10 @@ impl Index {
         };
         let handle = Handle { index, generation };
         self.by_id.insert(id, handle);
+        self.eviction.add(index, id.key());
         if let Some(parent) = parent {
             self.pin(parent);
+            self.add_child(parent);
         }
         handle
     }
@@ -166,6 +209,7 @@ impl Index {
             if let Some(object) = self.object_mut(child) {
                 object.parent = Some(parent);
             }
+            self.add_child(parent);
             self.pin(parent); // as the parent of a pinned child
             self.unpin(child);
         }
@@ -179,12 +223,12 @@ impl Index {
             object.pins += 1;
             if object.pins == 1 {
                 next = object.parent;
-                self.unlink(handle.index);
+                self.eviction.hold(handle.index);
             }
         }
     }
 
-    /// Takes one pin away; the last makes the object the most recently used one.
+    /// Takes one pin away; after the last, the object may go.
     pub(crate) fn unpin(&mut self, handle: Handle) {
         let mut next = Some(handle);
         while let Some(handle) = next.take() {
@@ -193,8 +237,8 @@ impl Index {
             if object.pins == 0 {
                 next = object.parent;
                 match object.discarded {
-                    true => self.link_oldest(handle.index),
-                    false => self.link_newest(handle.index),
+                    true => self.doomed.push_back(handle),
+                    false => self.eviction.release(handle.index),
                 }
             }
         }
@@ -215,24 +259,34 @@ impl Index {
             let Some(object) = self.at(*index) else { continue };
             object.discarded = true;
             let (pins, origin) = (object.pins, object.origin.clone());
+            let handle = Handle { index: *index, generation: object.grant.generation() };
             self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
             if pins == 0 {
-                self.unlink(*index);
-                self.link_oldest(*index);
+                self.eviction.hold(*index);
+                self.doomed.push_back(handle);
             }
         }
         found.len() as u64
     }
 
-    /// Takes the least recently used object out; `None` when all are pinned.
+    /// Takes the object out that goes first; `None` when all are pinned.
     pub(crate) fn evict(&mut self, cause: RemovalCause) -> Option<Grant> {
-        let index = self.oldest?;
-        self.unlink(index);
+        let index = self.next_doomed().or_else(|| self.eviction.victim())?;
         let object = self.take(index)?;
         if !object.discarded {
             self.events.push(object.id.chunk, object.id.rank, object.origin, Some(cause));
         }
         Some(object.grant)
+    }
+
+    /// A discarded object that nothing keeps.
+    fn next_doomed(&mut self) -> Option<u32> {
+        while let Some(handle) = self.doomed.pop_front() {
+            if self.object(handle).is_some_and(|object| object.pins == 0) {
+                return Some(handle.index);
+            }
+        }
+        None
     }
 
     /// Shows objects of this chunk, whosever they are, among those in the places of `range`; the place
@@ -268,6 +322,15 @@ impl Index {
     fn take(&mut self, index: u32) -> Option<Object> {
         let object = self.objects.get_mut(index as usize)?.take()?;
         self.unused.push(index);
+        self.eviction.remove(index);
+        if let Some(parent) = object.parent
+            && let Some(known) = self.object_mut(parent)
+        {
+            known.children -= 1;
+            if known.children == 0 {
+                self.eviction.is_leaf(parent.index, true);
+            }
+        }
         if !object.discarded {
             self.by_id.remove(&object.id); // else another may have the identity
         }
@@ -289,40 +352,12 @@ impl Index {
         self.objects.get_mut(index as usize)?.as_mut()
     }
 
-    fn link_newest(&mut self, index: u32) {
-        let previous = self.newest.replace(index);
-        match previous.and_then(|previous| self.at(previous)) {
-            Some(previous) => previous.next = index,
-            None => self.oldest = Some(index),
-        }
-        if let Some(object) = self.at(index) {
-            object.previous = previous.unwrap_or(NONE);
-            object.next = NONE;
-        }
-    }
-
-    fn link_oldest(&mut self, index: u32) {
-        let next = self.oldest.replace(index);
-        match next.and_then(|next| self.at(next)) {
-            Some(next) => next.previous = index,
-            None => self.newest = Some(index),
-        }
-        if let Some(object) = self.at(index) {
-            object.previous = NONE;
-            object.next = next.unwrap_or(NONE);
-        }
-    }
-
-    fn unlink(&mut self, index: u32) {
-        let Some(object) = self.at(index) else { return };
-        let (previous, next) = (object.previous, object.next);
-        match self.at(previous) {
-            Some(object) => object.next = next,
-            None => self.oldest = Some(next).filter(|next| *next != NONE),
-        }
-        match self.at(next) {
-            Some(object) => object.previous = previous,
-            None => self.newest = Some(previous).filter(|previous| *previous != NONE),
+    fn add_child(&mut self, parent: Handle) {
+        if let Some(known) = self.object_mut(parent) {
+            known.children += 1;
+            if known.children == 1 {
+                self.eviction.is_leaf(parent.index, false);
+            }
         }
     }
 }
@@ -342,7 +377,7 @@ mod tests {
         fn new() -> Self {
             let mut pool = Pool::new(1 << 20).unwrap();
             pool.grow();
-            Self { pool, index: Index::default() }
+            Self { pool, index: Index::new(Policy::Lru) }
         }
 
         fn add(&mut self, name: u8, parent: Option<Handle>) -> Handle {

@@ -4,14 +4,17 @@ mod allocator;
 pub mod clock;
 mod embedded;
 mod events;
+mod eviction;
 mod explain;
 mod index;
 mod pool;
 mod prompt;
+pub mod replay;
 mod space;
 mod state;
 mod store;
 
 pub use embedded::Embedded;
+pub use eviction::Policy;
 pub use explain::Explaining;
 pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};

@@ -10,6 +10,7 @@ use kvferry_core::explain::RemovalCause;
 use kvferry_core::key::{Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::eviction::Policy;
 use crate::index::{Handle, Index};
 use crate::pool::{Grant, Pool};
 use crate::prompt::Prompt;
@@ -121,10 +122,10 @@ pub(crate) struct Counters {
 }
 
 impl State {
-    pub(crate) fn new(pool: Pool, limits: Limits) -> Self {
+    pub(crate) fn new(pool: Pool, limits: Limits, policy: Policy) -> Self {
         Self {
             pool,
-            index: Index::default(),
+            index: Index::new(policy),
             owners: HashMap::new(),
             layouts: HashMap::new(),
             rank_layouts: HashMap::new(),
@@ -155,7 +156,7 @@ impl State {
         self.pool.free() < self.headroom && self.pool.next_step().is_some()
     }
 
-    /// A slot, for which the least recently used objects make room unless more memory is on its way.
+    /// A slot, for which objects make room as the policy says, unless more memory is on its way.
     pub(crate) fn allocate(&mut self, bytes: u64) -> Option<Grant> {
         if bytes > self.pool.bytes() {
             return None;
@@ -168,11 +169,19 @@ impl State {
             if may_grow {
                 return None;
             }
-            let evicted = self.index.evict(RemovalCause::Evicted)?;
-            self.counters.evicted_objects += 1;
-            self.counters.evicted_bytes += evicted.bytes();
-            self.pool.give_back(evicted);
+            if !self.evict() {
+                return None;
+            }
         }
+    }
+
+    /// Makes room; `false` when nothing may go.
+    pub(crate) fn evict(&mut self) -> bool {
+        let Some(evicted) = self.index.evict(RemovalCause::Evicted) else { return false };
+        self.counters.evicted_objects += 1;
+        self.counters.evicted_bytes += evicted.bytes();
+        self.pool.give_back(evicted);
+        true
     }
 
     /// The space of each rank's objects; `None` when no engine of the model is registered.
@@ -517,7 +526,8 @@ mod tests {
     #[test]
     fn free_space_in_holes_that_are_too_small_does_not_keep_others_from_being_evicted() {
         const SMALL: u64 = 1 << 20;
-        let mut state = State::new(Pool::new(4 * POOL_STEP).unwrap(), Limits::default());
+        let pool = Pool::new(4 * POOL_STEP).unwrap();
+        let mut state = State::new(pool, Limits::default(), Policy::Lru);
         state.pool.grow();
         let grants: Vec<Grant> = std::iter::from_fn(|| state.pool.allocate(SMALL)).collect();
         for (number, grant) in (0u8..).zip(grants) {

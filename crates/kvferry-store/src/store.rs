@@ -17,6 +17,7 @@ use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_sal
 use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::events::Origin;
+use crate::eviction::Policy;
 use crate::index::{Handle, ObjectId};
 use crate::pool::{Pool, Region};
 use crate::prompt::Prompt;
@@ -47,6 +48,8 @@ pub struct StoreOptions {
     /// this process's own memory. `kvferry_` is put before it where it is missing, so that no other
     /// program's segment is ever taken for a stale one of ours.
     pub shared_name: Option<String>,
+    /// What goes when room is needed. Default: ours.
+    pub policy: Policy,
     /// Deadlines and bounds.
     pub limits: Limits,
 }
@@ -132,7 +135,7 @@ impl Store {
     /// Creates the pool. Errors: a live server has the name, shared memory is too small for it, or a
     /// value is out of range.
     pub fn new(options: StoreOptions) -> Result<Self> {
-        let StoreOptions { chunk_size, memory, shared_name, limits } = options;
+        let StoreOptions { chunk_size, memory, shared_name, policy, limits } = options;
         let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
         let mut boot_token = [0; 16];
         getrandom::fill(&mut boot_token).map_err(|error| {
@@ -152,7 +155,7 @@ impl Store {
             }
         }
         let growing = AtomicBool::new(false);
-        let state = Mutex::new(State::new(pool, limits));
+        let state = Mutex::new(State::new(pool, limits, policy));
         let inner = Inner { region, hasher, chunk_size, boot_token, growing, state };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -268,15 +271,21 @@ impl Store {
         let mut state = self.lock();
         state.expire(now);
         let mut hit: Vec<Handle> = Vec::new();
-        if let Some(spaces) = state.spaces(key) {
+        let spaces = state.spaces(key);
+        let asked = state.sessions.get(&key.request_id);
+        // A request that asks again has not used anything again.
+        if let Some(spaces) = &spaces
+            && !asked.is_some_and(|session| Arc::ptr_eq(&session.prompt, &prompt))
+        {
+            let ids: Vec<ObjectId> =
+                chunks.clone().flat_map(|chunk| ids_of(&prompt, chunk, spaces)).collect();
+            state.index.request(&ids, spaces.len(), now);
+        }
+        if let Some(spaces) = spaces {
             for chunk in chunks.clone() {
-                let found = (0u32..)
-                    .zip(&spaces)
-                    .map_while(|(rank, space)| {
-                        let id = ObjectId { chunk: prompt.hashes[chunk], space: *space, rank };
-                        state.index.get_visible(&id)
-                    })
-                    .collect::<Vec<_>>();
+                let found: Vec<Handle> = ids_of(&prompt, chunk, &spaces)
+                    .map_while(|id| state.index.get_visible(&id))
+                    .collect();
                 let enough = if is_active(Defect::AnyRankHits) { 1 } else { key.world_size };
                 if found.len() < enough as usize {
                     break;
@@ -337,11 +346,7 @@ impl Store {
         let Some(spaces) = state.spaces(key) else { return Ok(()) };
         let mut released = Vec::new();
         for chunk in chunks {
-            let ids = (0u32..).zip(&spaces).map(|(rank, space)| ObjectId {
-                chunk: prompt.hashes[chunk],
-                space: *space,
-                rank,
-            });
+            let ids = ids_of(&prompt, chunk, &spaces);
             let held: Vec<Handle> = ids.map_while(|id| state.index.get(&id)).collect();
             if held.is_empty() {
                 break; // what is leased is a prefix, and is there
@@ -361,7 +366,7 @@ impl Store {
     }
 
     /// Reserves slots for the range's chunks that are neither stored nor being written; leading chunks
-    /// first, as many as there is room for, and 65,536 at most. What is least recently used makes room.
+    /// first, as many as there is room for, and 65,536 at most. Others make room as the policy says.
     pub fn prepare_store(
         &self,
         owner: Owner,
@@ -383,6 +388,12 @@ impl Store {
             space: range.space,
             rank: range.rank,
         };
+        // Who stores without having asked has used it, too.
+        let new: Vec<ObjectId> =
+            chunks.clone().map(id).filter(|id| !state.index.knows(id)).collect();
+        if !new.is_empty() {
+            state.index.request(&new, 1, now);
+        }
         // What is there already must not make room for what follows it.
         let mut kept = Vec::new();
         let mut parent = chunks.start.checked_sub(1).and_then(|chunk| state.index.get(&id(chunk)));
@@ -585,6 +596,12 @@ impl Store {
         cleared
     }
 
+    /// Evicts until no more than so many objects are left, as far as they may go.
+    pub(crate) fn trim(&self, objects: u64) {
+        let mut state = self.lock();
+        while state.index.visible() > objects && state.evict() {}
+    }
+
     /// Figures for operators, by name.
     pub fn status(&self, now: Instant) -> Vec<(&'static str, u64)> {
         let mut state = self.lock();
@@ -730,6 +747,20 @@ impl Inner {
             }
         }
     }
+}
+
+/// The objects of a chunk, one for each rank.
+fn ids_of<'a>(
+    prompt: &'a Prompt,
+    chunk: usize,
+    spaces: &'a [[u8; 32]],
+) -> impl Iterator<Item = ObjectId> + 'a {
+    let of_rank = move |(rank, space): (u32, &[u8; 32])| ObjectId {
+        chunk: prompt.hashes[chunk],
+        space: *space,
+        rank,
+    };
+    (0u32..).zip(spaces).map(of_rank)
 }
 
 /// Readers of each object: LMCache's `num_kv_readers`, where absent or 0 counts as `max(1, tp_size)`.

@@ -11,7 +11,7 @@ use kvferry_core::cache::{FileBuffer, Memory};
 use kvferry_core::llama_state::{self, Geometry, Layer, Plane, StateFile, Target};
 use kvferry_core::prefix::PrefixCache;
 use kvferry_core::{ErrorCode, Result};
-use kvferry_store::{Embedded, Limits, Store, StoreOptions};
+use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 
 const CHUNK: u32 = 16;
 const PAYLOAD: u64 = 100_000;
@@ -35,6 +35,7 @@ fn store() -> Store {
         chunk_size: CHUNK,
         memory: POOL as u64,
         shared_name: None,
+        policy: Policy::Lru,
         limits: Limits::default(),
     };
     Store::new(options).unwrap()

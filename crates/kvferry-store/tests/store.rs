@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::ErrorCode;
 use kvferry_core::key::{Dtype, Key, Layout};
-use kvferry_store::{Departure, Limits, Owner, Store, StoreOptions};
+use kvferry_store::{Departure, Limits, Owner, Policy, Store, StoreOptions};
 use proptest::prelude::*;
 
 const CHUNK: u32 = 4;
@@ -38,8 +38,13 @@ fn engine(objects: u64) -> Engine {
 }
 
 fn engine_with(objects: u64, limits: Limits) -> Engine {
-    let options =
-        StoreOptions { chunk_size: CHUNK, memory: objects * OBJECT, shared_name: None, limits };
+    let options = StoreOptions {
+        chunk_size: CHUNK,
+        memory: objects * OBJECT,
+        shared_name: None,
+        policy: Policy::Lru,
+        limits,
+    };
     let store = Store::new(options).unwrap();
     let owner = store.connect();
     store.register(owner, 1, layout("m", 1)).unwrap();
@@ -695,6 +700,7 @@ fn a_shared_pool_grows_off_the_request_path_until_it_has_all_its_memory() {
         chunk_size: CHUNK,
         memory: 3 * step,
         shared_name: Some(name.clone()),
+        policy: Policy::Lru,
         limits: Limits::default(),
     };
     let store = Store::new(options.clone()).unwrap();

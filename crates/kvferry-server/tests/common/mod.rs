@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_server::{Server, ServerOptions};
-use kvferry_store::{Limits, Store, StoreOptions};
+use kvferry_store::{Limits, Policy, Store, StoreOptions};
 use kvferry_wire::message::{Hello, Slots, StoreSlots, Value};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Reply, Request, RequestKey};
@@ -23,7 +23,13 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
     static NAMES: AtomicU32 = AtomicU32::new(0);
     let number = NAMES.fetch_add(1, Ordering::Relaxed);
     let name = format!("kvferry_test_{}_{number}", std::process::id());
-    StoreOptions { chunk_size, memory, shared_name: Some(name), limits: Limits::default() }
+    StoreOptions {
+        chunk_size,
+        memory,
+        shared_name: Some(name),
+        policy: Policy::Lru,
+        limits: Limits::default(),
+    }
 }
 
 /// A server on a free port of loopback.

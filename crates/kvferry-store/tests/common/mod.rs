@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use kvferry_core::key::{Dtype, Key, Layout};
-use kvferry_store::{Limits, Owner, Store, StoreOptions};
+use kvferry_store::{Limits, Owner, Policy, Store, StoreOptions};
 
 /// Tokens of a chunk.
 pub(crate) const CHUNK: u32 = 4;
@@ -56,6 +56,7 @@ impl Engine {
             chunk_size: CHUNK,
             memory: objects * OBJECT,
             shared_name: None,
+            policy: Policy::Lru,
             limits: Limits::default(),
         })
         .unwrap();
