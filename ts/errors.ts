@@ -33,6 +33,8 @@ export const ErrorCodes = {
 	ADDRESS_IN_USE: "ADDRESS_IN_USE",
 	/** Another live server owns the shared-memory pool of this name. Choose another name. */
 	POOL_IN_USE: "POOL_IN_USE",
+	/** Another live process has the disk tier's directory. Choose another directory or end that process. */
+	DISK_IN_USE: "DISK_IN_USE",
 	/** Shared memory cannot hold the pool; the message has both sizes. Ask for less or enlarge it. */
 	POOL_TOO_LARGE: "POOL_TOO_LARGE",
 	/** There is no usable CUDA driver, device or symbol; the message says which, and the remedy. */

@@ -37,6 +37,8 @@ pub enum ErrorCode {
     AddressInUse,
     /// Another live server owns the shared-memory pool of this name.
     PoolInUse,
+    /// Another live process has the disk tier's directory.
+    DiskInUse,
     /// Shared memory cannot hold the pool; the message has both sizes.
     PoolTooLarge,
     /// There is no usable CUDA driver, device or symbol; the message says which, and the remedy.
@@ -68,6 +70,7 @@ impl ErrorCode {
             Self::Protocol => "PROTOCOL",
             Self::AddressInUse => "ADDRESS_IN_USE",
             Self::PoolInUse => "POOL_IN_USE",
+            Self::DiskInUse => "DISK_IN_USE",
             Self::PoolTooLarge => "POOL_TOO_LARGE",
             Self::CudaUnavailable => "CUDA_UNAVAILABLE",
             Self::CudaFailed => "CUDA_FAILED",

@@ -2,6 +2,7 @@
 
 mod allocator;
 pub mod clock;
+pub mod disk;
 mod embedded;
 mod events;
 mod eviction;

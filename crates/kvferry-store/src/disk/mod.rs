@@ -1,0 +1,372 @@
+//! The disk: objects in files of one directory, bounded by bytes.
+//!
+//! Each object is a file of its own. It is written under another name, synced, renamed and the directory synced,
+//! so that whatever stops in between leaves a whole object or none; every load compares the checksum. Names hold
+//! the identities: a restart reads the directory and no file. `docs/disk.md` has the reasons and the figures.
+//!
+//! One lock guards the bookkeeping, and is held across no I/O. Loads and saves have threads of their own, and
+//! saves pause where loads are waiting.
+
+mod buffer;
+mod files;
+mod format;
+mod health;
+mod index;
+mod load;
+mod save;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvferry_core::cache::Memory;
+use kvferry_core::key::Layout;
+use kvferry_core::{Error, Result};
+
+use crate::index::ObjectId;
+use files::{Files, SystemFiles};
+use format::{Kind, PAGE, kind};
+use shared::{LoadTask, SaveTask, Shared, State};
+
+/// Threads that save: while one waits for a sync, the other writes.
+const SAVERS: usize = 2;
+/// Threads that load: while one sums and copies, the other reads.
+const LOADERS: usize = 2;
+/// Bytes of one transfer.
+const PART: usize = 1 << 20;
+/// Bytes that are summed and copied at a time: the processor's cache holds them in between.
+const STEP: usize = 128 << 10;
+/// How long a drop waits for what is under way.
+const DROP_WAIT: Duration = Duration::from_secs(10);
+
+/// How a disk is set up.
+#[derive(Debug, Clone)]
+pub struct DiskOptions {
+    /// The directory; made if it is not there. One process at a time has it.
+    pub dir: PathBuf,
+    /// Bytes that its files may take, headers included; 8192 or more.
+    pub bytes: u64,
+    /// Bytes of saves that may wait. Default 256 MiB.
+    pub queue_bytes: u64,
+}
+
+impl DiskOptions {
+    /// A directory that may grow to `bytes`.
+    pub fn new(dir: impl Into<PathBuf>, bytes: u64) -> Self {
+        Self { dir: dir.into(), bytes, queue_bytes: 256 << 20 }
+    }
+}
+
+/// What an object is, apart from its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// The chunk's chained hash.
+    pub chunk: [u8; 32],
+    /// [`Saved::space_of`] its layout and salt.
+    pub space: [u8; 32],
+    /// KV rank.
+    pub rank: u32,
+    /// The chunk before it.
+    pub parent: Option<[u8; 32]>,
+    /// Model and shape.
+    pub layout: Layout,
+    /// The tenant; empty means none.
+    pub cache_salt: String,
+}
+
+impl Saved {
+    /// What, besides its tokens, tells an object from others.
+    pub fn space_of(layout: &Layout, cache_salt: &str) -> [u8; 32] {
+        crate::space::space(layout, cache_salt)
+    }
+
+    pub(crate) fn id(&self) -> ObjectId {
+        ObjectId { chunk: self.chunk, space: self.space, rank: self.rank }
+    }
+}
+
+/// An object that came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loaded {
+    /// CRC-64/NVME of its bytes, compared with what was written.
+    pub checksum: u64,
+    /// The chunk before it, as it was saved.
+    pub parent: Option<[u8; 32]>,
+}
+
+/// What becomes of a save: `Ok` when it outlives a power loss. Called once, on a thread of the disk.
+pub type SaveDone = Box<dyn FnOnce(Result<()>) + Send>;
+/// What becomes of a load: `Ok(None)` when the object is not there, or was damaged. Called once, on a thread of
+/// the disk.
+pub type LoadDone = Box<dyn FnOnce(Result<Option<Loaded>>) + Send>;
+
+/// What a disk has, did and could not do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskStatus {
+    /// Objects that loads find.
+    pub objects: u64,
+    /// Bytes of all files: those of other versions, being written and on their way out included.
+    pub bytes: u64,
+    /// Bytes that they may take now: the bound, or less while the file system has less room.
+    pub capacity: u64,
+    /// Bytes of saves that are waiting or being written.
+    pub queue_bytes: u64,
+    /// Loads that are waiting or running.
+    pub queue_loads: u64,
+    /// Objects written.
+    pub saves: u64,
+    /// Accepted saves that failed; those that a removal or the end overtook are not among them.
+    pub save_failures: u64,
+    /// Saves refused because the queue was full.
+    pub dropped_full: u64,
+    /// Saves refused because the disk had failed.
+    pub dropped_failed: u64,
+    /// Saves refused because the object is larger than the disk or its queue.
+    pub dropped_large: u64,
+    /// Loads refused because too many were waiting.
+    pub refused_loads: u64,
+    /// Objects loaded.
+    pub loads: u64,
+    /// Loads that the system failed.
+    pub load_failures: u64,
+    /// Objects whose file was not what was written: misses, and removed.
+    pub damaged: u64,
+    /// Objects that made room, and files of other versions.
+    pub evicted_objects: u64,
+    /// Their bytes.
+    pub evicted_bytes: u64,
+    /// Bytes of files written.
+    pub written_bytes: u64,
+    /// Bytes of files read.
+    pub read_bytes: u64,
+    /// Files of other versions of the format that are still there.
+    pub other_versions: u64,
+    /// Why saves are refused just now.
+    pub failed: Option<String>,
+}
+
+/// The times of a disk, which tests make shorter.
+#[derive(Debug, Clone)]
+pub(crate) struct Times {
+    /// After the first failure nothing is saved for this long; twice as long after each further one.
+    pub(crate) retry: Duration,
+    /// At most this long.
+    pub(crate) retry_most: Duration,
+    /// How long less room than the bound is taken for granted.
+    pub(crate) shrunk: Duration,
+    /// What loads may hold up each part of a save.
+    pub(crate) pause: Duration,
+    /// A load writes the file's time when that is older than this.
+    pub(crate) stamp: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self {
+            retry: Duration::from_secs(1),
+            retry_most: Duration::from_secs(60),
+            shrunk: Duration::from_secs(60),
+            pause: Duration::from_millis(20),
+            stamp: Duration::from_secs(600),
+        }
+    }
+}
+
+/// Objects in a directory. Dropping it ends it as [`Disk::close`] does, waiting for ten seconds at most.
+pub struct Disk {
+    shared: Arc<Shared>,
+}
+
+impl Disk {
+    /// Takes the directory, and knows afterwards what is in it. Files that are not the disk's are left alone.
+    ///
+    /// # Errors
+    /// [`kvferry_core::ErrorCode::DiskInUse`] when another process has the directory, [`kvferry_core::ErrorCode::System`] when it
+    /// cannot be written, [`kvferry_core::ErrorCode::InvalidArgument`] for a bound that holds no object.
+    pub fn open(options: &DiskOptions) -> Result<Self> {
+        let files = Arc::new(SystemFiles::new(options.dir.clone()));
+        Self::open_on(options, files, Times::default())
+    }
+
+    pub(crate) fn open_on(
+        options: &DiskOptions,
+        files: Arc<dyn Files>,
+        times: Times,
+    ) -> Result<Self> {
+        if options.bytes < 2 * PAGE {
+            return Err(Error::invalid(format!(
+                "a disk of {} bytes holds no object; give it {} or more",
+                options.bytes,
+                2 * PAGE
+            )));
+        }
+        files.prepare()?;
+        files.probe();
+        let mut state = State::default();
+        state.sequence = read_directory(&*files, &mut state)?;
+        let shared = Arc::new(Shared::new(options, files, times, state));
+        shared.shrink_to_bound()?;
+        let disk = Self { shared };
+        for (count, name, work) in [
+            (LOADERS, "kvferry-load", load::run as fn(&Shared)),
+            (SAVERS, "kvferry-save", save::run as fn(&Shared)),
+        ] {
+            for _ in 0..count {
+                let shared = Arc::clone(&disk.shared);
+                disk.shared.lock().threads += 1;
+                let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+                    let _present = shared.present();
+                    work(&shared);
+                });
+                if let Err(error) = thread {
+                    disk.shared.lock().threads -= 1;
+                    return Err(Error::system("cannot start a thread of the disk", &error));
+                }
+            }
+        }
+        Ok(disk)
+    }
+
+    /// The object's bytes if it is there. No I/O.
+    pub fn find(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) -> Option<u64> {
+        let id = ObjectId { chunk: *chunk, space: *space, rank };
+        self.shared.lock().index.get(&id).map(|object| object.named.length)
+    }
+
+    /// Saves `length` bytes at `offset`, which must stay until `done` is called. An object that is there already is
+    /// `Ok` at once. `false`: it is not saved, counted, and `done` is not called.
+    #[must_use = "a save that was refused calls nothing back"]
+    pub fn save(
+        &self,
+        saved: Saved,
+        memory: Arc<dyn Memory>,
+        offset: u64,
+        length: u64,
+        done: SaveDone,
+    ) -> bool {
+        let task = SaveTask { saved, memory, offset, length, done: None, ticket: 0, trial: false };
+        self.shared.accept_save(task, done)
+    }
+
+    /// Loads the object's `length` bytes to `offset`, which must stay until `done` is called; until then, and after
+    /// anything but `Ok(Some(_))`, what lies there may be anything. The object is not evicted before. `false`: too
+    /// many loads are waiting or the disk is closed; counted, and `done` is not called.
+    #[must_use = "a load that was refused calls nothing back"]
+    pub fn load(
+        &self,
+        (chunk, space, rank): (&[u8; 32], &[u8; 32], u32),
+        memory: Arc<dyn Memory>,
+        offset: u64,
+        length: u64,
+        done: LoadDone,
+    ) -> bool {
+        let id = ObjectId { chunk: *chunk, space: *space, rank };
+        self.shared
+            .accept_load(LoadTask { id, object: None, memory, offset, length, done: None }, done)
+    }
+
+    /// The object is in use: it goes later. A restart does not know of it.
+    pub fn touch(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) {
+        self.shared.lock().index.touch(&ObjectId { chunk: *chunk, space: *space, rank });
+    }
+
+    /// The object is not found any more, and its file goes soon. Saves of it that are under way end with
+    /// [`kvferry_core::ErrorCode::Aborted`].
+    pub fn remove(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) {
+        self.shared.remove(&ObjectId { chunk: *chunk, space: *space, rank });
+    }
+
+    /// Removes all objects.
+    pub fn clear(&self) {
+        self.shared.clear();
+    }
+
+    /// Waits until everything that was accepted and removed so far is on the disk.
+    ///
+    /// # Errors
+    /// [`kvferry_core::ErrorCode::Timeout`]; or why a save failed meanwhile.
+    pub fn flush(&self, deadline: Instant) -> Result<()> {
+        self.shared.flush(deadline)
+    }
+
+    /// Counters and state.
+    pub fn status(&self) -> DiskStatus {
+        self.shared.status()
+    }
+
+    /// Whether files are written around the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.shared.files.is_direct()
+    }
+
+    /// Ends the disk: what is being written is finished, what waits is given back with [`kvferry_core::ErrorCode::Closed`].
+    /// Calling it again only waits.
+    ///
+    /// # Errors
+    /// [`kvferry_core::ErrorCode::Timeout`]: it ends later.
+    pub fn close(&self, deadline: Instant) -> Result<()> {
+        self.shared.close(deadline)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = self.close(Instant::now() + DROP_WAIT); // the threads end by themselves
+    }
+}
+
+/// Fills the index, least recently used first. Gives the next sequence number.
+fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
+    let failed = |error: &std::io::Error| {
+        Error::system(format!("cannot read {}", files.directory().display()), error)
+    };
+    let mut found = Vec::new();
+    let mut remove = Vec::new();
+    let mut sequence = 0;
+    for entry in files.entries().map_err(|error| failed(&error))? {
+        match kind(&entry.name) {
+            Kind::Object(named) => {
+                sequence = sequence.max(named.sequence);
+                found.push((entry.modified, named, entry.bytes));
+            }
+            Kind::Unfinished => remove.push(entry.name),
+            Kind::OtherVersion => state.index.insert_other(entry.name, entry.bytes),
+            Kind::Foreign => {}
+        }
+    }
+    found.sort_unstable_by_key(|(modified, named, _)| (*modified, named.sequence));
+    for (modified, named, bytes) in found {
+        let former = state.index.get(&named.id).map(|object| object.named);
+        if !is_plausible(named.length, bytes) {
+            state.status.damaged += 1;
+            remove.push(named.name());
+        } else if former.is_some_and(|former| former.sequence > named.sequence) {
+            remove.push(named.name());
+        } else {
+            if let Some(former) = state.index.remove(&named.id) {
+                remove.push(former.named.name());
+            }
+            state.index.insert(named, bytes, modified);
+        }
+    }
+    for name in remove {
+        match files.remove(&name) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed(&error));
+            }
+            _ => {}
+        }
+    }
+    Ok(sequence)
+}
+
+/// Whether a file of `bytes` can hold an object of `length`.
+fn is_plausible(length: u64, bytes: u64) -> bool {
+    let most = format::HEADER_MAX as u64 / PAGE;
+    let padded = format::padded(length);
+    (1..=most)
+        .any(|pages| padded.and_then(|padded| padded.checked_add(pages * PAGE)) == Some(bytes))
+}

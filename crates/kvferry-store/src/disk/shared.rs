@@ -1,0 +1,507 @@
+//! What the disk's threads share: the queues and the bookkeeping.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use kvferry_core::cache::Memory;
+use kvferry_core::{Error, ErrorCode, Result};
+
+use super::files::Files;
+use super::format;
+use super::health::{Health, Leave};
+use super::index::{Index, Object, Victim};
+use super::{DiskOptions, DiskStatus, LoadDone, Loaded, SaveDone, Saved, Times};
+use crate::index::ObjectId;
+
+/// Saves that may wait, however small.
+const SAVES_MAX: usize = 65_536;
+/// Loads that may wait. Their bytes have a bound already: each has a place in a pool.
+const LOADS_MAX: usize = 65_536;
+/// Files that are removed between two looks at the queues.
+const REMOVALS: usize = 64;
+/// How long a save waits for others to end where they have all the room.
+const ROOM_WAIT: Duration = Duration::from_secs(10);
+const ROOM_POLL: Duration = Duration::from_millis(50);
+
+/// A callback that is called once: with an error if nothing else was said.
+pub(crate) struct Done<T>(Option<Box<dyn FnOnce(Result<T>) + Send>>);
+
+impl<T> Done<T> {
+    pub(crate) fn new(done: Box<dyn FnOnce(Result<T>) + Send>) -> Self {
+        Self(Some(done))
+    }
+
+    pub(crate) fn call(mut self, result: Result<T>) {
+        self.say(result);
+    }
+
+    fn say(&mut self, result: Result<T>) {
+        if let Some(done) = self.0.take() {
+            // A callback that panics must not take the disk's thread with it.
+            let _ = catch_unwind(AssertUnwindSafe(|| done(result)));
+        }
+    }
+}
+
+impl<T> Drop for Done<T> {
+    fn drop(&mut self) {
+        self.say(Err(Error::new(ErrorCode::Internal, "the disk lost an operation")));
+    }
+}
+
+pub(crate) struct SaveTask {
+    pub(crate) saved: Saved,
+    pub(crate) memory: Arc<dyn Memory>,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    /// There once it is accepted.
+    pub(crate) done: Option<Done<()>>,
+    pub(crate) ticket: u64,
+    /// It finds out whether the disk works again.
+    pub(crate) trial: bool,
+}
+
+pub(crate) struct LoadTask {
+    pub(crate) id: ObjectId,
+    /// Pinned.
+    pub(crate) object: Option<Object>,
+    pub(crate) memory: Arc<dyn Memory>,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    /// There once it is accepted.
+    pub(crate) done: Option<Done<Option<Loaded>>>,
+}
+
+/// An object that is being written.
+#[derive(Default)]
+pub(crate) struct Writing {
+    /// It was removed meanwhile.
+    pub(crate) removed: bool,
+    /// Saves of the same object: what becomes of it becomes of them.
+    pub(crate) waiters: Vec<SaveTask>,
+    /// Saves that came after the removal.
+    pub(crate) successors: Vec<SaveTask>,
+}
+
+/// Under the lock.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) index: Index,
+    pub(crate) sequence: u64,
+    pub(crate) loads: VecDeque<LoadTask>,
+    pub(crate) loading: u64,
+    pub(crate) saves: VecDeque<SaveTask>,
+    /// Saves that were overtaken by a removal.
+    pub(crate) overtaken: Vec<SaveTask>,
+    pub(crate) writing: HashMap<ObjectId, Writing>,
+    pub(crate) removals: VecDeque<Victim>,
+    /// Threads that remove them.
+    pub(crate) removing: usize,
+    pub(crate) queue_bytes: u64,
+    /// Bytes of files that are being written.
+    pub(crate) reserved: u64,
+    /// Bytes of files that are on their way out.
+    pub(crate) leaving: u64,
+    tickets: u64,
+    /// Tickets of saves that were accepted and have not ended.
+    outstanding: BTreeSet<u64>,
+    pub(crate) last_failure: Option<Error>,
+    pub(crate) health: Health,
+    /// Its counters; the rest is filled in when asked for.
+    pub(crate) status: DiskStatus,
+    pub(crate) closing: bool,
+    pub(crate) threads: usize,
+    ids: Vec<ThreadId>,
+}
+
+impl State {
+    /// Bytes of all files.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.index.bytes() + self.reserved + self.leaving
+    }
+
+    fn is_idle_for_loads(&self) -> bool {
+        self.loads.is_empty() && self.loading == 0
+    }
+
+    /// The callback of an accepted save was called.
+    pub(crate) fn end(&mut self, ticket: u64, length: u64) {
+        self.queue_bytes -= length;
+        self.outstanding.remove(&ticket);
+    }
+
+    /// Nobody writes the object any more. Saves of it that came after a removal are next.
+    pub(crate) fn end_writing(&mut self, id: &ObjectId) -> Writing {
+        let mut writing = self.writing.remove(id).unwrap_or_default();
+        for task in std::mem::take(&mut writing.successors).into_iter().rev() {
+            self.saves.push_front(task);
+        }
+        writing
+    }
+}
+
+pub(crate) struct Shared {
+    pub(crate) files: Arc<dyn Files>,
+    pub(crate) bound: u64,
+    pub(crate) times: Times,
+    queue_bytes: u64,
+    state: Mutex<State>,
+    pub(crate) for_loaders: Condvar,
+    pub(crate) for_savers: Condvar,
+    /// Something ended.
+    pub(crate) changed: Condvar,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        options: &DiskOptions,
+        files: Arc<dyn Files>,
+        times: Times,
+        state: State,
+    ) -> Self {
+        Self {
+            files,
+            bound: options.bytes,
+            times,
+            queue_bytes: options.queue_bytes,
+            state: Mutex::new(state),
+            for_loaders: Condvar::new(),
+            for_savers: Condvar::new(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn wait<'a>(
+        &self,
+        condition: &Condvar,
+        state: MutexGuard<'a, State>,
+        deadline: Option<Instant>,
+    ) -> MutexGuard<'a, State> {
+        match deadline {
+            None => condition.wait(state).unwrap_or_else(PoisonError::into_inner),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
+    }
+
+    /// What was being done to which file, and the system's reason.
+    pub(crate) fn failure(&self, doing: &str, error: &io::Error) -> Error {
+        let remedy = match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "free some space",
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+                "make it writable"
+            }
+            io::ErrorKind::NotFound => "the directory is gone; it is made anew",
+            _ => "look at the system's log",
+        };
+        let path = self.files.directory().display();
+        Error::system(format!("the disk tier cannot {doing} in {path} ({remedy})"), error)
+    }
+
+    pub(crate) fn accept_save(&self, mut task: SaveTask, done: SaveDone) -> bool {
+        let header = format::header_bytes(&task.saved).unwrap_or(format::HEADER_MAX) as u64;
+        let bytes = format::padded(task.length).and_then(|bytes| bytes.checked_add(header));
+        let mut state = self.lock();
+        if state.closing {
+            return false;
+        }
+        if bytes.is_none_or(|bytes| bytes > self.bound) || task.length > self.queue_bytes {
+            state.status.dropped_large += 1;
+            return false;
+        }
+        if state.queue_bytes + task.length > self.queue_bytes || state.saves.len() >= SAVES_MAX {
+            state.status.dropped_full += 1;
+            return false;
+        }
+        match state.health.ask(Instant::now()) {
+            Leave::Granted => {}
+            Leave::Trial => task.trial = true,
+            Leave::Refused => {
+                state.status.dropped_failed += 1;
+                return false;
+            }
+        }
+        state.tickets += 1;
+        task.ticket = state.tickets;
+        task.done = Some(Done::new(done));
+        state.outstanding.insert(task.ticket);
+        state.queue_bytes += task.length;
+        state.saves.push_back(task);
+        self.for_savers.notify_one();
+        true
+    }
+
+    pub(crate) fn accept_load(&self, mut task: LoadTask, done: LoadDone) -> bool {
+        let mut state = self.lock();
+        if state.closing || state.loads.len() >= LOADS_MAX {
+            state.status.refused_loads += u64::from(!state.closing);
+            return false;
+        }
+        task.object = state.index.pin(&task.id);
+        task.done = Some(Done::new(done));
+        state.loads.push_back(task);
+        self.for_loaders.notify_one();
+        true
+    }
+
+    pub(crate) fn remove(&self, id: &ObjectId) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if let Some(object) = state.index.remove(id) {
+            state.leave(Victim::Object(object));
+        }
+        if let Some(writing) = state.writing.get_mut(id) {
+            writing.removed = true;
+            state.overtaken.append(&mut writing.successors);
+        }
+        let waiting = std::mem::take(&mut state.saves).into_iter();
+        let (overtaken, kept): (VecDeque<_>, _) = waiting.partition(|task| task.saved.id() == *id);
+        state.overtaken.extend(overtaken);
+        state.saves = kept;
+        self.for_savers.notify_all();
+    }
+
+    pub(crate) fn clear(&self) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for victim in state.index.drain() {
+            state.leave(victim);
+        }
+        for writing in state.writing.values_mut() {
+            writing.removed = true;
+            state.overtaken.append(&mut writing.successors);
+        }
+        state.overtaken.extend(std::mem::take(&mut state.saves));
+        self.for_savers.notify_all();
+    }
+
+    pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.lock();
+        let (last, failures) = (state.tickets, state.status.save_failures);
+        while state.outstanding.first().is_some_and(|first| *first <= last)
+            || !state.removals.is_empty()
+            || state.removing > 0
+        {
+            if Instant::now() >= deadline {
+                let waiting = state.outstanding.len();
+                let message = format!("{waiting} saves are not on the disk yet; wait longer");
+                return Err(Error::new(ErrorCode::Timeout, message));
+            }
+            if state.threads == 0 {
+                return Err(closed());
+            }
+            state = self.wait(&self.changed, state, Some(deadline));
+        }
+        match &state.last_failure {
+            Some(error) if state.status.save_failures > failures => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn status(&self) -> DiskStatus {
+        let state = self.lock();
+        DiskStatus {
+            objects: state.index.objects(),
+            bytes: state.bytes(),
+            capacity: state.health.capacity(self.bound, Instant::now()),
+            queue_bytes: state.queue_bytes,
+            queue_loads: state.loads.len() as u64 + state.loading,
+            other_versions: state.index.others(),
+            failed: state.health.reason().map(str::to_owned),
+            ..state.status.clone()
+        }
+    }
+
+    pub(crate) fn close(&self, deadline: Instant) -> Result<()> {
+        let mut state = self.lock();
+        state.closing = true;
+        self.for_loaders.notify_all();
+        self.for_savers.notify_all();
+        self.changed.notify_all();
+        while state.threads > 0 {
+            let ours = state.ids.contains(&std::thread::current().id()); // it cannot wait for itself
+            if ours || Instant::now() >= deadline {
+                let message = "the disk is still ending what is under way; close it again to wait";
+                return Err(Error::new(ErrorCode::Timeout, message));
+            }
+            state = self.wait(&self.changed, state, Some(deadline));
+        }
+        drop(state);
+        self.files.release();
+        Ok(())
+    }
+
+    /// Counts the calling thread until it is dropped.
+    pub(crate) fn present(&self) -> impl Drop + '_ {
+        self.lock().ids.push(std::thread::current().id());
+        Present(self)
+    }
+
+    /// What a smaller bound leaves no room for goes at once.
+    pub(crate) fn shrink_to_bound(&self) -> Result<()> {
+        let mut state = self.lock();
+        let over = state.bytes().saturating_sub(self.bound);
+        let victims = state.take_victims(over);
+        drop(state);
+        self.unlink(victims, true)
+    }
+
+    /// Reserves room for a file, for which what goes first is removed. `false`: what the calling thread has reserved
+    /// already, `held`, has to become objects before.
+    pub(crate) fn make_room(&self, bytes: u64, held: u64) -> Result<bool> {
+        let give_up = Instant::now() + ROOM_WAIT;
+        loop {
+            let now = Instant::now();
+            let mut state = self.lock();
+            let capacity = state.health.capacity(self.bound, now);
+            let total = state.bytes() + bytes;
+            if total <= capacity {
+                state.reserved += bytes;
+                return Ok(true);
+            }
+            let victims = state.take_victims(total - capacity);
+            if !victims.is_empty() {
+                drop(state);
+                self.unlink(victims, true)?;
+                continue;
+            }
+            let removals = state.take_removals();
+            if !removals.is_empty() {
+                drop(state);
+                self.unlink_removals(removals);
+                continue;
+            }
+            if held > 0 {
+                return Ok(false);
+            }
+            let others = state.reserved > 0 || state.leaving > 0 || !state.is_idle_for_loads();
+            if !others || now >= give_up {
+                let error = format!(
+                    "the disk tier has room for {capacity} bytes in {} and cannot make {bytes} more; free some space",
+                    self.files.directory().display()
+                );
+                return Err(Error::new(ErrorCode::System, error));
+            }
+            drop(self.wait(&self.changed, state, Some(now + ROOM_POLL)));
+        }
+    }
+
+    /// The file system has no room for a file of `bytes`, which are reserved: remembers that, and removes as much.
+    /// `false`: there is nothing to remove.
+    pub(crate) fn shrink(&self, bytes: u64) -> Result<bool> {
+        let mut state = self.lock();
+        let room = state.bytes().saturating_sub(bytes);
+        state.health.shrink(room, Instant::now(), &self.times);
+        let victims = state.take_victims(bytes);
+        drop(state);
+        let any = !victims.is_empty();
+        self.unlink(victims, true)?;
+        Ok(any)
+    }
+
+    /// Removes files. Those that cannot be removed stay what they are.
+    fn unlink(&self, victims: Vec<Victim>, evicted: bool) -> Result<()> {
+        let mut victims = victims.into_iter();
+        while let Some(victim) = victims.next() {
+            let removed = self.files.remove(&victim.name());
+            let mut state = self.lock();
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    for victim in std::iter::once(victim).chain(victims) {
+                        state.leaving -= victim.bytes();
+                        if evicted {
+                            state.index.put_back(victim);
+                        } else {
+                            state.index.insert_other(victim.name(), victim.bytes());
+                        }
+                    }
+                    return Err(self.failure("remove a file", &error));
+                }
+                _ => {}
+            }
+            state.leaving -= victim.bytes();
+            if evicted {
+                state.status.evicted_objects += 1;
+                state.status.evicted_bytes += victim.bytes();
+            }
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Removes what was removed from the index: for good, so that no restart finds it.
+    pub(crate) fn unlink_removals(&self, removals: Vec<Victim>) {
+        let removed = self.unlink(removals, false);
+        let synced = self.files.sync().map_err(|error| self.failure("sync", &error));
+        let mut state = self.lock();
+        state.removing -= 1;
+        if let Err(error) = removed.and(synced) {
+            state.last_failure = Some(error);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Lets loads go first.
+    pub(crate) fn pause_for_loads(&self) {
+        let mut state = self.lock();
+        if state.is_idle_for_loads() {
+            return;
+        }
+        let deadline = Instant::now() + self.times.pause;
+        while !state.is_idle_for_loads() && !state.closing && Instant::now() < deadline {
+            state = self.wait(&self.changed, state, Some(deadline));
+        }
+    }
+}
+
+impl State {
+    /// The file is not an object any more, and will be removed.
+    pub(crate) fn leave(&mut self, victim: Victim) {
+        self.leaving += victim.bytes();
+        self.removals.push_back(victim);
+    }
+
+    /// Takes out what goes first, `bytes` of it or all that may go.
+    fn take_victims(&mut self, bytes: u64) -> Vec<Victim> {
+        let mut victims = Vec::new();
+        let mut taken = 0;
+        while taken < bytes
+            && let Some(victim) = self.index.evict()
+        {
+            taken += victim.bytes();
+            victims.push(victim);
+        }
+        self.leaving += taken;
+        victims
+    }
+
+    /// Some of what is to be removed; to be given to [`Shared::unlink_removals`] unless it is empty.
+    pub(crate) fn take_removals(&mut self) -> Vec<Victim> {
+        let some = self.removals.len().min(REMOVALS);
+        self.removing += usize::from(some > 0);
+        self.removals.drain(..some).collect()
+    }
+}
+
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorCode::Closed, "the disk is closed; open it again")
+}
+
+struct Present<'a>(&'a Shared);
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.0.lock().threads -= 1;
+        self.0.changed.notify_all();
+    }
+}
