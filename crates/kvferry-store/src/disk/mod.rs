@@ -13,6 +13,8 @@ mod format;
 mod health;
 mod index;
 mod load;
+#[cfg(test)]
+mod power;
 mod save;
 mod shared;
 #[cfg(test)]
