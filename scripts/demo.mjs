@@ -1,6 +1,7 @@
-// `npm run demo [-- --json] [--model FILE.gguf] [--repetitions N]`: a long document is read by one
-// process, and asked about by others. All set-up is done here; progress goes to stderr, the result
-// to stdout.
+// `npm run demo [-- --json] [--model FILE.gguf] [--repetitions N] [--embedded --disk DIR]`: a long document is read by one
+// process, and asked about by others. What they share is in a server; with --embedded, in files in DIR that each
+// process reads by itself, so that nothing else runs. All set-up is done here; progress goes to stderr, the result to
+// stdout.
 
 import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
@@ -49,15 +50,19 @@ buildJavaScript();
 installEngine();
 const model = options.model ?? (await fetchModel());
 
-step("kvferry serve");
-const server = await startServer(`demo-${process.pid}`);
+if (options.disk === undefined) {
+	step("kvferry serve");
+}
+const server = options.disk === undefined ? await startServer(`demo-${process.pid}`) : undefined;
+const shared = server === undefined ? ["--disk", String(options.disk)] : ["--url", server.url];
+// Each run is a tenant of its own, so that it begins with nothing, whatever an earlier one left in DIR.
+const tenant = `${process.pid}-${Date.now()}`;
 const results = new Map(RUNS.map(({ name }) => [name, /** @type {Run[]} */ ([])]));
 try {
 	for (let repetition = 1; repetition <= options.repetitions; repetition++) {
 		step(`repetition ${repetition} of ${options.repetitions}`);
 		for (const { name, question, cached } of RUNS) {
-			// Each repetition is a tenant of its own, so that it begins with nothing.
-			const cache = cached ? ["--url", server.url, "--salt", `repetition-${repetition}`] : [];
+			const cache = cached ? [...shared, "--salt", `${tenant}-${repetition}`] : [];
 			const run = await engine([...cache, "--question", question]);
 			results.get(name)?.push(run);
 			console.error(
@@ -67,7 +72,7 @@ try {
 		}
 	}
 } finally {
-	await server.end();
+	await server?.end();
 }
 
 const rows = RUNS.map(({ name }) => ({ name, ...summary(results.get(name) ?? []) }));
@@ -90,6 +95,8 @@ function readOptions() {
 			json: { type: "boolean", default: false },
 			model: { type: "string" },
 			repetitions: { type: "string", default: "3" },
+			embedded: { type: "boolean", default: false },
+			disk: { type: "string" },
 		},
 	});
 	const repetitions = Number(values.repetitions);
@@ -99,8 +106,12 @@ function readOptions() {
 	if (values.model !== undefined && !existsSync(values.model)) {
 		fail(`--model ${values.model}: there is no such file.`);
 	}
+	if (values.embedded !== (values.disk !== undefined)) {
+		fail("--embedded and --disk DIR go together: the cache in each process, its chunks in DIR.");
+	}
+	const disk = values.disk === undefined ? undefined : resolve(values.disk);
 	const own = values.model === undefined ? undefined : resolve(values.model);
-	return { json: values.json, model: own, repetitions };
+	return { json: values.json, model: own, repetitions, disk };
 }
 
 /**
@@ -121,7 +132,7 @@ async function engine(/** @type {string[]} */ args) {
 		child.once("error", reject).once("close", resolve);
 	});
 	if (code !== 0) {
-		await server.end();
+		await server?.end();
 		fail(`examples/llama-chat/engine.mjs failed with exit code ${code}`);
 	}
 	return JSON.parse(output);

@@ -620,6 +620,10 @@ export interface ServerOptions {
   shmName?: string
   /** What goes when room is needed; absent: ours. */
   policy?: string
+  /** Directory of the disk tier; absent: none. */
+  disk?: string
+  /** Bytes that its files may take. */
+  diskSize: number
   /** Tokens of one chunk. */
   chunkSize: number
   /** Milliseconds that a session may be idle. */

@@ -38,6 +38,13 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 * least recently used; "arc" and "s3fifo" are the published algorithms.
 	 */
 	readonly policy?: EvictionPolicy;
+	/**
+	 * A directory, made where it is missing, in which chunks stay when memory has no room for them, and over restarts. One
+	 * process at a time has it. Default: none.
+	 */
+	readonly disk?: string;
+	/** Bytes that the files in {@link ServerOptions.disk} may take, 8192 to 2^53 - 1. Default 20 GiB. */
+	readonly diskSize?: number;
 	/** Tokens of one chunk, 1 to 65536. Default 256. */
 	readonly chunkSize?: number;
 	/**
@@ -59,6 +66,7 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 export type Status = Record<string, number | string>;
 
 const MEMORY = 4 * 2 ** 30;
+const DISK = 20 * 2 ** 30;
 /** Of a timer that does nothing but hold a server, and the process with it. */
 const HELD_MS = 2 ** 30;
 
@@ -94,17 +102,22 @@ export class Server implements AsyncDisposable {
 	 * Starts a server.
 	 *
 	 * @throws {@link KvferryError} `ADDRESS_IN_USE`, `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
-	 * memory has free), `UNSUPPORTED_OPTION` for a host that is not loopback.
+	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
 		const { shmName, chunkSize = 256, keepAlive = listen, policy = "default", signal } = options;
+		const { disk, diskSize = DISK } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
 		checkInteger("memory", memory, 4096, 2 ** 44);
 		checkInteger("chunkSize", chunkSize, 1, 65_536);
 		checkText("policy", policy);
+		checkInteger("diskSize", diskSize, 8192, Number.MAX_SAFE_INTEGER);
+		if (disk !== undefined) {
+			checkText("disk", disk);
+		}
 		checkInteger("sessionTimeoutMs", sessionTimeoutMs, 1, 2 ** 31 - 1);
 		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
 		if (shmName !== undefined) {
@@ -117,6 +130,8 @@ export class Server implements AsyncDisposable {
 					port,
 					chunkSize,
 					policy,
+					diskSize,
+					...(disk === undefined ? {} : { disk }),
 					sessionTimeoutMs,
 					reservationTimeoutMs,
 					...(listen ? { host } : {}),
@@ -158,7 +173,10 @@ export class Server implements AsyncDisposable {
 		return await askEvents((cursor, max) => this.#native.events(cursor, max), options);
 	}
 
-	/** Ends all connections and drops the cache. Calling it again does nothing. */
+	/**
+	 * Ends all connections and drops what is in memory; before, what is not on the disk yet is written, for 30 seconds
+	 * at most. Calling it again does nothing.
+	 */
 	async close(): Promise<void> {
 		clearInterval(this.#timer);
 		await waitFor(() => this.#native.close(), undefined);

@@ -1,13 +1,14 @@
 // One process of an application: loads a model, asks one question about a document, and ends.
 //
-//   node engine.mjs --model FILE.gguf --question TEXT [--url tcp://HOST:PORT] [--salt NAME]
+//   node engine.mjs --model FILE.gguf --question TEXT [--url tcp://HOST:PORT | --disk DIR] [--salt NAME]
 //
 // With --url, the document's attention state comes from a kvferry server (npx kvferry serve) when an
-// earlier process has left it there, and is left there for the next one. Prints one JSON object.
+// earlier process has left it there, and is left there for the next one; with --disk, from files that an earlier
+// process has left in DIR, and no server runs anywhere. Prints one JSON object.
 
 import { readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
-import { Client } from "kvferry";
+import { Client, Server } from "kvferry";
 import { LlamaPrefixCache } from "kvferry/llama-cpp";
 import { getLlama, LlamaChatSession, LlamaLogLevel } from "node-llama-cpp";
 
@@ -17,6 +18,7 @@ const { values } = parseArgs({
 		question: { type: "string", default: "What is this document about?" },
 		"max-tokens": { type: "string", default: "32" },
 		url: { type: "string" },
+		disk: { type: "string" },
 		salt: { type: "string" },
 	},
 });
@@ -34,8 +36,8 @@ const model = await llama.loadModel({ modelPath: values.model });
 const context = await model.createContext({ contextSize: 2048, batchSize: 512, threads: 1 });
 await warmUp();
 
-const client = values.url === undefined ? undefined : await Client.connect({ url: values.url });
-const cache = client && (await LlamaPrefixCache.open({ context, via: client }));
+const via = await openCache();
+const cache = via && (await LlamaPrefixCache.open({ context, via }));
 const session = new LlamaChatSession({ contextSequence: context.getSequence(), systemPrompt });
 
 let outputTokens = 0;
@@ -68,8 +70,16 @@ console.log(
 	}),
 );
 await cache?.close();
-await client?.close();
+await via?.close(); // what is not on the disk yet is written now
 await llama.dispose();
+
+/** A server of its own process, or a cache in this one that keeps its chunks on disk; or none. */
+async function openCache() {
+	if (values.disk !== undefined) {
+		return await Server.start({ listen: false, memory: 2 ** 30, disk: values.disk });
+	}
+	return values.url === undefined ? undefined : await Client.connect({ url: values.url });
+}
 
 /** Reads the model's pages and starts the engine's threads: neither belongs to a prompt. */
 async function warmUp() {

@@ -9,13 +9,15 @@ describe("kvferry serve", () => {
 			chunkSize: 256,
 			memory: 4 * 2 ** 30,
 			policy: "default",
+			diskSize: 20 * 2 ** 30,
 			json: false,
 		});
 	});
 
 	it("takes each flag", () => {
 		const flags =
-			"--host localhost --port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --json";
+			"--host localhost --port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
+			"--disk-size 1GiB --json";
 		expect(serveOptions(flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
@@ -23,6 +25,8 @@ describe("kvferry serve", () => {
 			memory: 1_572_864,
 			shmName: "a",
 			policy: "s3fifo",
+			disk: "/d",
+			diskSize: 2 ** 30,
 			json: true,
 		});
 	});
@@ -43,7 +47,7 @@ describe("kvferry serve", () => {
 		},
 	);
 
-	it.each(["http-port", "disk", "disk-size", "remote", "config"])(
+	it.each(["http-port", "remote", "config"])(
 		"names the later flag --%s",
 		(flag) => {
 			expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
@@ -64,6 +68,7 @@ describe("kvferry serve", () => {
 		["--memory", "0"],
 		["--memory", "9999999TiB"],
 		["--memory", ""],
+		["--disk-size", "lots"],
 		["--policy", "fifo"],
 		["--nonsense", "1"],
 	])("refuses %s %s and names it", (flag, value) => {

@@ -15,6 +15,8 @@ Commands
              --memory SIZE      size of the shared-memory pool (4GiB)
              --shm-name NAME    name of the pool in /dev/shm
              --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
+             --disk DIR         directory that keeps chunks over restarts and beyond memory (none)
+             --disk-size SIZE   size of what is in it (20GiB)
   ping     tell how long a server takes to answer
   status   tell what a server holds
              --url URL          the server (tcp://127.0.0.1:5555)

@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto";
 import { isIPv4, isIPv6 } from "node:net";
+import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
@@ -16,6 +17,10 @@ export interface ServeOptions {
 	/** Name of the pool in /dev/shm; the server's own choice where absent. */
 	readonly shmName?: string;
 	readonly policy: EvictionPolicy;
+	/** Directory of the disk tier; none where absent. */
+	readonly disk?: string;
+	/** Size of the disk tier in bytes. */
+	readonly diskSize: number;
 	readonly json: boolean;
 }
 
@@ -53,7 +58,7 @@ export interface ReplayOptions {
 }
 
 /** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["http-port", "disk", "disk-size", "remote", "config"] as const;
+const LATER = ["http-port", "remote", "config"] as const;
 
 const POLICIES: readonly EvictionPolicy[] = ["default", "lru", "arc", "s3fifo"];
 
@@ -82,7 +87,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		json: { type: "boolean", default: false },
 		"http-port": { type: "string" },
 		disk: { type: "string" },
-		"disk-size": { type: "string" },
+		"disk-size": { type: "string", default: "20GiB" },
 		remote: { type: "string" },
 		policy: { type: "string", default: "default" },
 		config: { type: "string" },
@@ -103,6 +108,8 @@ export function serveOptions(args: string[]): ServeOptions {
 		memory: bytes("memory", values.memory),
 		...(shmName === undefined ? {} : { shmName }),
 		policy: policy(values.policy),
+		...(values.disk === undefined ? {} : { disk: resolve(values.disk) }),
+		diskSize: bytes("disk-size", values["disk-size"]),
 		json: values.json,
 	};
 }

@@ -1,9 +1,10 @@
 //! A store in this process, with or without a socket around it.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode};
+use kvferry_store::disk::{DiskOptions, DiskStatus};
 use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
 use napi::{Env, Result};
@@ -14,6 +15,9 @@ use crate::error::to_napi;
 use crate::events::KvEvents;
 use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::promise;
+
+/// How long `close` waits for what is not on the disk yet.
+const CLOSE: Duration = Duration::from_secs(30);
 
 /// What `Server.start` needs; `ts/server.ts` has the defaults.
 #[napi(object)]
@@ -28,6 +32,10 @@ pub struct ServerOptions {
     pub shm_name: Option<String>,
     /// What goes when room is needed; absent: ours.
     pub policy: Option<String>,
+    /// Directory of the disk tier; absent: none.
+    pub disk: Option<String>,
+    /// Bytes that its files may take.
+    pub disk_size: f64,
     /// Tokens of one chunk.
     pub chunk_size: u32,
     /// Milliseconds that a session may be idle.
@@ -77,7 +85,9 @@ impl Server {
     /// Figures by name.
     #[napi(catch_unwind)]
     pub fn status(&self) -> Result<Vec<(String, f64)>> {
-        let figures = self.store()?.status(kvferry_store::clock::now());
+        let store = self.store()?;
+        let mut figures = store.status(kvferry_store::clock::now());
+        figures.extend(store.disk_status().iter().flat_map(DiskStatus::figures));
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())
@@ -139,7 +149,11 @@ impl Server {
     pub fn close<'env>(&self, env: &'env Env) -> Result<PromiseRaw<'env, ()>> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         promise(env, async move {
-            tokio::task::block_in_place(|| drop(running)); // waits for the server's thread
+            tokio::task::block_in_place(|| {
+                let Some(Running { store, _listening }) = running else { return };
+                drop(_listening); // waits for the server's thread: nothing more is committed
+                let _ = store.close_disk(Instant::now() + CLOSE); // what is lost is computed again
+            });
             Ok(())
         })
     }
@@ -156,11 +170,16 @@ impl Server {
 fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
     let ServerOptions { host, port, shm_name, .. } = options;
     let policy = options.policy.as_deref().map_or(Ok(Policy::default()), Policy::from_name)?;
+    let disk = match options.disk {
+        Some(dir) => Some(DiskOptions::new(dir, whole(options.disk_size, "diskSize")?)),
+        None => None,
+    };
     let private = StoreOptions {
         chunk_size: options.chunk_size,
         memory: whole(options.memory, "memory")?,
         shared_name: None,
         policy,
+        disk,
         limits: Limits {
             session_idle: Duration::from_millis(options.session_timeout_ms.into()),
             reservation: Duration::from_millis(options.reservation_timeout_ms.into()),

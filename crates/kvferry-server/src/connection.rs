@@ -205,6 +205,7 @@ mod tests {
                 memory: 1 << 20,
                 shared_name: None,
                 policy: Policy::Lru,
+                disk: None,
                 limits: Limits::default(),
             };
             let store = Store::new(options).unwrap();

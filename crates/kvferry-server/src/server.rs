@@ -167,6 +167,7 @@ mod tests {
             memory: 1 << 20,
             shared_name: None,
             policy: Policy::Lru,
+            disk: None,
             limits: Limits::default(),
         };
         Store::new(options).unwrap()

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::key::Key;
@@ -10,6 +10,9 @@ use kvferry_core::{Error, Result};
 use kvferry_store::{Owner, Store};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
+
+/// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
+const WAIT: Duration = Duration::from_millis(50);
 
 /// One connection, as the store knows it.
 #[derive(Debug)]
@@ -87,9 +90,14 @@ impl Service {
                 store.lookup(owner, &key.key, ranks(tp_size)?, now)?;
                 Reply::None
             }
-            Request::QueryPrefetchStatus { request_id }
-            | Request::WaitPrefetchStatus { request_id, .. } => {
-                Reply::Integer(store.take_hit(&request_id, now))
+            Request::WaitPrefetchStatus { request_id, timeout_s } => {
+                // Its connection's other requests wait, too.
+                let most = Duration::try_from_secs_f64(timeout_s).unwrap_or_default().min(WAIT);
+                let hit = tokio::time::timeout(most, store.hit(&request_id)).await;
+                hit.map_or(Reply::None, Reply::Integer)
+            }
+            Request::QueryPrefetchStatus { request_id } => {
+                store.take_hit(&request_id, now).map_or(Reply::None, Reply::Integer)
             }
             Request::FreeLookupLocks { key, tp_size } => {
                 store.release(&key.key, ranks(tp_size)?, now)?;
@@ -187,6 +195,12 @@ impl Service {
         let count = |value: u64| Value::Integer(i64::try_from(value).unwrap_or(i64::MAX));
         let figures = self.store.status(now).into_iter();
         status.extend(figures.map(|(name, value)| (name.to_owned(), count(value))));
+        if let Some(disk) = self.store.disk_status() {
+            let figures = disk.figures().into_iter();
+            status.extend(figures.map(|(name, value)| (name.to_owned(), count(value))));
+            let failure = disk.failed.unwrap_or_default();
+            status.push(("disk_failure".into(), Value::Text(failure)));
+        }
         let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
         status.push(("dropped_messages".into(), Value::Integer(dropped.values().sum())));
         let by_reason = dropped.iter();

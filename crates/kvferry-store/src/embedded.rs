@@ -1,6 +1,7 @@
 //! The store as the engine's own cache: the same operations as through a server, no socket between.
 
 use std::future::ready;
+use std::mem::forget;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -8,6 +9,7 @@ use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant};
 use kvferry_core::events::Events;
 use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, Layout};
+use tokio::time::timeout_at;
 
 use crate::clock::now;
 use crate::store::{Departure, Owner, Store};
@@ -33,6 +35,18 @@ impl Embedded {
     }
 }
 
+/// Ends a session unless forgotten: whoever gives up waiting must not leave leases.
+struct EndSession<'a> {
+    store: &'a Store,
+    request_id: &'a str,
+}
+
+impl Drop for EndSession<'_> {
+    fn drop(&mut self) {
+        self.store.end_session(self.request_id);
+    }
+}
+
 impl Drop for Embedded {
     fn drop(&mut self) {
         // Whoever copies holds this peer, so no copy is under way.
@@ -55,8 +69,23 @@ impl Cache for Embedded {
         Box::pin(ready(Ok(())))
     }
 
-    fn lookup<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, u64> {
-        Box::pin(ready(self.store.lookup(self.owner, key, 1, now())))
+    fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64> {
+        Box::pin(async move {
+            let (store, request_id, begin) = (&self.store, &key.request_id, now());
+            // What has come by the deadline is worth more than an error just after it.
+            let until = deadline - deadline.saturating_duration_since(begin) / 8;
+            store.lookup_until(self.owner, key, 1, begin, Some(until))?;
+            if let Some(hit) = store.take_hit(request_id, begin) {
+                return Ok(hit);
+            }
+            let given_up = EndSession { store, request_id };
+            let hit = match timeout_at(until.into(), store.hit(request_id)).await {
+                Ok(hit) => hit,
+                Err(_) => store.take_hit(request_id, until.max(now())).unwrap_or(0),
+            };
+            forget(given_up);
+            Ok(hit)
+        })
     }
 
     fn release<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, ()> {

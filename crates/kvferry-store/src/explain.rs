@@ -225,7 +225,11 @@ impl Explaining {
                     space: *space,
                     rank,
                 });
-                if !ids.all(|id| state.index.get_visible(&id).is_some()) {
+                let disk = self.store.disk();
+                let on_disk = |id: &ObjectId| {
+                    disk.is_some_and(|disk| disk.find(&id.chunk, &id.space, id.rank).is_some())
+                };
+                if !ids.all(|id| state.index.get_visible(&id).is_some() || on_disk(&id)) {
                     break;
                 }
                 hits.chunk += 1;

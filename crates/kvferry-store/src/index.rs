@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::time::Instant;
 
+use kvferry_core::cache::Slot;
 use kvferry_core::explain::RemovalCause;
 
 use crate::events::{EventLog, Origin};
@@ -130,6 +131,11 @@ impl Index {
         self.object(handle).map(|object| &object.grant)
     }
 
+    /// What it is, where from, and where its bytes are.
+    pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, &Origin, &Slot)> {
+        self.object(handle).map(|object| (object.id, &object.origin, &object.grant.slot))
+    }
+
     /// Adds a reserved object: pinned once, seen by nobody.
     pub(crate) fn reserve(
         &mut self,
@@ -244,9 +250,9 @@ impl Index {
         }
     }
 
-    /// Makes visible objects of these generations unseen, and room; says how many there were. Who reads
+    /// Makes visible objects of these generations unseen, and room; says which there were. Who reads
     /// them goes on.
-    pub(crate) fn discard(&mut self, generations: &HashSet<u64>) -> u64 {
+    pub(crate) fn discard(&mut self, generations: &HashSet<u64>) -> Vec<ObjectId> {
         let found: Vec<(u32, ObjectId)> = (0..)
             .zip(&self.objects)
             .filter_map(|(index, object)| Some((index, object.as_ref()?)))
@@ -266,7 +272,7 @@ impl Index {
                 self.doomed.push_back(handle);
             }
         }
-        found.len() as u64
+        found.into_iter().map(|(_, id)| id).collect()
     }
 
     /// Takes the object out that goes first; `None` when all are pinned.

@@ -14,6 +14,7 @@ pub mod replay;
 mod space;
 mod state;
 mod store;
+mod tiers;
 
 pub use embedded::Embedded;
 pub use eviction::Policy;

@@ -69,6 +69,7 @@ impl Replay {
             memory: blocks * PAGE,
             shared_name: None,
             policy,
+            disk: None,
             limits: Limits::default(),
         })?;
         let owner = store.connect();

@@ -16,6 +16,7 @@ use crate::pool::{Grant, Pool};
 use crate::prompt::Prompt;
 use crate::space::{Spaces, space};
 use crate::store::{Departure, Limits, Owner};
+use crate::tiers::Promotion;
 
 pub(crate) struct State {
     pub(crate) pool: Pool,
@@ -38,6 +39,8 @@ pub(crate) struct State {
     pub(crate) headroom: u64,
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
+    /// Objects that come from the disk, and the requests that wait for them.
+    pub(crate) loading: HashMap<Handle, Vec<String>>,
 }
 
 /// What has to be looked at when a peer goes.
@@ -98,6 +101,8 @@ pub(crate) struct Session {
     pub(crate) prompt: Arc<Prompt>,
     /// Hit chunks that were not asked for yet.
     pub(crate) hit: Option<u64>,
+    /// What it waits for before there is one.
+    pub(crate) promotion: Option<Promotion>,
     /// Leases that no worker was handed.
     pub(crate) leases: HashMap<Handle, u32>,
     pub(crate) age: (Instant, u64),
@@ -119,6 +124,7 @@ pub(crate) struct Counters {
     pub(crate) evicted_objects: u64,
     pub(crate) evicted_bytes: u64,
     pub(crate) expired_sessions: u64,
+    pub(crate) promoted_chunks: u64,
 }
 
 impl State {
@@ -140,6 +146,7 @@ impl State {
             headroom: POOL_STEP / 2,
             growth_failed: None,
             counters: Counters::default(),
+            loading: HashMap::new(),
         }
     }
 
@@ -184,8 +191,8 @@ impl State {
         true
     }
 
-    /// The space of each rank's objects; `None` when no engine of the model is registered.
-    pub(crate) fn spaces(&self, key: &Key) -> Option<Vec<[u8; 32]>> {
+    /// The layout and the space of each rank's objects; `None` when no engine of the model is registered.
+    pub(crate) fn layouts(&self, key: &Key) -> Option<Vec<(Arc<Registered>, [u8; 32])>> {
         let place = (key.model_name.clone(), key.world_size);
         let latest = self.layouts.get(&place)?;
         let ranks = self.rank_layouts.get(&place);
@@ -193,16 +200,19 @@ impl State {
         let spaces = (0..key.world_size as usize).map(|rank| {
             let seen = ranks.and_then(|ranks| ranks.get(rank)?.as_ref());
             let registered = seen.unwrap_or(latest);
-            match last {
+            let id = match last {
                 Some((known, id)) if Arc::ptr_eq(known, registered) => id,
-                _ => {
-                    let id = space(&registered.layout, &key.cache_salt);
-                    last = Some((registered, id));
-                    id
-                }
-            }
+                _ => space(&registered.layout, &key.cache_salt),
+            };
+            last = Some((registered, id));
+            (Arc::clone(registered), id)
         });
         Some(spaces.collect())
+    }
+
+    /// The space of each rank's objects; `None` when no engine of the model is registered.
+    pub(crate) fn spaces(&self, key: &Key) -> Option<Vec<[u8; 32]>> {
+        Some(self.layouts(key)?.into_iter().map(|(_, space)| space).collect())
     }
 
     /// A rank prepares with the layout of its instance.
@@ -273,6 +283,7 @@ impl State {
                 self.belongings(former.owner).sessions.remove(request_id);
             }
             leases = former.leases;
+            self.forget_promotion(former.promotion);
         }
         while self.sessions.len() >= self.limits.sessions
             || self.session_bytes > self.limits.session_bytes
@@ -284,7 +295,7 @@ impl State {
             self.end_session(&oldest);
             self.counters.expired_sessions += 1;
         }
-        let session = Session { owner, prompt, hit: None, leases, age, bytes };
+        let session = Session { owner, prompt, hit: None, promotion: None, leases, age, bytes };
         self.sessions.entry(request_id.to_owned()).insert_entry(session).into_mut()
     }
 
@@ -307,6 +318,7 @@ impl State {
         if let Some(belongings) = self.owners.get_mut(&session.owner) {
             belongings.sessions.remove(request_id);
         }
+        self.forget_promotion(session.promotion);
         if is_active(Defect::SessionKept) {
             return;
         }

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use kvferry_copy::PrivateRegion;
@@ -16,12 +17,14 @@ use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
 use crate::index::{Handle, ObjectId};
-use crate::pool::{Pool, Region};
+use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
 use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State};
+use crate::tiers::Wanted;
 
 /// Readers of one object that a lookup may announce at most.
 const READERS_MAX: u32 = 255;
@@ -50,6 +53,8 @@ pub struct StoreOptions {
     pub shared_name: Option<String>,
     /// What goes when room is needed. Default: ours.
     pub policy: Policy,
+    /// Where chunks stay when memory has no room for them, and over restarts. Default: nowhere.
+    pub disk: Option<DiskOptions>,
     /// Deadlines and bounds.
     pub limits: Limits,
 }
@@ -66,6 +71,8 @@ pub struct Limits {
     pub sessions: usize,
     /// Bytes of tokens, hashes and request ids that sessions may hold together. Default 256 MiB.
     pub session_bytes: u64,
+    /// How long a lookup waits for chunks from the disk; what has not come by then makes a shorter hit. Default 2 s.
+    pub promotion: Duration,
     /// Registered instances at most. Of those whose peer is gone and that hold nothing, the oldest makes
     /// room for one more; without any it is refused. Default 4,096.
     pub instances: usize,
@@ -76,6 +83,7 @@ impl Default for Limits {
         Self {
             session_idle: Duration::from_secs(300),
             reservation: Duration::from_secs(600),
+            promotion: Duration::from_secs(2),
             sessions: 65_536,
             session_bytes: 256 << 20,
             instances: 4_096,
@@ -128,20 +136,27 @@ struct Inner {
     chunk_size: u32,
     boot_token: [u8; 16],
     growing: AtomicBool,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+    disk: Option<Disk>,
 }
 
 impl Store {
     /// Creates the pool. Errors: a live server has the name, shared memory is too small for it, or a
     /// value is out of range.
     pub fn new(options: StoreOptions) -> Result<Self> {
-        let StoreOptions { chunk_size, memory, shared_name, policy, limits } = options;
+        let StoreOptions { chunk_size, memory, shared_name, policy, disk, limits } = options;
         let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
         let mut boot_token = [0; 16];
         getrandom::fill(&mut boot_token).map_err(|error| {
             Error::new(ErrorCode::System, format!("no random numbers: {error}"))
         })?;
         let mut pool = Pool::new(memory)?;
+        // What waits to be saved must not take all of the memory.
+        let disk = disk.map(|options| {
+            let queue_bytes = options.queue_bytes.min(memory / 4).max(PAGE);
+            Disk::open(&DiskOptions { queue_bytes, ..options })
+        });
+        let disk = disk.transpose()?;
         let region = match shared_name {
             Some(name) => shared(name, memory)?,
             None => Region::Private(Arc::new(PrivateRegion::new(memory)?)),
@@ -155,8 +170,8 @@ impl Store {
             }
         }
         let growing = AtomicBool::new(false);
-        let state = Mutex::new(State::new(pool, limits, policy));
-        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state };
+        let state = Arc::new(Mutex::new(State::new(pool, limits, policy)));
+        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -262,16 +277,30 @@ impl Store {
         })
     }
 
-    /// How many leading chunks of the range all ranks have, each leased once for each reader. The
-    /// number is also kept for [`Store::take_hit`].
+    /// Leases the leading chunks of the range that all ranks have, once for each reader. How many they are,
+    /// [`Store::take_hit`] says; this, how many of them memory has.
     pub fn lookup(&self, owner: Owner, key: &Key, tp_size: u32, now: Instant) -> Result<u64> {
+        self.lookup_until(owner, key, tp_size, now, None)
+    }
+
+    /// The same; what has not come from the disk by `until` makes a shorter hit.
+    pub(crate) fn lookup_until(
+        &self,
+        owner: Owner,
+        key: &Key,
+        tp_size: u32,
+        now: Instant,
+        until: Option<Instant>,
+    ) -> Result<u64> {
         let chunks = self.chunks(key)?;
         let readers = readers(key, tp_size)?;
         let prompt = self.prompt(key);
         let mut state = self.lock();
         state.expire(now);
         let mut hit: Vec<Handle> = Vec::new();
-        let spaces = state.spaces(key);
+        let layouts = state.layouts(key);
+        let spaces: Option<Vec<[u8; 32]>> =
+            layouts.as_ref().map(|layouts| layouts.iter().map(|(_, space)| *space).collect());
         let asked = state.sessions.get(&key.request_id);
         // A request that asks again has not used anything again.
         if let Some(spaces) = &spaces
@@ -310,7 +339,7 @@ impl Store {
                 key.request_id
             )));
         }
-        let session = state.session(owner, &key.request_id, prompt, now);
+        let session = state.session(owner, &key.request_id, Arc::clone(&prompt), now);
         session.hit = Some(hit_chunks);
         if is_active(Defect::LeaseNotTaken) {
             hit.clear();
@@ -326,14 +355,47 @@ impl Store {
         state.counters.lookups += 1;
         state.counters.lookup_chunks += chunks.len() as u64;
         state.counters.hit_chunks += hit_chunks;
+        let Some((disk, spaces)) = self.disk().zip(layouts) else { return Ok(hit_chunks) };
+        let first = chunks.start + usize::try_from(hit_chunks).unwrap_or(usize::MAX);
+        for chunk in chunks.start..first {
+            for (rank, (_, space)) in (0u32..).zip(&spaces) {
+                disk.touch(&prompt.hashes[chunk], space, rank); // it goes with what memory has
+            }
+        }
+        let latest = now + state.limits.promotion;
+        let wanted = Wanted {
+            key,
+            prompt: &prompt,
+            chunks: first..chunks.end,
+            spaces,
+            readers,
+            hit: hit_chunks,
+            until: until.map_or(latest, |until| until.min(latest)),
+        };
+        let loads = state.promote(disk, wanted);
+        drop(state);
+        self.load(loads);
         Ok(hit_chunks)
     }
 
-    /// The hit of the request's latest lookup, once; 0 for a request that is not known.
-    pub fn take_hit(&self, request_id: &str, now: Instant) -> u64 {
+    /// The hit of the request's latest lookup, once; 0 for a request that is not known. `None` as long as chunks
+    /// are on their way from the disk, up to [`Limits::promotion`] after the lookup.
+    pub fn take_hit(&self, request_id: &str, now: Instant) -> Option<u64> {
         let mut state = self.lock();
         state.touch(request_id, now);
-        state.sessions.get_mut(request_id).and_then(|session| session.hit.take()).unwrap_or(0)
+        let session = state.sessions.get(request_id);
+        let mut wakers = Vec::new();
+        if let Some(promotion) = session.and_then(|session| session.promotion.as_ref()) {
+            if !promotion.is_late(now) {
+                return None;
+            }
+            wakers = state.settle(request_id);
+        }
+        let session = state.sessions.get_mut(request_id);
+        let hit = session.and_then(|session| session.hit.take()).unwrap_or(0);
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+        Some(hit)
     }
 
     /// Gives back the leases of the range's chunks, one for each reader.
@@ -460,8 +522,14 @@ impl Store {
         for (handle, checksum) in reservation.objects.iter().zip(checksums) {
             state.index.keep_checksum(*handle, *checksum);
         }
+        let saves = match &self.inner.disk {
+            Some(_) => state.saves(&reservation.objects),
+            None => Vec::new(),
+        };
         state.index.commit(&reservation.objects);
         state.counters.stored_chunks += reservation.objects.len() as u64;
+        drop(state);
+        self.save(saves);
         Ok(true)
     }
 
@@ -581,17 +649,28 @@ impl Store {
             slots.into_iter().filter(|(offset, generation)| state.pool.holds(*offset, *generation));
         let generations = held.map(|(_, generation)| generation).collect();
         let discarded = state.index.discard(&generations);
-        state.counters.damaged_chunks += discarded;
-        discarded
+        state.counters.damaged_chunks += discarded.len() as u64;
+        drop(state);
+        if let Some(disk) = self.disk() {
+            for ObjectId { chunk, space, rank } in &discarded {
+                disk.remove(chunk, space, *rank);
+            }
+        }
+        discarded.len() as u64
     }
 
-    /// Evicts everything that is neither leased nor reserved; says how many objects went.
+    /// Evicts everything that is neither leased nor reserved, and all that is on the disk; says how many objects went
+    /// from memory.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         let mut cleared = 0;
         while let Some(grant) = state.index.evict(RemovalCause::Cleared) {
             state.pool.give_back(grant);
             cleared += 1;
+        }
+        drop(state);
+        if let Some(disk) = self.disk() {
+            disk.clear();
         }
         cleared
     }
@@ -648,6 +727,7 @@ impl Store {
             ("evicted_objects", counters.evicted_objects),
             ("evicted_bytes", counters.evicted_bytes),
             ("expired_sessions", counters.expired_sessions),
+            ("promoted_chunks", counters.promoted_chunks),
             ("growth_failed", u64::from(state.growth_failed.is_some())),
         ]
     }
@@ -715,6 +795,14 @@ impl Store {
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.inner.lock()
     }
+
+    pub(crate) fn state(&self) -> &Arc<Mutex<State>> {
+        &self.inner.state
+    }
+
+    pub(crate) fn disk(&self) -> Option<&Disk> {
+        self.inner.disk.as_ref()
+    }
 }
 
 impl Inner {
@@ -750,7 +838,7 @@ impl Inner {
 }
 
 /// The objects of a chunk, one for each rank.
-fn ids_of<'a>(
+pub(crate) fn ids_of<'a>(
     prompt: &'a Prompt,
     chunk: usize,
     spaces: &'a [[u8; 32]],

@@ -36,6 +36,7 @@ fn store() -> Store {
         memory: POOL as u64,
         shared_name: None,
         policy: Policy::Lru,
+        disk: None,
         limits: Limits::default(),
     };
     Store::new(options).unwrap()

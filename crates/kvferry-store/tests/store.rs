@@ -43,6 +43,7 @@ fn engine_with(objects: u64, limits: Limits) -> Engine {
         memory: objects * OBJECT,
         shared_name: None,
         policy: Policy::Lru,
+        disk: None,
         limits,
     };
     let store = Store::new(options).unwrap();
@@ -314,9 +315,9 @@ fn the_hit_is_told_once() {
     let key = key("a", 0, 1);
     engine.put(&key);
     engine.store.lookup(engine.owner, &key, 1, engine.now).unwrap();
-    assert_eq!(engine.store.take_hit("a", engine.now), 1);
-    assert_eq!(engine.store.take_hit("a", engine.now), 0);
-    assert_eq!(engine.store.take_hit("never seen", engine.now), 0);
+    assert_eq!(engine.store.take_hit("a", engine.now), Some(1));
+    assert_eq!(engine.store.take_hit("a", engine.now), Some(0));
+    assert_eq!(engine.store.take_hit("never seen", engine.now), Some(0));
 }
 
 #[test]
@@ -701,6 +702,7 @@ fn a_shared_pool_grows_off_the_request_path_until_it_has_all_its_memory() {
         memory: 3 * step,
         shared_name: Some(name.clone()),
         policy: Policy::Lru,
+        disk: None,
         limits: Limits::default(),
     };
     let store = Store::new(options.clone()).unwrap();

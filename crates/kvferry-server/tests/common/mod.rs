@@ -28,6 +28,7 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
         memory,
         shared_name: Some(name),
         policy: Policy::Lru,
+        disk: None,
         limits: Limits::default(),
     }
 }

@@ -150,6 +150,32 @@ pub struct DiskStatus {
     pub failed: Option<String>,
 }
 
+impl DiskStatus {
+    /// The numbers, by the names that operators see.
+    pub fn figures(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("disk_bytes", self.capacity),
+            ("disk_used_bytes", self.bytes),
+            ("disk_objects", self.objects),
+            ("disk_queue_bytes", self.queue_bytes),
+            ("disk_queue_loads", self.queue_loads),
+            ("disk_saves", self.saves),
+            ("disk_save_failures", self.save_failures),
+            ("disk_dropped_full", self.dropped_full),
+            ("disk_dropped_failed", self.dropped_failed),
+            ("disk_dropped_large", self.dropped_large),
+            ("disk_refused_loads", self.refused_loads),
+            ("disk_loads", self.loads),
+            ("disk_load_failures", self.load_failures),
+            ("disk_damaged", self.damaged),
+            ("disk_evicted_objects", self.evicted_objects),
+            ("disk_evicted_bytes", self.evicted_bytes),
+            ("disk_written_bytes", self.written_bytes),
+            ("disk_read_bytes", self.read_bytes),
+        ]
+    }
+}
+
 /// The times of a disk, which tests make shorter.
 #[derive(Debug, Clone)]
 pub(crate) struct Times {

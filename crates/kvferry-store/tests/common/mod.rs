@@ -57,6 +57,7 @@ impl Engine {
             memory: objects * OBJECT,
             shared_name: None,
             policy: Policy::Lru,
+            disk: None,
             limits: Limits::default(),
         })
         .unwrap();
