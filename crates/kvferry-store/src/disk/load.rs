@@ -6,27 +6,31 @@ use std::time::SystemTime;
 use crc_fast::{CrcAlgorithm, Digest};
 use kvferry_core::{Error, Result};
 
+use super::ahead::Ahead;
 use super::buffer::Buffer;
-use super::format;
+use super::format::{self, Header};
 use super::index::{Object, Victim};
 use super::shared::{LoadTask, Shared, closed};
 use super::{Loaded, PART, STEP, Saved};
 
 pub(crate) fn run(shared: &Shared) {
-    let mut buffer = Buffer::new(PART);
-    while let Some((mut task, open)) = next(shared) {
-        let result = if open { load(shared, &task, &mut buffer) } else { Err(closed()) };
-        let mut state = shared.lock();
-        if let Some(object) = &task.object {
-            state.index.unpin(&object.named);
+    std::thread::scope(|scope| {
+        let ahead = Ahead::start(scope).ok(); // without, one thread does both
+        let mut loader = Loader { shared, ahead, buffer: Buffer::new(PART) };
+        while let Some((mut task, open)) = next(shared) {
+            let result = if open { loader.load(&task) } else { Err(closed()) };
+            let mut state = shared.lock();
+            if let Some(object) = &task.object {
+                state.index.unpin(&object.named);
+            }
+            state.loading -= 1;
+            drop(state);
+            shared.changed.notify_all();
+            if let Some(done) = task.done.take() {
+                done.call(result);
+            }
         }
-        state.loading -= 1;
-        drop(state);
-        shared.changed.notify_all();
-        if let Some(done) = task.done.take() {
-            done.call(result);
-        }
-    }
+    });
 }
 
 /// The next load, and whether it is to be done; `None` when there is none any more.
@@ -56,104 +60,129 @@ enum Unloaded {
     Read(io::Error),
 }
 
-fn load(shared: &Shared, task: &LoadTask, buffer: &mut Buffer) -> Result<Option<Loaded>> {
-    let Some(object) = &task.object else { return Ok(None) };
-    if object.named.length != task.length {
-        return Err(Error::invalid(format!(
-            "an object of {} bytes was asked for with {}",
-            object.named.length, task.length
-        )));
-    }
-    let (unloaded, forget) = match read(shared, task, object, buffer) {
-        Ok(loaded) => {
-            let mut state = shared.lock();
-            state.status.loads += 1;
-            state.status.read_bytes += object.bytes;
-            return Ok(Some(loaded));
+impl From<io::Error> for Unloaded {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::Damaged,
+            _ => Self::Read(error),
         }
-        Err(Unloaded::Memory(error)) => return Err(error),
-        Err(Unloaded::Damaged) => (Ok(None), true),
-        Err(Unloaded::Open(error)) => (Err(shared.failure("open a file", &error)), false),
-        // The next load would fail as this one did.
-        Err(Unloaded::Read(error)) => (Err(shared.failure("read a file", &error)), true),
-    };
-    let mut state = shared.lock();
-    match &unloaded {
-        Ok(_) => state.status.damaged += 1,
-        Err(_) => state.status.load_failures += 1,
     }
-    if forget
-        && state.index.get(&task.id).is_some_and(|now| now.named == object.named)
-        && let Some(object) = state.index.remove(&task.id)
-    {
-        state.leave(Victim::Object(object));
-        shared.for_savers.notify_one();
-    }
-    unloaded
 }
 
-fn read(
-    shared: &Shared,
-    task: &LoadTask,
-    object: &Object,
-    buffer: &mut Buffer,
-) -> Result<Loaded, Unloaded> {
-    let of_read = |error: io::Error| match error.kind() {
-        io::ErrorKind::UnexpectedEof => Unloaded::Damaged,
-        _ => Unloaded::Read(error),
-    };
-    let mut handle =
-        shared.files.open(&object.named.name()).map_err(|error| match error.kind() {
+struct Loader<'a> {
+    shared: &'a Shared,
+    ahead: Option<Ahead>,
+    buffer: Buffer,
+}
+
+impl Loader<'_> {
+    fn load(&mut self, task: &LoadTask) -> Result<Option<Loaded>> {
+        let shared = self.shared;
+        let Some(object) = &task.object else { return Ok(None) };
+        if object.named.length != task.length {
+            return Err(Error::invalid(format!(
+                "an object of {} bytes was asked for with {}",
+                object.named.length, task.length
+            )));
+        }
+        let (unloaded, forget) = match self.read(task, object) {
+            Ok(loaded) => {
+                let mut state = shared.lock();
+                state.status.loads += 1;
+                state.status.read_bytes += object.bytes;
+                return Ok(Some(loaded));
+            }
+            Err(Unloaded::Memory(error)) => return Err(error),
+            Err(Unloaded::Damaged) => (Ok(None), true),
+            Err(Unloaded::Open(error)) => (Err(shared.failure("open a file", &error)), false),
+            // The next load would fail as this one did.
+            Err(Unloaded::Read(error)) => (Err(shared.failure("read a file", &error)), true),
+        };
+        let mut state = shared.lock();
+        match &unloaded {
+            Ok(_) => state.status.damaged += 1,
+            Err(_) => state.status.load_failures += 1,
+        }
+        if forget
+            && state.index.get(&task.id).is_some_and(|now| now.named == object.named)
+            && let Some(object) = state.index.remove(&task.id)
+        {
+            state.leave(Victim::Object(object));
+            shared.for_savers.notify_one();
+        }
+        unloaded
+    }
+
+    fn read(&mut self, task: &LoadTask, object: &Object) -> Result<Loaded, Unloaded> {
+        let files = &self.shared.files;
+        let mut handle = files.open(&object.named.name()).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => Unloaded::Damaged,
             _ => Unloaded::Open(error),
         })?;
-    if handle.bytes().map_err(Unloaded::Open)? != object.bytes {
-        return Err(Unloaded::Damaged);
-    }
-    let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
-    let (mut at, mut file_at) = (0, 0);
-    let mut header = None;
-    while file_at < object.bytes {
-        let bytes = usize::try_from(object.bytes - file_at).unwrap_or(usize::MAX).min(PART);
-        let part = buffer.first(bytes);
-        handle.read_at(file_at, part).map_err(of_read)?;
-        file_at += part.len() as u64;
-        let start = if header.is_some() {
-            0
-        } else {
-            let read = format::decode(part).ok_or(Unloaded::Damaged)?;
-            let bytes =
-                format::padded(read.length).and_then(|it| it.checked_add(read.bytes as u64));
-            let saved = &read.saved;
-            let expected = bytes == Some(object.bytes)
-                && read.length == task.length
-                && saved.id() == task.id
-                && saved.space == Saved::space_of(&saved.layout, &saved.cache_salt);
-            if !expected {
-                return Err(Unloaded::Damaged);
-            }
-            let start = read.bytes;
-            header = Some(read);
-            start
-        };
-        let left = usize::try_from(task.length - at).unwrap_or(usize::MAX);
-        let end = part.len().min(start.saturating_add(left));
-        for step in part[start..end].chunks(STEP) {
-            digest.update(step);
-            let to = task.offset.saturating_add(at); // out of bounds: the memory says so
-            task.memory.write(to, step).map_err(Unloaded::Memory)?;
-            at += step.len() as u64;
+        if handle.bytes().map_err(Unloaded::Open)? != object.bytes {
+            return Err(Unloaded::Damaged);
         }
+        let bytes = usize::try_from(object.bytes).unwrap_or(usize::MAX);
+        let part = self.buffer.first(bytes);
+        handle.read_at(0, part)?;
+        let header = format::decode(part).filter(|header| is_expected(header, task, object));
+        let header = header.ok_or(Unloaded::Damaged)?;
+        let mut arriving = Arriving { task, digest: Digest::new(CrcAlgorithm::Crc64Nvme), at: 0 };
+        arriving.take(&part[header.bytes..])?;
+        let rest = (part.len() as u64, object.bytes);
+        if let Some(ahead) = self.ahead.as_ref().filter(|_| rest.0 < rest.1) {
+            handle = ahead.read(handle, rest, |part| arriving.take(part))?;
+        } else {
+            let mut from = rest.0;
+            while from < object.bytes {
+                let left = usize::try_from(object.bytes - from).unwrap_or(usize::MAX);
+                let part = self.buffer.first(left);
+                handle.read_at(from, part)?;
+                from += part.len() as u64;
+                arriving.take(part)?;
+            }
+        }
+        let checksum = arriving.digest.finalize();
+        if checksum != header.checksum || arriving.at != task.length {
+            return Err(Unloaded::Damaged);
+        }
+        let now = SystemTime::now();
+        let age = now.duration_since(object.stamped).unwrap_or_default();
+        if age > self.shared.times.stamp && handle.set_modified(now).is_ok() {
+            self.shared.lock().index.stamp(&object.named, now);
+        }
+        Ok(Loaded { checksum, parent: header.saved.parent })
     }
-    let header = header.ok_or(Unloaded::Damaged)?;
-    let checksum = digest.finalize();
-    if checksum != header.checksum || at != task.length {
-        return Err(Unloaded::Damaged);
+}
+
+/// Whether the header is that of the object which is to be loaded.
+fn is_expected(header: &Header, task: &LoadTask, object: &Object) -> bool {
+    let padded = format::padded(header.length);
+    let bytes = padded.and_then(|bytes| bytes.checked_add(header.bytes as u64));
+    let saved = &header.saved;
+    bytes == Some(object.bytes)
+        && header.length == task.length
+        && saved.id() == task.id
+        && saved.space == Saved::space_of(&saved.layout, &saved.cache_salt)
+}
+
+/// The object's bytes, as they come.
+struct Arriving<'a> {
+    task: &'a LoadTask,
+    digest: Digest,
+    at: u64,
+}
+
+impl Arriving<'_> {
+    /// The next ones, or what fills the file up.
+    fn take(&mut self, part: &[u8]) -> Result<(), Unloaded> {
+        let left = usize::try_from(self.task.length - self.at).unwrap_or(usize::MAX);
+        for step in part[..part.len().min(left)].chunks(STEP) {
+            self.digest.update(step);
+            let to = self.task.offset.saturating_add(self.at); // out of bounds: the memory says so
+            self.task.memory.write(to, step).map_err(Unloaded::Memory)?;
+            self.at += step.len() as u64;
+        }
+        Ok(())
     }
-    let now = SystemTime::now();
-    let age = now.duration_since(object.stamped).unwrap_or_default();
-    if age > shared.times.stamp && handle.set_modified(now).is_ok() {
-        shared.lock().index.stamp(&object.named, now);
-    }
-    Ok(Loaded { checksum, parent: header.saved.parent })
 }

@@ -7,6 +7,7 @@
 //! One lock guards the bookkeeping, and is held across no I/O. Loads and saves have threads of their own, and
 //! saves pause where loads are waiting.
 
+mod ahead;
 mod buffer;
 mod files;
 mod format;

@@ -289,6 +289,24 @@ fn damage_of_any_kind_is_a_miss_and_counted() {
 }
 
 #[test]
+fn damage_far_into_a_large_object_is_a_miss() {
+    let length = 3 * MIB + 100;
+    for at in [4096, MIB, MIB + 1, 2 * MIB - 1, 3 * MIB, 3 * MIB + 4096 + 99] {
+        let directory = Directory::new();
+        let disk = directory.open(16 * MIB);
+        save(&disk, saved(1, ""), &content(1, length)).unwrap();
+        save(&disk, saved(2, ""), &content(2, length)).unwrap();
+        let path = directory.objects().join(directory.names().remove(0));
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[usize::try_from(at).unwrap()] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        assert_eq!(load(&disk, &saved(1, ""), length), Ok(None), "byte {at}");
+        assert_eq!(disk.status().damaged, 1);
+        assert_eq!(load(&disk, &saved(2, ""), length), Ok(Some(content(2, length))));
+    }
+}
+
+#[test]
 fn a_file_that_shrinks_or_goes_under_a_running_disk_is_a_miss() {
     for gone in [false, true] {
         let directory = Directory::new();
@@ -476,7 +494,7 @@ fn the_directory_never_holds_more_than_the_bound() {
     let most = Arc::new(AtomicU64::new(0));
     let faulty = {
         let (most, objects) = (Arc::clone(&most), directory.objects());
-        Faulty::new(&directory, move |operation| {
+        Faulty::on(&directory, move |operation| {
             if matches!(operation, Operation::SyncFile | Operation::Rename) {
                 let bytes = |entry: io::Result<fs::DirEntry>| {
                     entry.ok().and_then(|it| it.metadata().ok()).map_or(0, |it| it.len())
@@ -532,7 +550,7 @@ fn what_a_load_waits_for_is_not_evicted() {
     let gate = Arc::new(Gate::default());
     let faulty = {
         let gate = Arc::clone(&gate);
-        Faulty::new(&directory, move |operation| {
+        Faulty::on(&directory, move |operation| {
             if matches!(operation, Operation::Open) {
                 gate.pass();
             }
@@ -599,7 +617,7 @@ fn saves_wait_while_loads_run_but_not_for_ever() {
     let log = Arc::new(Mutex::new(Vec::new()));
     let faulty = {
         let (gate, log) = (Arc::clone(&gate), Arc::clone(&log));
-        Faulty::new(&directory, move |operation| {
+        Faulty::on(&directory, move |operation| {
             match operation {
                 Operation::Open => gate.pass(),
                 Operation::Write => log.lock().unwrap().push("write"),
@@ -799,7 +817,7 @@ fn a_failing_disk_says_so_serves_what_it_can_and_recovers() {
             let failing = Arc::new(AtomicUsize::new(0));
             let faulty = {
                 let failing = Arc::clone(&failing);
-                Faulty::new(&directory, move |operation| {
+                Faulty::on(&directory, move |operation| {
                     if failing.load(Ordering::Relaxed) > 0 && which(operation) {
                         return Err(io::Error::from(kind));
                     }
@@ -845,7 +863,7 @@ fn saves_that_wait_when_the_disk_fails_end_with_the_reason() {
     let gate = Arc::new(Gate::default());
     let faulty = {
         let gate = Arc::clone(&gate);
-        Faulty::new(&directory, move |operation| match operation {
+        Faulty::on(&directory, move |operation| match operation {
             Operation::Create => {
                 gate.pass();
                 Err(io::Error::other("on purpose"))
@@ -875,7 +893,7 @@ fn a_full_file_system_makes_the_disk_smaller_for_a_while() {
     let room = Arc::new(AtomicU64::new(5 * FILE));
     let faulty = {
         let (room, objects) = (Arc::clone(&room), directory.objects());
-        Faulty::new(&directory, move |operation| {
+        Faulty::on(&directory, move |operation| {
             if let Operation::Write = operation {
                 let bytes = |entry: io::Result<fs::DirEntry>| {
                     entry.ok().and_then(|it| it.metadata().ok()).map_or(0, |it| it.len())
@@ -934,7 +952,7 @@ fn a_directory_that_was_removed_is_made_anew() {
 #[test]
 fn a_load_that_the_system_fails_is_an_error_and_forgets_the_object() {
     let directory = Directory::new();
-    let faulty = Faulty::new(&directory, |operation| match operation {
+    let faulty = Faulty::on(&directory, |operation| match operation {
         Operation::Read => Err(io::Error::other("on purpose")),
         _ => Ok(()),
     });
@@ -945,7 +963,7 @@ fn a_load_that_the_system_fails_is_an_error_and_forgets_the_object() {
     let status = disk.status();
     assert_eq!((status.load_failures, status.damaged, status.bytes), (1, 0, 0));
     let directory = Directory::new();
-    let faulty = Faulty::new(&directory, |operation| match operation {
+    let faulty = Faulty::on(&directory, |operation| match operation {
         Operation::Open => Err(io::Error::other("too many open files, say")),
         _ => Ok(()),
     });
@@ -958,7 +976,7 @@ fn a_load_that_the_system_fails_is_an_error_and_forgets_the_object() {
 #[test]
 fn what_cannot_be_removed_still_counts() {
     let directory = Directory::new();
-    let faulty = Faulty::new(&directory, |operation| match operation {
+    let faulty = Faulty::on(&directory, |operation| match operation {
         Operation::Remove => Err(io::ErrorKind::PermissionDenied.into()),
         _ => Ok(()),
     });
@@ -1048,7 +1066,7 @@ struct Faulty {
 }
 
 impl Faulty {
-    fn new(
+    fn on(
         directory: &Directory,
         fault: impl Fn(&Operation) -> io::Result<()> + Send + Sync + 'static,
     ) -> Arc<dyn Files> {
@@ -1135,7 +1153,7 @@ impl Handle for FaultyHandle {
 /// Files that are created only while `gate` is open.
 fn gated_saves(directory: &Directory, gate: &Arc<Gate>) -> Arc<dyn Files> {
     let gate = Arc::clone(gate);
-    Faulty::new(directory, move |operation| {
+    Faulty::on(directory, move |operation| {
         if matches!(operation, Operation::Create) {
             gate.pass();
         }
