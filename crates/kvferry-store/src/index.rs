@@ -16,6 +16,7 @@ use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;
 use crate::space::Space;
+use crate::tenants::{Quotas, Tenants};
 
 const NONE: u32 = u32::MAX;
 
@@ -56,6 +57,22 @@ struct Object {
     pins: u32,
     /// Objects whose parent it is.
     children: u32,
+    tenant: u32,
+    /// In its tenant's list of what may go.
+    free: bool,
+    /// The policy wanted it to go, and its tenant's guarantee keeps it.
+    parked: bool,
+}
+
+/// For whom room is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Demand {
+    /// Guarantees of all others are kept.
+    Tenant(u32),
+    /// For nobody in particular: guarantees are kept.
+    Nobody,
+    /// Everything is to go.
+    All,
 }
 
 /// All objects of the store.
@@ -66,6 +83,7 @@ pub(crate) struct Index {
     eviction: Box<dyn Eviction>,
     /// Discarded ones that nothing keeps.
     doomed: VecDeque<Handle>,
+    pub(crate) tenants: Tenants,
     visible: u64,
     /// What became visible and what went.
     pub(crate) events: EventLog,
@@ -88,6 +106,7 @@ impl Index {
             by_id: HashMap::new(),
             eviction: policy.eviction(),
             doomed: VecDeque::new(),
+            tenants: Tenants::default(),
             visible: 0,
             events: EventLog::default(),
         }
@@ -146,6 +165,9 @@ impl Index {
     ) -> Handle {
         let generation = grant.generation();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
+        let tenant = self.tenants.number(&origin.space.event.cache_salt);
+        self.tenants.charge(tenant, grant.bytes());
+        self.unpark(tenant);
         let object = Object {
             id,
             origin,
@@ -155,6 +177,9 @@ impl Index {
             discarded: false,
             pins: 1,
             children: 0,
+            tenant,
+            free: false,
+            parked: false,
         };
         let index = match self.unused.pop() {
             Some(index) => {
@@ -229,7 +254,7 @@ impl Index {
             object.pins += 1;
             if object.pins == 1 {
                 next = object.parent;
-                self.eviction.hold(handle.index);
+                self.hold(handle.index);
             }
         }
     }
@@ -244,7 +269,7 @@ impl Index {
                 next = object.parent;
                 match object.discarded {
                     true => self.doomed.push_back(handle),
-                    false => self.eviction.release(handle.index),
+                    false => self.release(handle.index),
                 }
             }
         }
@@ -268,21 +293,119 @@ impl Index {
             let handle = Handle { index: *index, generation: object.grant.generation() };
             self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
             if pins == 0 {
-                self.eviction.hold(*index);
+                self.hold(*index);
                 self.doomed.push_back(handle);
             }
         }
         found.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Takes the object out that goes first; `None` when all are pinned.
-    pub(crate) fn evict(&mut self, cause: RemovalCause) -> Option<Grant> {
-        let index = self.next_doomed().or_else(|| self.eviction.victim())?;
+    /// Takes the object out that goes first; `None` when nothing may go.
+    pub(crate) fn evict(&mut self, cause: RemovalCause, demand: Demand) -> Option<Grant> {
+        let index = self.next_doomed().or_else(|| self.victim(demand))?;
+        self.remove(index, cause)
+    }
+
+    /// Takes the object out that the tenant used longest ago.
+    pub(crate) fn evict_own(&mut self, cause: RemovalCause, tenant: u32) -> Option<Grant> {
+        let index = self.tenants.first(tenant)?;
+        self.remove(index, cause)
+    }
+
+    fn remove(&mut self, index: u32, cause: RemovalCause) -> Option<Grant> {
         let object = self.take(index)?;
+        self.tenants.count_evicted(object.tenant, object.grant.bytes());
+        self.tenants.forget_idle(object.tenant);
         if !object.discarded {
             self.events.push(object.id.chunk, object.id.rank, object.origin, Some(cause));
         }
         Some(object.grant)
+    }
+
+    /// What the policy says goes, as far as guarantees allow.
+    fn victim(&mut self, demand: Demand) -> Option<u32> {
+        if demand == Demand::All {
+            for handle in self.tenants.take_parked() {
+                self.end_parking(handle);
+            }
+        }
+        while let Some(index) = self.eviction.victim() {
+            let object = self.objects.get_mut(index as usize)?.as_mut()?;
+            let own = demand == Demand::All || demand == Demand::Tenant(object.tenant);
+            if own || self.tenants.may_lose(object.tenant, object.grant.bytes()) {
+                return Some(index);
+            }
+            // It waits until its tenant has more than its guarantee, or uses it.
+            object.parked = true;
+            let (tenant, generation) = (object.tenant, object.grant.generation());
+            self.tenants.park(tenant, Handle { index, generation });
+            self.eviction.hold(index);
+            if self.tenants.is_stale(tenant) {
+                let objects = &self.objects;
+                self.tenants.tidy(tenant, |handle| {
+                    let object = objects.get(handle.index as usize).and_then(Option::as_ref);
+                    object.is_some_and(|object| {
+                        object.parked && object.grant.generation() == handle.generation
+                    })
+                });
+            }
+        }
+        // All that is left is guaranteed: one's own, then what is guaranteed by default, goes all the same.
+        loop {
+            let own = match demand {
+                Demand::Tenant(tenant) => self.tenants.next_parked(tenant),
+                _ => None,
+            };
+            let handle = own.or_else(|| self.tenants.next_parked_unnamed())?;
+            if self.object(handle).is_some_and(|object| object.parked) {
+                return Some(handle.index);
+            }
+        }
+    }
+
+    /// The tenant has more than before: so many more of its objects may go.
+    fn unpark(&mut self, tenant: u32) {
+        if self.tenants.may_lose(tenant, 0) {
+            for _ in 0..2 {
+                let Some(handle) = self.tenants.next_parked(tenant) else { return };
+                self.end_parking(handle);
+            }
+        }
+    }
+
+    fn end_parking(&mut self, handle: Handle) {
+        if let Some(object) = self.object_mut(handle).filter(|object| object.parked) {
+            object.parked = false;
+            self.eviction.release(handle.index);
+        }
+    }
+
+    /// Other quotas, from now on.
+    pub(crate) fn set_quotas(&mut self, quotas: Quotas) {
+        for handle in self.tenants.take_parked() {
+            self.end_parking(handle);
+        }
+        self.tenants.set_quotas(quotas);
+    }
+
+    /// Nothing keeps it any more.
+    fn release(&mut self, index: u32) {
+        if let Some(object) = self.objects.get_mut(index as usize).and_then(Option::as_mut) {
+            object.free = true;
+            self.tenants.list(object.tenant, index);
+        }
+        self.eviction.release(index);
+    }
+
+    /// Something keeps it.
+    fn hold(&mut self, index: u32) {
+        if let Some(object) = self.objects.get_mut(index as usize).and_then(Option::as_mut) {
+            object.parked = false;
+            if std::mem::take(&mut object.free) {
+                self.tenants.unlist(object.tenant, index);
+            }
+        }
+        self.eviction.hold(index);
     }
 
     /// A discarded object that nothing keeps.
@@ -322,12 +445,19 @@ impl Index {
         if let Some(parent) = parent {
             self.unpin(parent);
         }
+        if let Some(object) = &object {
+            self.tenants.forget_idle(object.tenant);
+        }
         object.map(|object| object.grant)
     }
 
     fn take(&mut self, index: u32) -> Option<Object> {
         let object = self.objects.get_mut(index as usize)?.take()?;
         self.unused.push(index);
+        if object.free {
+            self.tenants.unlist(object.tenant, index);
+        }
+        self.tenants.discharge(object.tenant, object.grant.bytes());
         self.eviction.remove(index);
         if let Some(parent) = object.parent
             && let Some(known) = self.object_mut(parent)
@@ -415,7 +545,9 @@ mod tests {
                 .map(|(id, handle)| (handle.generation, id.chunk[0]))
                 .collect();
             std::iter::from_fn(|| {
-                self.index.evict(RemovalCause::Evicted).map(|grant| ids[&grant.generation()])
+                self.index
+                    .evict(RemovalCause::Evicted, Demand::Nobody)
+                    .map(|grant| ids[&grant.generation()])
             })
             .collect()
         }

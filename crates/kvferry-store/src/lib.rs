@@ -14,9 +14,11 @@ pub mod replay;
 mod space;
 mod state;
 mod store;
+mod tenants;
 mod tiers;
 
 pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;
 pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};
+pub use tenants::{Quota, Quotas, TenantStatus};

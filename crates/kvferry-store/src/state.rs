@@ -11,8 +11,8 @@ use kvferry_core::key::{Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::eviction::Policy;
-use crate::index::{Handle, Index};
-use crate::pool::{Grant, Pool};
+use crate::index::{Demand, Handle, Index};
+use crate::pool::{Grant, PAGE, Pool};
 use crate::prompt::Prompt;
 use crate::space::{Spaces, space};
 use crate::store::{Departure, Limits, Owner};
@@ -164,9 +164,30 @@ impl State {
     }
 
     /// A slot, for which objects make room as the policy says, unless more memory is on its way.
-    pub(crate) fn allocate(&mut self, bytes: u64) -> Option<Grant> {
+    /// A tenant at its cap makes room itself.
+    pub(crate) fn allocate(&mut self, bytes: u64, salt: &str) -> Option<Grant> {
         if bytes > self.pool.bytes() {
             return None;
+        }
+        let tenant = self.index.tenants.number(salt);
+        let grant = self.make_room(bytes, tenant);
+        if grant.is_none() {
+            self.index.tenants.forget_idle(tenant);
+        }
+        grant
+    }
+
+    fn make_room(&mut self, bytes: u64, tenant: u32) -> Option<Grant> {
+        let cap = self.index.tenants.cap(tenant);
+        let need = bytes.next_multiple_of(PAGE);
+        if need > cap {
+            return None;
+        }
+        // What is above a cap that was lowered goes little by little.
+        let most = cap.max(self.index.tenants.used(tenant).saturating_sub(need));
+        while self.index.tenants.used(tenant) + need > most {
+            let evicted = self.index.evict_own(RemovalCause::Evicted, tenant)?;
+            self.count_evicted(evicted);
         }
         let may_grow = self.should_grow() && self.growth_failed.is_none();
         loop {
@@ -176,19 +197,22 @@ impl State {
             if may_grow {
                 return None;
             }
-            if !self.evict() {
+            if !self.evict(Demand::Tenant(tenant)) {
                 return None;
             }
         }
     }
 
     /// Makes room; `false` when nothing may go.
-    pub(crate) fn evict(&mut self) -> bool {
-        let Some(evicted) = self.index.evict(RemovalCause::Evicted) else { return false };
+    pub(crate) fn evict(&mut self, demand: Demand) -> bool {
+        let evicted = self.index.evict(RemovalCause::Evicted, demand);
+        evicted.map(|evicted| self.count_evicted(evicted)).is_some()
+    }
+
+    fn count_evicted(&mut self, evicted: Grant) {
         self.counters.evicted_objects += 1;
         self.counters.evicted_bytes += evicted.bytes();
         self.pool.give_back(evicted);
-        true
     }
 
     /// The layout and the space of each rank's objects; `None` when no engine of the model is registered.
@@ -553,7 +577,7 @@ mod tests {
             }
         }
         assert!(!state.should_grow(), "half of the step is free");
-        assert!(state.allocate(2 * SMALL).is_some());
+        assert!(state.allocate(2 * SMALL, "").is_some());
         assert_eq!(state.counters.evicted_objects, 1);
     }
 }

@@ -20,10 +20,11 @@ use kvferry_core::{Error, ErrorCode, Result};
 use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
-use crate::index::{Handle, ObjectId};
+use crate::index::{Demand, Handle, ObjectId};
 use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
 use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State};
+use crate::tenants::{Quotas, TenantStatus};
 use crate::tiers::Wanted;
 
 /// Readers of one object that a lookup may announce at most.
@@ -476,7 +477,8 @@ impl Store {
                 continue;
             }
             let room = objects.len() < SLOTS_MAX;
-            let grant = room.then(|| state.allocate(registered.object_bytes)).flatten();
+            let grant = room.then(|| state.allocate(registered.object_bytes, &key.cache_salt));
+            let grant = grant.flatten();
             let Some(grant) = grant else {
                 let rest = chunks.clone().skip(position as usize);
                 let missing = rest.filter(|chunk| state.index.get(&id(*chunk)).is_none()).count();
@@ -664,7 +666,7 @@ impl Store {
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         let mut cleared = 0;
-        while let Some(grant) = state.index.evict(RemovalCause::Cleared) {
+        while let Some(grant) = state.index.evict(RemovalCause::Cleared, Demand::All) {
             state.pool.give_back(grant);
             cleared += 1;
         }
@@ -675,10 +677,34 @@ impl Store {
         cleared
     }
 
+    /// What each tenant may have of the memory, from now on. Nothing goes at once: who has more than its cap makes room
+    /// as it stores.
+    ///
+    /// # Errors
+    /// See [`Quotas::check`]. Quotas stay as they were then.
+    pub fn set_quotas(&self, quotas: Quotas) -> Result<()> {
+        let mut state = self.lock();
+        quotas.check(state.pool.bytes())?;
+        state.index.set_quotas(quotas);
+        Ok(())
+    }
+
+    /// The quotas that hold.
+    pub fn quotas(&self) -> Quotas {
+        self.lock().index.tenants.quotas().clone()
+    }
+
+    /// How those tenants stand that have objects or are named, by their salts.
+    pub fn tenants(&self) -> Vec<TenantStatus> {
+        let mut tenants: Vec<_> = self.lock().index.tenants.all().cloned().collect();
+        tenants.sort_unstable_by(|a, b| a.cache_salt.cmp(&b.cache_salt));
+        tenants
+    }
+
     /// Evicts until no more than so many objects are left, as far as they may go.
     pub(crate) fn trim(&self, objects: u64) {
         let mut state = self.lock();
-        while state.index.visible() > objects && state.evict() {}
+        while state.index.visible() > objects && state.evict(Demand::Nobody) {}
     }
 
     /// Figures for operators, by name.

@@ -94,7 +94,8 @@ impl State {
             let mut of_chunk = Vec::new();
             for ((id, there), registered) in known.into_iter().zip(&registered) {
                 let Some(handle) = there else {
-                    let Some(grant) = self.allocate(registered.object_bytes) else {
+                    let Some(grant) = self.allocate(registered.object_bytes, &key.cache_salt)
+                    else {
                         for Load { handle, .. } in of_chunk {
                             self.abandon(&[handle]);
                         }

@@ -1,11 +1,11 @@
 //! Doubly linked lists of numbers: the links in one vector, a list no more than its ends.
 
-pub(super) const NONE: u32 = u32::MAX;
+pub(crate) const NONE: u32 = u32::MAX;
 
 /// One list's ends.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct List {
-    pub(super) first: u32,
+pub(crate) struct List {
+    pub(crate) first: u32,
     last: u32,
 }
 
@@ -17,11 +17,11 @@ impl Default for List {
 
 /// The neighbours of each number. A number is in one list at most.
 #[derive(Debug, Default)]
-pub(super) struct Links(Vec<[u32; 2]>);
+pub(crate) struct Links(Vec<[u32; 2]>);
 
 impl Links {
     /// So many numbers, from 0 on.
-    pub(super) fn grow(&mut self, numbers: usize) {
+    pub(crate) fn grow(&mut self, numbers: usize) {
         if numbers > self.0.len() {
             reserve(&mut self.0, numbers);
             self.0.resize(numbers, [NONE; 2]);
@@ -29,7 +29,7 @@ impl Links {
     }
 
     /// Puts it behind the last.
-    pub(super) fn push(&mut self, list: &mut List, number: u32) {
+    pub(crate) fn push(&mut self, list: &mut List, number: u32) {
         self.0[number as usize] = [list.last, NONE];
         match self.0.get_mut(list.last as usize) {
             Some(last) => last[1] = number,
@@ -39,7 +39,7 @@ impl Links {
     }
 
     /// Takes it out of the list that it is in.
-    pub(super) fn unlink(&mut self, list: &mut List, number: u32) {
+    pub(crate) fn unlink(&mut self, list: &mut List, number: u32) {
         let [previous, next] = std::mem::replace(&mut self.0[number as usize], [NONE; 2]);
         match self.0.get_mut(previous as usize) {
             Some(previous) => previous[1] = next,
@@ -51,13 +51,13 @@ impl Links {
         }
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.0.capacity() * size_of::<[u32; 2]>()
     }
 }
 
 /// Room for `length`, and for an eighth more: twice as much is more than what is remembered may take.
-pub(super) fn reserve<T>(all: &mut Vec<T>, length: usize) {
+pub(crate) fn reserve<T>(all: &mut Vec<T>, length: usize) {
     if length > all.capacity() {
         all.reserve_exact(length + length / 8 + 64 - all.len());
     }

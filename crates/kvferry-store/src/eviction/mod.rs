@@ -6,7 +6,7 @@
 
 mod arc;
 mod hazard;
-mod links;
+pub(crate) mod links;
 mod lru;
 mod s3_fifo;
 

@@ -29,8 +29,8 @@ pub(super) struct S3Fifo {
     links: Links,
     queues: [List; 2],
     counts: [usize; 2],
-    /// Objects in queues that may go.
-    free: usize,
+    /// Objects in each that may go.
+    free: [usize; 2],
     gone: VecDeque<(u64, u64)>,
     /// The latest entry of each key that has gone.
     by_key: HashMap<u64, u64>,
@@ -41,11 +41,14 @@ impl S3Fifo {
     fn push(&mut self, place: u32, queue: usize) {
         self.objects[place as usize].queue = Some(queue);
         self.counts[queue] += 1;
+        self.free[queue] += usize::from(!self.objects[place as usize].held);
         self.links.push(&mut self.queues[queue], place);
     }
 
     fn unlink(&mut self, place: u32) -> Option<usize> {
-        let queue = self.objects[place as usize].queue.take()?;
+        let object = &mut self.objects[place as usize];
+        let queue = object.queue.take()?;
+        self.free[queue] -= usize::from(!object.held);
         self.counts[queue] -= 1;
         self.links.unlink(&mut self.queues[queue], place);
         Some(queue)
@@ -70,17 +73,21 @@ impl Eviction for S3Fifo {
     fn release(&mut self, place: u32) {
         let object = &mut self.objects[place as usize];
         object.held = false;
-        self.free += 1;
-        if object.queue.is_none() {
-            let known = self.by_key.remove(&object.key).is_some();
-            self.push(place, if known { MAIN } else { SMALL });
+        match object.queue {
+            Some(queue) => self.free[queue] += 1,
+            None => {
+                let known = self.by_key.remove(&object.key).is_some();
+                self.push(place, if known { MAIN } else { SMALL });
+            }
         }
     }
 
     fn hold(&mut self, place: u32) {
         let object = &mut self.objects[place as usize];
-        if !std::mem::replace(&mut object.held, true) {
-            self.free -= 1;
+        if !std::mem::replace(&mut object.held, true)
+            && let Some(queue) = object.queue
+        {
+            self.free[queue] -= 1;
         }
     }
 
@@ -101,14 +108,14 @@ impl Eviction for S3Fifo {
     }
 
     fn victim(&mut self) -> Option<u32> {
-        if self.free == 0 {
-            return None;
-        }
         loop {
             let all = self.counts[SMALL] + self.counts[MAIN];
-            let queue = match self.counts[SMALL] * SHARE >= all || self.counts[MAIN] == 0 {
-                true => SMALL,
-                false => MAIN,
+            let queue = match self.free {
+                [0, 0] => return None,
+                [0, _] => MAIN,
+                [_, 0] => SMALL,
+                _ if self.counts[SMALL] * SHARE >= all => SMALL,
+                _ => MAIN,
             };
             let place = Some(self.queues[queue].first).filter(|first| *first != NONE)?;
             let Object { held, uses, .. } = self.objects[place as usize];

@@ -52,11 +52,16 @@ pub(crate) struct Engine {
 impl Engine {
     /// Room for so many objects; nothing is registered.
     pub(crate) fn new(objects: u64) -> Self {
+        Self::with(objects, Policy::Lru)
+    }
+
+    /// The same, emptied by another policy.
+    pub(crate) fn with(objects: u64, policy: Policy) -> Self {
         let store = Store::new(StoreOptions {
             chunk_size: CHUNK,
             memory: objects * OBJECT,
             shared_name: None,
-            policy: Policy::Lru,
+            policy,
             disk: None,
             limits: Limits::default(),
         })
