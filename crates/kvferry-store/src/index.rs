@@ -11,6 +11,8 @@ use std::ops::Range;
 
 use kvferry_core::explain::RemovalCause;
 
+mod removal;
+
 use crate::events::{EventLog, Origin};
 use crate::pool::Grant;
 use crate::space::Space;

@@ -7,6 +7,7 @@ mod events;
 mod explain;
 mod index;
 mod pool;
+mod probe;
 mod prompt;
 mod space;
 mod state;
@@ -14,4 +15,5 @@ mod store;
 
 pub use embedded::Embedded;
 pub use explain::Explaining;
+pub use probe::PROBE_MODEL;
 pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};
