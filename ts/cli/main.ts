@@ -11,6 +11,7 @@ Commands
   serve    run a cache server until SIGINT or SIGTERM
              --host HOST        a loopback address (127.0.0.1)
              --port PORT        0 takes a free one (5555)
+             --http-port PORT   page, /healthz, /readyz, /metrics; off for none (8080)
              --chunk-size N     tokens in a chunk (256)
              --memory SIZE      size of the shared-memory pool (4GiB)
              --shm-name NAME    name of the pool in /dev/shm

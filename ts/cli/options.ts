@@ -8,6 +8,8 @@ import { KvferryError } from "../errors.js";
 export interface ServeOptions {
 	readonly host: string;
 	readonly port: number;
+	/** Where HTTP is answered; absent: nowhere. */
+	readonly httpPort?: number;
 	/** Tokens in a chunk. */
 	readonly chunkSize: number;
 	/** Size of the pool in bytes. */
@@ -41,7 +43,7 @@ export interface DoctorOptions extends ClientOptions {
 }
 
 /** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["http-port", "disk", "disk-size", "remote", "policy", "config"] as const;
+const LATER = ["disk", "disk-size", "remote", "policy", "config"] as const;
 
 const UNITS: Readonly<Record<string, number>> = {
 	"": 1,
@@ -62,11 +64,11 @@ export function serveOptions(args: string[]): ServeOptions {
 	const values = parse(args, {
 		host: { type: "string", default: "127.0.0.1" },
 		port: { type: "string", default: "5555" },
+		"http-port": { type: "string", default: "8080" },
 		"chunk-size": { type: "string", default: "256" },
 		memory: { type: "string", default: "4GiB" },
 		"shm-name": { type: "string" },
 		json: { type: "boolean", default: false },
-		"http-port": { type: "string" },
 		disk: { type: "string" },
 		"disk-size": { type: "string" },
 		remote: { type: "string" },
@@ -81,10 +83,11 @@ export function serveOptions(args: string[]): ServeOptions {
 			);
 		}
 	}
-	const shmName = values["shm-name"];
+	const { "shm-name": shmName, "http-port": httpPort } = values;
 	return {
 		host: loopback(values.host),
 		port: integer("port", values.port, 0, 65_535),
+		...(httpPort === "off" ? {} : { httpPort: portOrOff("http-port", httpPort) }),
 		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
 		memory: bytes("memory", values.memory),
 		...(shmName === undefined ? {} : { shmName }),
@@ -203,6 +206,14 @@ function integer(flag: string, text: string, min: number, max: number): number {
 		"INVALID_ARGUMENT",
 		`--${flag} ${text}: give an integer from ${min} to ${max}.`,
 	);
+}
+
+function portOrOff(flag: string, text: string): number {
+	const port = /^\d+$/.test(text) ? Number(text) : Number.NaN;
+	if (port <= 65_535) {
+		return port;
+	}
+	throw invalid(`--${flag} ${text}: give a port from 0 to 65535, or off.`);
 }
 
 function bytes(flag: string, text: string): number {

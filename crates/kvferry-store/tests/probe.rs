@@ -1,5 +1,7 @@
 //! Objects that are stored only to see whether storing works.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{Engine, key, layout};
