@@ -17,6 +17,7 @@ Commands
              --shm-name NAME    name of the pool in /dev/shm
   ping     tell how long a server takes to answer
   status   tell what a server holds
+  clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
              --timeout-ms N     wait for it at most that long (3000)
   doctor   tell why a prompt misses; exits with 1 when anything is found
@@ -41,6 +42,7 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
 	["status", async () => (await import("./query.js")).status],
+	["clear", async () => (await import("./query.js")).clear],
 	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);
 

@@ -19,7 +19,7 @@ export interface ServeOptions {
 	readonly json: boolean;
 }
 
-/** What `kvferry ping` and `kvferry status` were asked for. */
+/** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
 	readonly timeoutMs: number;
@@ -96,7 +96,7 @@ export function serveOptions(args: string[]): ServeOptions {
 }
 
 /**
- * Reads the flags of `kvferry ping` and `kvferry status`.
+ * Reads the flags of `kvferry ping`, `kvferry status` and `kvferry clear`.
  *
  * @throws {@link KvferryError} `INVALID_ARGUMENT`.
  */
