@@ -63,7 +63,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-qkAlcqoDDtML0Cqo74ddJjxkpA52wBfKN6N2PN2SKyA='; \
+    script-src 'sha256-BvquPmKDP0gcnrejnc9nlhghfh0UDSMixHFyPkMXKnc='; \
     style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
