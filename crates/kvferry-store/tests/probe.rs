@@ -63,4 +63,9 @@ fn what_others_stored_before_and_after_is_still_evicted_in_its_order() {
     put(&key(300, 1), 7);
     put(&key(400, 1), 7); // the pool is full: the oldest goes
     assert_eq!([100, 200, 300, 400].map(held), [0, 1, 1, 1]);
+    for first in [500, 600, 700] {
+        put(&key(first, 1), 7);
+    }
+    assert_eq!([200, 300, 400, 500, 600, 700].map(held), [0, 0, 0, 1, 1, 1]);
+    assert_eq!(store.clear(), 3);
 }
