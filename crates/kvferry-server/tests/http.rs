@@ -416,13 +416,11 @@ fn sixty_four_clients_may_be_slow_and_are_cut_and_the_data_side_does_not_notice(
         stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").unwrap();
     }
     wait_until_cut(&mut connect_raw(address)); // the 65th, at once
-    let early = begun.elapsed();
     let mut peer = exercise(&server);
     for stream in &mut slow {
         wait_until_cut(stream);
     }
     assert!(begun.elapsed() >= Duration::from_secs(5), "else nobody waited for them");
-    assert!(early < Duration::from_secs(5), "else they were cut before the 65th came");
     peer.wait_for("dropped_http_deadline", 64);
     assert!(peer.status("dropped_http_connections") >= 1);
     assert_eq!(get(address, "/healthz").status, 200);
