@@ -513,6 +513,25 @@ fn the_status_has_the_figures_of_the_wire() {
 }
 
 #[test]
+fn the_page_shows_no_figure_that_the_status_lacks() {
+    let (_server, address) = start(8);
+    let status = get(address, "/status").json();
+    let page = get(address, "/").body;
+    let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+    let mut shown = BTreeSet::new();
+    for opening in [" now.", "(now.", "{now.", "since(\"", "rate(\""] {
+        let after = page.split(opening).skip(1);
+        shown.extend(after.map(|rest| rest.split(word).next().unwrap()));
+    }
+    let drops = page.split("const DROPS = {").nth(1).unwrap().split("};").next().unwrap();
+    shown.extend(drops.split(": \"").filter_map(|text| text.rsplit([' ', '\n']).next()));
+    shown.retain(|name| !["", "at"].contains(name)); // the end, and the page's own
+    let missing: Vec<_> = shown.iter().filter(|name| status.get(name).is_none()).collect();
+    assert!(shown.len() > 20, "{shown:?}");
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
 fn the_boot_token_is_told_to_peers_only() {
     let (server, address) = start(8);
     let token = exercise(&server).hello().boot_token;
