@@ -15,7 +15,18 @@ export async function startServer(shmName) {
 		process.execPath,
 		[
 			join(root, "dist", "cli", "main.js"),
-			...["serve", "--port", "0", "--memory", "1GiB", "--shm-name", shmName, "--json"],
+			...[
+				"serve",
+				"--port",
+				"0",
+				"--http-port",
+				"off",
+				"--memory",
+				"1GiB",
+				"--shm-name",
+				shmName,
+				"--json",
+			],
 		],
 		{ stdio: ["ignore", "pipe", "inherit"] },
 	);

@@ -35,8 +35,9 @@ export class ServerProcess implements AsyncDisposable {
 	/** Starts `kvferry serve` and waits until it listens. */
 	static start(...args: string[]): Promise<ServerProcess> {
 		const port = args.includes("--port") ? [] : ["--port", "0"];
+		const http = args.includes("--http-port") ? [] : ["--http-port", "off"];
 		const memory = args.includes("--memory") ? [] : ["--memory", "64MiB"];
-		return ServerProcess.run(CLI, "serve", "--json", ...port, ...memory, ...args);
+		return ServerProcess.run(CLI, "serve", "--json", ...port, ...http, ...memory, ...args);
 	}
 
 	/** Starts a script that prints its server's url and pool, and waits until it did. */

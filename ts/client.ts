@@ -139,6 +139,13 @@ export class Client implements AsyncDisposable {
 		return Object.fromEntries(figures);
 	}
 
+	/** Empties the cache, for everybody: what is neither leased nor being written goes. */
+	async clear(options: WaitOptions = {}): Promise<void> {
+		this.#checkOpen();
+		const timeoutMs = timeoutOf(options);
+		await waitFor(() => this.#native.clear(timeoutMs), options.signal);
+	}
+
 	/**
 	 * What became visible in the cache and what went, for an index of one's own: ask again from
 	 * `nextCursor`. Another `incarnation`, or `lost`, means that the index is void: begin a new one,

@@ -35,6 +35,8 @@ export declare class Client {
   status(timeoutMs: number): Promise<Array<[string, number | string]>>
   /** Events from `cursor` on; 0 is the oldest. */
   events(cursor: number, max: number, timeoutMs: number): Promise<KvEvents>
+  /** Drops everything that is neither leased nor being written. */
+  clear(timeoutMs: number): Promise<void>
   /** Why a prompt is no hit. */
   explain(modelName: string, worldSize: number, tokens: Uint32Array, salt: string, timeoutMs: number): Promise<Explanation>
   /** The leading chunks of a prompt that a lookup finds. */
@@ -287,6 +289,8 @@ export declare class Server {
   static start(options: ServerOptions): Promise<Server>
   /** `host:port`; absent without a socket. */
   get address(): string | null
+  /** `host:port` of HTTP; absent without it. */
+  get httpAddress(): string | null
   /** The shared segment's name; empty when the pool is private. */
   get shmName(): string
   /** Figures by name. */
@@ -614,6 +618,8 @@ export interface ServerOptions {
   host?: string
   /** 0 lets the system choose. */
   port: number
+  /** Where operators ask, on the same host; 0 lets the system choose, absent: no HTTP. */
+  httpPort?: number
   /** Bytes of the pool. */
   memory: number
   /** The segment's name; absent: by the port. Without a socket the pool is not shared. */

@@ -1,4 +1,4 @@
-import { checkInteger, checkText } from "./arguments.js";
+import { checkInteger, checkText, invalid } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -26,6 +26,11 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	readonly host?: string;
 	/** 0 to 65535; 0 takes a free one, see {@link Server.address}. Default 5555. */
 	readonly port?: number;
+	/**
+	 * 0 to 65535: where operators ask for health, metrics and a page, on the same host; 0 takes a free
+	 * one, see {@link Server.httpAddress}. Default: no HTTP.
+	 */
+	readonly httpPort?: number;
 	/** Bytes of the pool, 4096 to 2^44. Default 4 GiB. */
 	readonly memory?: number;
 	/**
@@ -101,13 +106,13 @@ export class Server implements AsyncDisposable {
 	/**
 	 * Starts a server.
 	 *
-	 * @throws {@link KvferryError} `ADDRESS_IN_USE`, `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
+	 * @throws {@link KvferryError} `ADDRESS_IN_USE` (of either port), `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
 	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
-		const { shmName, chunkSize = 256, keepAlive = listen, policy = "default", signal } = options;
-		const { disk, diskSize = DISK } = options;
+		const { httpPort, shmName, chunkSize = 256, keepAlive = listen, signal } = options;
+		const { policy = "default", disk, diskSize = DISK } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
@@ -123,6 +128,12 @@ export class Server implements AsyncDisposable {
 		if (shmName !== undefined) {
 			checkText("shmName", shmName);
 		}
+		if (httpPort !== undefined) {
+			checkInteger("httpPort", httpPort, 0, 65_535);
+			if (!listen) {
+				throw invalid(`httpPort is ${httpPort}, with listen: false; leave one of them out.`);
+			}
+		}
 		const started = await waitFor(
 			() =>
 				native().Server.start({
@@ -136,6 +147,7 @@ export class Server implements AsyncDisposable {
 					reservationTimeoutMs,
 					...(listen ? { host } : {}),
 					...(listen && shmName !== undefined ? { shmName } : {}),
+					...(httpPort === undefined ? {} : { httpPort }),
 				}),
 			signal,
 			(late) => late.close(),
@@ -150,6 +162,11 @@ export class Server implements AsyncDisposable {
 	/** `host:port` where it listens; undefined when it does not. */
 	get address(): string | undefined {
 		return this.#native.address ?? undefined;
+	}
+
+	/** `host:port` of HTTP; undefined when there is none. */
+	get httpAddress(): string | undefined {
+		return this.#native.httpAddress ?? undefined;
 	}
 
 	/** Name of the pool in shared memory; undefined when it is this process's own memory. */

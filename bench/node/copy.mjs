@@ -50,7 +50,8 @@ class Stack {
 	static async open(/** @type {"never" | "always"} */ verify) {
 		const kvferry = await load();
 		const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
-		const args = ["serve", "--port", "0", "--memory", String(POOL), "--chunk-size", String(CHUNK)];
+		const ports = ["--port", "0", "--http-port", "off"];
+		const args = ["serve", ...ports, "--memory", String(POOL), "--chunk-size", String(CHUNK)];
 		const child = spawn(process.execPath, [program, ...args], {
 			stdio: ["ignore", "pipe", "inherit"],
 		});

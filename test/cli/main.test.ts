@@ -6,6 +6,7 @@ import { readFileSync } from "node:fs";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { Client, PrefixCache } from "../../ts/index.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 
@@ -45,7 +46,7 @@ describe("kvferry", () => {
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, replay, doctor, or --help.\n",
+			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, clear, replay, doctor, or --help.\n",
 		);
 	});
 
@@ -56,7 +57,7 @@ describe("kvferry", () => {
 	});
 
 	it("says that nobody answers", () => {
-		for (const command of ["ping", "status"]) {
+		for (const command of ["ping", "status", "clear"]) {
 			const { status, stderr } = kvferry(command, "--url", "tcp://127.0.0.1:1");
 			expect(status).toBe(1);
 			expect(stderr).toMatch(/^UNREACHABLE: .*127\.0\.0\.1:1/);
@@ -67,10 +68,12 @@ describe("kvferry", () => {
 describe("a running server", () => {
 	let server: ChildProcess;
 	let url: string;
+	let httpUrl: string;
 	const shmName = `kvferry_test_${process.pid}`;
 
 	beforeAll(async () => {
-		const flags = ["--port", "0", "--memory", "8MiB", "--shm-name", shmName, "--json"];
+		const ports = ["--port", "0", "--http-port", "0"];
+		const flags = [...ports, "--memory", "8MiB", "--shm-name", shmName, "--json"];
 		server = spawn(process.execPath, [main, "serve", ...flags], {
 			stdio: ["ignore", "pipe", "inherit"],
 		});
@@ -83,8 +86,10 @@ describe("a running server", () => {
 			url: expect.stringMatching(/^tcp:\/\/127\.0\.0\.1:\d+$/),
 			shmName,
 			memory: 8 << 20,
+			httpUrl: expect.stringMatching(/^http:\/\/127\.0\.0\.1:\d+$/),
 		});
 		url = started.url;
+		httpUrl = started.httpUrl;
 	});
 
 	afterAll(() => server.kill("SIGKILL"));
@@ -106,20 +111,70 @@ describe("a running server", () => {
 		}
 	});
 
-	it("leaves its port to none and its pool to none", () => {
+	it("empties the cache and says so", async () => {
+		await using client = await Client.connect({ url });
+		await using cache = await PrefixCache.open({ via: client, identity: "m", bytesPerChunk: 64 });
+		const store = () => cache.store(new Uint32Array(512), () => new Uint8Array(64));
+		const objects = async () => (await client.status()).objects;
+		for (const json of [[], ["--json"]]) {
+			await store();
+			expect(await objects()).toBe(2);
+			const { status, stderr, stdout } = kvferry("clear", "--url", url, ...json);
+			expect([status, stderr]).toEqual([0, ""]);
+			expect(stdout).toContain(url);
+			expect(await objects()).toBe(0);
+		}
+	});
+
+	it("answers HTTP with the same figures", async () => {
+		const health = await fetch(`${httpUrl}/healthz`);
+		expect([health.status, await health.json()]).toEqual([200, { healthy: true }]);
+		const fields = JSON.parse(kvferry("status", "--url", url, "--json").stdout);
+		const figures = (await (await fetch(`${httpUrl}/status`)).json()) as object;
+		expect(Object.keys(figures)).toEqual(expect.arrayContaining(Object.keys(fields)));
+		const page = await fetch(httpUrl);
+		expect(page.headers.get("content-type")).toMatch(/^text\/html/);
+	});
+
+	it("says where it answers HTTP on a line of its own, after the one that was always there", async () => {
+		const flags = ["--port", "0", "--http-port", "0", "--memory", "8MiB"];
+		const other = spawn(process.execPath, [main, "serve", ...flags], {
+			stdio: ["ignore", "pipe", "inherit"],
+		});
+		const lines: string[] = [];
+		for await (const line of createInterface({ input: other.stdout })) {
+			lines.push(line);
+			if (lines.length === 2) {
+				break;
+			}
+		}
+		other.kill("SIGTERM");
+		expect(lines[0]).toMatch(
+			/^kvferry serves tcp:\/\/127\.0\.0\.1:\d+ from pool \S+ of 8388608 bytes$/,
+		);
+		expect(lines[1]).toMatch(/^its page, health and metrics: http:\/\/127\.0\.0\.1:\d+$/);
+	});
+
+	it("leaves its ports to none and its pool to none", () => {
 		const port = new URL(url).port;
-		const samePort = kvferry("serve", "--port", port, "--memory", "8MiB");
+		const off = ["--http-port", "off", "--memory", "8MiB"];
+		const samePort = kvferry("serve", "--port", port, ...off);
 		expect(samePort).toMatchObject({ status: 1, stdout: "" });
 		expect(samePort.stderr).toMatch(/^ADDRESS_IN_USE: /);
-		const samePool = kvferry("serve", "--port", "0", "--memory", "8MiB", "--shm-name", shmName);
+		const http = ["--http-port", new URL(httpUrl).port, "--memory", "8MiB"];
+		const sameHttp = kvferry("serve", "--port", "0", ...http);
+		expect(sameHttp).toMatchObject({ status: 1, stdout: "" });
+		expect(sameHttp.stderr).toMatch(/^ADDRESS_IN_USE: .*--http-port/);
+		const samePool = kvferry("serve", "--port", "0", ...off, "--shm-name", shmName);
 		expect(samePool).toMatchObject({ status: 1, stdout: "" });
 		expect(samePool.stderr).toMatch(/^POOL_IN_USE: /);
 	});
 
-	it("ends with SIGTERM, and its address answers no more", async () => {
+	it("ends with SIGTERM, and its addresses answer no more", async () => {
 		const exit = once(server, "exit");
 		server.kill("SIGTERM");
 		expect(await exit).toEqual([0, null]);
 		expect(kvferry("ping", "--url", url).stderr).toMatch(/^UNREACHABLE: /);
+		await expect(fetch(`${httpUrl}/healthz`)).rejects.toThrow();
 	});
 });

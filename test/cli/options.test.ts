@@ -6,6 +6,7 @@ describe("kvferry serve", () => {
 		expect(serveOptions([])).toEqual({
 			host: "127.0.0.1",
 			port: 5555,
+			httpPort: 8080,
 			chunkSize: 256,
 			memory: 4 * 2 ** 30,
 			policy: "default",
@@ -16,11 +17,12 @@ describe("kvferry serve", () => {
 
 	it("takes each flag", () => {
 		const flags =
-			"--host localhost --port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
+			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
 			"--disk-size 1GiB --json";
 		expect(serveOptions(flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
+			httpPort: 0,
 			chunkSize: 16,
 			memory: 1_572_864,
 			shmName: "a",
@@ -47,7 +49,11 @@ describe("kvferry serve", () => {
 		},
 	);
 
-	it.each(["http-port", "remote", "config"])(
+	it("serves no HTTP where it is off", () => {
+		expect(serveOptions(["--http-port", "off"])).not.toHaveProperty("httpPort");
+	});
+
+	it.each(["remote", "config"])(
 		"names the later flag --%s",
 		(flag) => {
 			expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
@@ -63,6 +69,9 @@ describe("kvferry serve", () => {
 		["--port", "65536"],
 		["--port", "-1"],
 		["--port", "5.5"],
+		["--http-port", "65536"],
+		["--http-port", "none"],
+		["--http-port", ""],
 		["--chunk-size", "0"],
 		["--memory", "4GB"],
 		["--memory", "0"],

@@ -11,6 +11,7 @@ Commands
   serve    run a cache server until SIGINT or SIGTERM
              --host HOST        a loopback address (127.0.0.1)
              --port PORT        0 takes a free one (5555)
+             --http-port PORT   page, /healthz, /readyz, /metrics; off for none (8080)
              --chunk-size N     tokens in a chunk (256)
              --memory SIZE      size of the shared-memory pool (4GiB)
              --shm-name NAME    name of the pool in /dev/shm
@@ -19,6 +20,7 @@ Commands
              --disk-size SIZE   size of what is in it (20GiB)
   ping     tell how long a server takes to answer
   status   tell what a server holds
+  clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
              --timeout-ms N     wait for it at most that long (3000)
   doctor   tell why a prompt misses; exits with 1 when anything is found
@@ -47,6 +49,7 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
 	["status", async () => (await import("./query.js")).status],
+	["clear", async () => (await import("./query.js")).clear],
 	["replay", async () => (await import("./replay.js")).replay],
 	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);

@@ -10,6 +10,8 @@ import type { EvictionPolicy } from "../server.js";
 export interface ServeOptions {
 	readonly host: string;
 	readonly port: number;
+	/** Where HTTP is answered; absent: nowhere. */
+	readonly httpPort?: number;
 	/** Tokens in a chunk. */
 	readonly chunkSize: number;
 	/** Size of the pool in bytes. */
@@ -24,7 +26,7 @@ export interface ServeOptions {
 	readonly json: boolean;
 }
 
-/** What `kvferry ping` and `kvferry status` were asked for. */
+/** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
 	readonly timeoutMs: number;
@@ -58,7 +60,7 @@ export interface ReplayOptions {
 }
 
 /** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["http-port", "remote", "config"] as const;
+const LATER = ["remote", "config"] as const;
 
 const POLICIES: readonly EvictionPolicy[] = ["default", "lru", "arc", "s3fifo"];
 
@@ -81,11 +83,11 @@ export function serveOptions(args: string[]): ServeOptions {
 	const values = parse(args, {
 		host: { type: "string", default: "127.0.0.1" },
 		port: { type: "string", default: "5555" },
+		"http-port": { type: "string", default: "8080" },
 		"chunk-size": { type: "string", default: "256" },
 		memory: { type: "string", default: "4GiB" },
 		"shm-name": { type: "string" },
 		json: { type: "boolean", default: false },
-		"http-port": { type: "string" },
 		disk: { type: "string" },
 		"disk-size": { type: "string", default: "20GiB" },
 		remote: { type: "string" },
@@ -100,10 +102,11 @@ export function serveOptions(args: string[]): ServeOptions {
 			);
 		}
 	}
-	const shmName = values["shm-name"];
+	const { "shm-name": shmName, "http-port": httpPort } = values;
 	return {
 		host: loopback(values.host),
 		port: integer("port", values.port, 0, 65_535),
+		...(httpPort === "off" ? {} : { httpPort: portOrOff("http-port", httpPort) }),
 		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
 		memory: bytes("memory", values.memory),
 		...(shmName === undefined ? {} : { shmName }),
@@ -115,7 +118,7 @@ export function serveOptions(args: string[]): ServeOptions {
 }
 
 /**
- * Reads the flags of `kvferry ping` and `kvferry status`.
+ * Reads the flags of `kvferry ping`, `kvferry status` and `kvferry clear`.
  *
  * @throws {@link KvferryError} `INVALID_ARGUMENT`.
  */
@@ -266,6 +269,14 @@ function integer(flag: string, text: string, min: number, max: number): number {
 		"INVALID_ARGUMENT",
 		`--${flag} ${text}: give an integer from ${min} to ${max}.`,
 	);
+}
+
+function portOrOff(flag: string, text: string): number {
+	const port = /^\d+$/.test(text) ? Number(text) : Number.NaN;
+	if (port <= 65_535) {
+		return port;
+	}
+	throw invalid(`--${flag} ${text}: give a port from 0 to 65535, or off.`);
 }
 
 function bytes(flag: string, text: string): number {

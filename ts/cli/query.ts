@@ -25,6 +25,18 @@ export async function status(args: string[]): Promise<void> {
 	}
 }
 
+/** `kvferry clear`: empties the cache. */
+export async function clear(args: string[]): Promise<void> {
+	const options = clientOptions(args);
+	await query(options, (client) => client.clear(options));
+	const { url } = options;
+	process.stdout.write(
+		options.json
+			? `${JSON.stringify({ url, cleared: true })}\n`
+			: `${url} keeps only what is leased or being written\n`,
+	);
+}
+
 async function query<T>(options: ClientOptions, ask: (client: Client) => Promise<T>): Promise<T> {
 	const client = await Client.connect(options);
 	try {

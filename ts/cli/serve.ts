@@ -5,13 +5,18 @@ import { serveOptions } from "./options.js";
 export async function serve(args: string[]): Promise<void> {
 	const { json, ...options } = serveOptions(args);
 	const server = await Server.start(options);
-	const { shmName } = server;
+	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
+	const http = httpAddress === undefined ? {} : { httpUrl: `http://${httpAddress}` };
+	const { memory } = options;
 	process.stdout.write(
 		json
-			? `${JSON.stringify({ url, shmName, memory: options.memory })}\n`
-			: `kvferry serves ${url} from pool ${shmName} of ${options.memory} bytes\n`,
+			? `${JSON.stringify({ url, shmName, memory, ...http })}\n`
+			: `kvferry serves ${url} from pool ${shmName} of ${memory} bytes\n`,
 	);
+	if (!json && http.httpUrl !== undefined) {
+		process.stdout.write(`its page, health and metrics: ${http.httpUrl}\n`);
+	}
 	await stopSignal();
 	await server.close();
 }

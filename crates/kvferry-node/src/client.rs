@@ -110,6 +110,13 @@ impl Client {
         promise(env, async move { Ok(client.events(cursor, max, until).await?.into()) })
     }
 
+    /// Drops everything that is neither leased nor being written.
+    #[napi(catch_unwind, ts_return_type = "Promise<void>")]
+    pub fn clear<'env>(&self, env: &'env Env, timeout_ms: u32) -> Result<PromiseRaw<'env, ()>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        promise(env, async move { client.clear(until).await })
+    }
+
     /// Why a prompt is no hit.
     #[napi(catch_unwind, ts_return_type = "Promise<Explanation>")]
     pub fn explain<'env>(

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode};
+use kvferry_server::HttpOptions;
 use kvferry_store::disk::{DiskOptions, DiskStatus};
 use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
@@ -26,6 +27,8 @@ pub struct ServerOptions {
     pub host: Option<String>,
     /// 0 lets the system choose.
     pub port: u16,
+    /// Where operators ask, on the same host; 0 lets the system choose, absent: no HTTP.
+    pub http_port: Option<u16>,
     /// Bytes of the pool.
     pub memory: f64,
     /// The segment's name; absent: by the port. Without a socket the pool is not shared.
@@ -49,12 +52,13 @@ pub struct ServerOptions {
 pub struct Server {
     running: Arc<Mutex<Option<Running>>>,
     address: Option<String>,
+    http_address: Option<String>,
     shm_name: String,
 }
 
 struct Running {
     store: Store,
-    _listening: Option<kvferry_server::Server>,
+    listening: Option<kvferry_server::Server>,
 }
 
 #[napi]
@@ -76,6 +80,12 @@ impl Server {
         self.address.clone()
     }
 
+    /// `host:port` of HTTP; absent without it.
+    #[napi(getter, catch_unwind)]
+    pub fn http_address(&self) -> Option<String> {
+        self.http_address.clone()
+    }
+
     /// The shared segment's name; empty when the pool is private.
     #[napi(getter, catch_unwind)]
     pub fn shm_name(&self) -> String {
@@ -85,9 +95,13 @@ impl Server {
     /// Figures by name.
     #[napi(catch_unwind)]
     pub fn status(&self) -> Result<Vec<(String, f64)>> {
-        let store = self.store()?;
-        let mut figures = store.status(kvferry_store::clock::now());
-        figures.extend(store.disk_status().iter().flat_map(DiskStatus::figures));
+        let now = kvferry_store::clock::now();
+        let mut figures = self.ask(|running| match &running.listening {
+            Some(server) => server.figures(now),
+            None => running.store.status(now),
+        })?;
+        let disk = self.ask(|running| running.store.disk_status())?;
+        figures.extend(disk.iter().flat_map(DiskStatus::figures));
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())
@@ -150,8 +164,8 @@ impl Server {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         promise(env, async move {
             tokio::task::block_in_place(|| {
-                let Some(Running { store, _listening }) = running else { return };
-                drop(_listening); // waits for the server's thread: nothing more is committed
+                let Some(Running { store, listening }) = running else { return };
+                drop(listening); // waits for the server's thread: nothing more is committed
                 let _ = store.close_disk(Instant::now() + CLOSE); // what is lost is computed again
             });
             Ok(())
@@ -159,16 +173,19 @@ impl Server {
     }
 
     fn store(&self) -> Result<Store> {
+        self.ask(|running| running.store.clone())
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(&Running) -> T) -> Result<T> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let store = running.as_ref().map(|running| running.store.clone());
-        store.ok_or_else(|| {
+        running.as_ref().map(question).ok_or_else(|| {
             to_napi(Error::new(ErrorCode::Closed, "the server was closed; start another one"))
         })
     }
 }
 
 fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
-    let ServerOptions { host, port, shm_name, .. } = options;
+    let ServerOptions { host, port, http_port, shm_name, .. } = options;
     let policy = options.policy.as_deref().map_or(Ok(Policy::default()), Policy::from_name)?;
     let disk = match options.disk {
         Some(dir) => Some(DiskOptions::new(dir, whole(options.disk_size, "diskSize")?)),
@@ -190,7 +207,8 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
         None => (Store::new(private)?, None),
         Some(host) => {
             let mut made = None;
-            let listen = kvferry_server::ServerOptions { host, port };
+            let http = http_port.map(|port| HttpOptions { host: host.clone(), port });
+            let listen = kvferry_server::ServerOptions { host, port, http };
             let server = kvferry_server::Server::start(&listen, |address| {
                 let name = shm_name.unwrap_or_else(|| address.port().to_string());
                 let store = Store::new(StoreOptions { shared_name: Some(name), ..private })?;
@@ -202,9 +220,11 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
         }
     };
     let address = listening.as_ref().map(|server| server.address().to_string());
+    let http_address = listening.as_ref().and_then(kvferry_server::Server::http_address);
+    let http_address = http_address.map(|address| address.to_string());
     let (shm_name, _) = store.pool();
-    let running = Arc::new(Mutex::new(Some(Running { store, _listening: listening })));
-    Ok(Server { running, address, shm_name })
+    let running = Arc::new(Mutex::new(Some(Running { store, listening })));
+    Ok(Server { running, address, http_address, shm_name })
 }
 
 /// A JavaScript number that counts something.

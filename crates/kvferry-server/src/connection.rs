@@ -33,6 +33,12 @@ struct Part<'a> {
     bytes: usize,
 }
 
+impl Unfinished {
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 impl Part<'_> {
     /// `false` when there is no room for `bytes`.
     fn set(&mut self, bytes: usize) -> bool {
@@ -190,6 +196,7 @@ mod tests {
     use tokio::time::{advance, sleep};
 
     use super::*;
+    use crate::figures::Figures;
 
     /// The serving side, without a socket.
     struct Host {
@@ -209,7 +216,7 @@ mod tests {
                 limits: Limits::default(),
             };
             let store = Store::new(options).unwrap();
-            let service = Service::new(store.clone(), [0; 16]);
+            let service = Service::new(store.clone(), [0; 16], Figures::new().into());
             Self { store, service, unfinished: Unfinished::default() }
         }
 

@@ -2,14 +2,18 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{Departure, Store};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
-use crate::connection::{Unfinished, serve};
+use crate::connection::serve;
+use crate::figures::Figures;
+use crate::http::{Http, JOBS_MAX, Job};
 use crate::service::{Peer, Service};
 
 /// Connections at most; one more is closed at once.
@@ -24,6 +28,17 @@ pub struct ServerOptions {
     pub host: String,
     /// 0 lets the system choose.
     pub port: u16,
+    /// Health, metrics and a page for operators; `None`: no HTTP.
+    pub http: Option<HttpOptions>,
+}
+
+/// Where a server answers HTTP.
+#[derive(Debug, Clone)]
+pub struct HttpOptions {
+    /// A loopback address, or `localhost` for 127.0.0.1.
+    pub host: String,
+    /// 0 lets the system choose.
+    pub port: u16,
 }
 
 /// A listening server. Dropping it closes its connections and waits for its thread.
@@ -31,6 +46,13 @@ pub struct Server {
     address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+    /// Ends first: it asks the other thread.
+    http: Option<Http>,
+    store: Store,
+    figures: Arc<Figures>,
+    /// For the data thread.
+    #[cfg(test)]
+    jobs: mpsc::Sender<Job>,
 }
 
 impl Server {
@@ -41,39 +63,71 @@ impl Server {
         options: &ServerOptions,
         store: impl FnOnce(SocketAddr) -> Result<Store>,
     ) -> Result<Self> {
-        let listener = bind(options)?;
+        let listener = bind(&options.host, options.port, "")?;
+        let http =
+            options.http.as_ref().map(|http| bind(&http.host, http.port, HTTP_HINT)).transpose()?;
         let cannot = |error: std::io::Error| Error::system("cannot serve", &error);
         let address = listener.local_addr().map_err(cannot)?;
-        listener.set_nonblocking(true).map_err(cannot)?;
         let store = store(address)?;
         let boot_token = store.boot_token();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();
+        let figures = Arc::new(Figures::new());
+        let (jobs, todo) = mpsc::channel(JOBS_MAX);
+        let served = (store.clone(), Arc::clone(&figures));
         let thread = std::thread::Builder::new()
             .name("kvferry-server".into())
             .spawn(move || {
-                let service = Rc::new(Service::new(store.clone(), boot_token));
+                let (store, figures) = served;
+                let service = Service::new(store.clone(), boot_token, Arc::clone(&figures));
                 let tasks = tokio::task::LocalSet::new();
                 tasks.block_on(&runtime, async move {
                     tokio::select! {
-                        () = accept(listener, CONNECTIONS_MAX, &store, service) => {}
+                        () = accept(listener, CONNECTIONS_MAX, &store, Rc::new(service), &figures) => {}
+                        () = work(todo) => {}
                         _ = stopped => {}
                     }
                 });
             })
             .map_err(cannot)?;
-        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
+        let (stop, thread) = (Some(stop), Some(thread));
+        let mut server = Self {
+            address,
+            stop,
+            thread,
+            http: None,
+            store,
+            figures,
+            #[cfg(test)]
+            jobs: jobs.clone(),
+        };
+        if let Some(listener) = http {
+            let (store, figures) = (server.store.clone(), Arc::clone(&server.figures));
+            server.http = Some(Http::start(listener, store, figures, jobs)?);
+        }
+        Ok(server)
     }
 
     /// Where it listens; the port is the one that the system chose.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
+
+    /// Where it answers HTTP.
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().map(Http::address)
+    }
+
+    /// The store's figures, without what the server's own probes of it have added.
+    pub fn figures(&self, now: Instant) -> Vec<(&'static str, u64)> {
+        self.figures.store(&self.store, now)
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        drop(self.http.take());
         if let Some(stop) = self.stop.take() {
             let _ = stop.send(()); // it may have ended
         }
@@ -83,8 +137,11 @@ impl Drop for Server {
     }
 }
 
-fn bind(options: &ServerOptions) -> Result<TcpListener> {
-    let ServerOptions { host, port } = options;
+/// Ends the error of a port that is in use.
+const HTTP_HINT: &str = " for HTTP (httpPort, --http-port), or none (--http-port off)";
+
+/// A listener that does not block.
+fn bind(host: &str, port: u16, hint: &str) -> Result<TcpListener> {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     // Resolved, localhost may be several addresses: a second server would take the one that the first
     // has left, and libzmq's clients look at this one only.
@@ -100,13 +157,24 @@ fn bind(options: &ServerOptions) -> Result<TcpListener> {
             ),
         ));
     };
-    TcpListener::bind((address, *port)).map_err(|error| match error.kind() {
+    let cannot = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::AddrInUse => Error::new(
             ErrorCode::AddressInUse,
-            format!("{host}:{port} is in use; stop the server there, or choose another port"),
+            format!("{host}:{port} is in use; stop the server there, or choose another port{hint}"),
         ),
         _ => Error::system(format!("cannot listen on {host}:{port}"), &error),
-    })
+    };
+    let listener = TcpListener::bind((address, port)).map_err(cannot)?;
+    listener.set_nonblocking(true).map_err(cannot)?;
+    Ok(listener)
+}
+
+/// Does what other threads ask of this one.
+async fn work(mut jobs: mpsc::Receiver<Job>) {
+    while let Some(job) = jobs.recv().await {
+        job();
+    }
+    std::future::pending::<()>().await; // there is no HTTP: the other branches go on
 }
 
 async fn accept(
@@ -114,29 +182,37 @@ async fn accept(
     connections_max: usize,
     store: &Store,
     service: Rc<Service>,
+    figures: &Arc<Figures>,
 ) {
     let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-    let unfinished = Rc::new(Unfinished::default());
-    let connections = Rc::new(());
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             service.drop_message("accept");
             tokio::time::sleep(ACCEPT_RETRY).await;
             continue;
         };
-        if Rc::strong_count(&connections) > connections_max {
+        if figures.connections.load(Ordering::Relaxed) >= connections_max {
             service.drop_message("connections");
             continue;
         }
         let _ = stream.set_nodelay(true); // without it answers come late, and still come
         let (store, service) = (store.clone(), Rc::clone(&service));
-        let (unfinished, counted) = (Rc::clone(&unfinished), Rc::clone(&connections));
+        figures.connections.fetch_add(1, Ordering::Relaxed);
+        let counted = Counted(Arc::clone(figures));
         tokio::task::spawn_local(async move {
             let mut peer =
                 Leaving { peer: Peer::new(store.connect()), departure: Departure::GivenUp, store };
-            peer.departure = serve(stream, &service, &mut peer.peer, &unfinished).await;
-            drop(counted);
+            peer.departure = serve(stream, &service, &mut peer.peer, &counted.0.unfinished).await;
         });
+    }
+}
+
+/// Counts a connection until its task ends, however it ends.
+struct Counted(Arc<Figures>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -156,7 +232,7 @@ impl Drop for Leaving {
 #[cfg(test)]
 mod tests {
     use kvferry_store::{Limits, Policy, StoreOptions};
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
 
     use super::*;
@@ -174,7 +250,8 @@ mod tests {
     }
 
     fn start(host: &str, port: u16) -> Result<Server> {
-        Server::start(&ServerOptions { host: host.into(), port }, |_| Ok(store()))
+        let options = ServerOptions { host: host.into(), port, http: None };
+        Server::start(&options, |_| Ok(store()))
     }
 
     #[tokio::test]
@@ -183,7 +260,8 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let store = store();
-        let service = Rc::new(Service::new(store.clone(), [0; 16]));
+        let figures = Arc::new(Figures::new());
+        let service = Rc::new(Service::new(store.clone(), [0; 16], Arc::clone(&figures)));
         let clients = async {
             let mut greeting = [0; 64];
             let mut first = TcpStream::connect(address).await.unwrap();
@@ -200,7 +278,7 @@ mod tests {
                 }
             }
         };
-        let serving = accept(listener, 2, &store, service);
+        let serving = accept(listener, 2, &store, service, &figures);
         tokio::task::LocalSet::new()
             .run_until(async {
                 tokio::select! {
@@ -221,5 +299,55 @@ mod tests {
         assert_eq!(server.address().ip(), Ipv4Addr::LOCALHOST);
         let second = start("localhost", server.address().port()).err().map(|error| error.code);
         assert_eq!(second, Some(ErrorCode::AddressInUse));
+    }
+    /// The status code and the body.
+    async fn get(server: &Server, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(server.http_address().unwrap()).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head[9..12].parse().unwrap(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_server_whose_data_thread_is_stuck_is_neither_healthy_nor_ready() {
+        let http = Some(HttpOptions { host: "localhost".into(), port: 0 });
+        let options = ServerOptions { host: "localhost".into(), port: 0, http };
+        let server = Server::start(&options, |_| Ok(store())).unwrap();
+        assert_eq!(get(&server, "/healthz").await, (200, r#"{"healthy":true}"#.into()));
+        let (go_on, held) = std::sync::mpsc::channel::<()>();
+        let stuck = Box::new(move || assert!(held.recv().is_err())); // until `go_on` is dropped
+        server.jobs.send(stuck).await.unwrap();
+        let reason = "the data thread has not answered within a second";
+        let (status, body) = get(&server, "/healthz").await;
+        assert_eq!((status, body), (503, format!(r#"{{"healthy":false,"reason":"{reason}"}}"#)));
+        let (status, body) = get(&server, "/readyz").await;
+        assert_eq!(status, 503);
+        assert!(
+            body.starts_with(&format!(r#"{{"ready":false,"reason":"{reason}","tiers":"#)),
+            "{body}"
+        );
+        assert_eq!(get(&server, "/metrics").await.0, 200, "figures are told all the same");
+        drop(go_on);
+        assert_eq!(get(&server, "/healthz").await.0, 200);
+    }
+
+    #[test]
+    fn http_is_served_on_loopback_only_and_on_a_port_of_its_own() {
+        let start = |host: &str, port| {
+            let http = Some(HttpOptions { host: host.into(), port });
+            let options = ServerOptions { host: "localhost".into(), port: 0, http };
+            Server::start(&options, |_| Ok(store()))
+        };
+        let error = start("0.0.0.0", 0).err().map(|error| error.code);
+        assert_eq!(error, Some(ErrorCode::UnsupportedOption));
+        let server = start("localhost", 0).unwrap();
+        let address = server.http_address().unwrap();
+        assert_eq!(address.ip(), Ipv4Addr::LOCALHOST);
+        let error = start("localhost", address.port()).err().unwrap();
+        assert_eq!(error.code, ErrorCode::AddressInUse);
+        assert!(error.message.contains("--http-port"), "{error}");
     }
 }

@@ -1,7 +1,6 @@
 //! From a message to its answer: what LMCache's operations mean for the store.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -10,6 +9,8 @@ use kvferry_core::{Error, Result};
 use kvferry_store::{Owner, Store};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
+
+use crate::figures::Figures;
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
 const WAIT: Duration = Duration::from_millis(50);
@@ -36,15 +37,14 @@ impl Peer {
 pub(crate) struct Service {
     store: Store,
     hello: Hello,
-    started: Instant,
-    dropped: Mutex<BTreeMap<&'static str, i64>>,
+    figures: Arc<Figures>,
 }
 
 impl Service {
-    pub(crate) fn new(store: Store, boot_token: [u8; 16]) -> Self {
+    pub(crate) fn new(store: Store, boot_token: [u8; 16], figures: Arc<Figures>) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let hello = Hello { boot_token, version, pid: std::process::id() };
-        Self { store, hello, started: Instant::now(), dropped: Mutex::default() }
+        Self { store, hello, figures }
     }
 
     /// The reply to a message; `None` for one that LMCache would not answer either. It is counted.
@@ -74,13 +74,14 @@ impl Service {
                 refusal(header.operation)?
             }
         };
-        Some(header.reply(&if peer.extended { reply } else { reply.plain() }))
+        let reply = header.reply(&if peer.extended { reply } else { reply.plain() });
+        self.figures.observe(header.operation, now.elapsed());
+        Some(reply)
     }
 
     /// Counts what was dropped, by why.
     pub(crate) fn drop_message(&self, label: &'static str) {
-        let mut dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
-        *dropped.entry(label).or_default() += 1;
+        self.figures.drop_message(label);
     }
 
     async fn carry_out(&self, peer: &mut Peer, request: Request, now: Instant) -> Result<Reply> {
@@ -187,13 +188,10 @@ impl Service {
         let mut status: Vec<(String, Value)> = vec![
             ("version".into(), Value::Text(self.hello.version.clone())),
             ("pid".into(), Value::Integer(self.hello.pid.into())),
-            (
-                "uptime_seconds".into(),
-                Value::Float(now.saturating_duration_since(self.started).as_secs_f64()),
-            ),
+            ("uptime_seconds".into(), Value::Float(self.figures.uptime(now).as_secs_f64())),
         ];
         let count = |value: u64| Value::Integer(i64::try_from(value).unwrap_or(i64::MAX));
-        let figures = self.store.status(now).into_iter();
+        let figures = self.figures.store(&self.store, now).into_iter();
         status.extend(figures.map(|(name, value)| (name.to_owned(), count(value))));
         if let Some(disk) = self.store.disk_status() {
             let figures = disk.figures().into_iter();
@@ -201,12 +199,13 @@ impl Service {
             let failure = disk.failed.unwrap_or_default();
             status.push(("disk_failure".into(), Value::Text(failure)));
         }
-        let dropped = self.dropped.lock().unwrap_or_else(PoisonError::into_inner);
-        status.push(("dropped_messages".into(), Value::Integer(dropped.values().sum())));
-        let by_reason = dropped.iter();
-        status.extend(by_reason.map(|(why, count)| {
-            (format!("dropped_{}", why.to_lowercase()), Value::Integer(*count))
-        }));
+        let dropped = self.figures.dropped();
+        status.push(("dropped_messages".into(), count(dropped.values().sum())));
+        let by_reason = dropped.into_iter();
+        status.extend(
+            by_reason
+                .map(|(why, dropped)| (format!("dropped_{}", why.to_lowercase()), count(dropped))),
+        );
         status
     }
 }

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use kvferry_core::events::{EVENT_SPACES_MAX, EVENTS_MAX, EventKind, Events, KvEvent};
 use kvferry_core::explain::RemovalCause;
 
+use crate::probe::PROBE_MODEL;
 use crate::space::Space;
 use crate::store::Store;
 
@@ -60,6 +61,9 @@ impl EventLog {
         origin: Origin,
         removed: Option<RemovalCause>,
     ) {
+        if origin.space.event.model_name == PROBE_MODEL {
+            return;
+        }
         let last = self.entries.back();
         let named = last.is_some_and(|last| Arc::ptr_eq(&last.origin.space, &origin.space));
         let names = if named { 0 } else { origin.space.bytes() };

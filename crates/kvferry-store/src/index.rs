@@ -12,6 +12,8 @@ use std::time::Instant;
 use kvferry_core::cache::Slot;
 use kvferry_core::explain::RemovalCause;
 
+mod removal;
+
 use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;

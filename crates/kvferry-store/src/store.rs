@@ -529,7 +529,10 @@ impl Store {
             None => Vec::new(),
         };
         state.index.commit(&reservation.objects);
+        let grants = reservation.objects.iter().filter_map(|handle| state.index.grant(*handle));
+        let bytes = grants.map(|grant| grant.slot.length).sum::<u64>();
         state.counters.stored_chunks += reservation.objects.len() as u64;
+        state.counters.stored_bytes += bytes;
         drop(state);
         self.save(saves);
         Ok(true)
@@ -613,6 +616,7 @@ impl Store {
         }
         state.belongings(owner).instances.insert(instance);
         state.counters.retrieved_chunks += objects.len() as u64;
+        state.counters.retrieved_bytes += registered.object_bytes * objects.len() as u64;
         if let Some(known) = state.instances.get_mut(&instance) {
             let retrieval = Retrieval { owner, objects, apart: false };
             known.retrievals.entry(range).or_default().push_back(retrieval);
@@ -745,9 +749,11 @@ impl Store {
             ("lookup_chunks", counters.lookup_chunks),
             ("hit_chunks", counters.hit_chunks),
             ("stored_chunks", counters.stored_chunks),
+            ("stored_bytes", counters.stored_bytes),
             ("refused_chunks", counters.refused_chunks),
             ("abandoned_chunks", counters.abandoned_chunks),
             ("retrieved_chunks", counters.retrieved_chunks),
+            ("retrieved_bytes", counters.retrieved_bytes),
             ("failed_retrievals", counters.failed_retrievals),
             ("damaged_chunks", counters.damaged_chunks),
             ("evicted_objects", counters.evicted_objects),

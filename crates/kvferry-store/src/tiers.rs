@@ -15,6 +15,7 @@ use kvferry_core::key::Key;
 use crate::disk::{Disk, DiskStatus, Loaded, Saved};
 use crate::events::Origin;
 use crate::index::{Handle, ObjectId};
+use crate::probe::PROBE_MODEL;
 use crate::prompt::Prompt;
 use crate::state::{Registered, State};
 use crate::store::{Store, ids_of};
@@ -231,6 +232,9 @@ impl State {
         let mut saves = Vec::with_capacity(objects.len());
         for handle in objects {
             let Some((id, origin, slot)) = self.index.describe(*handle) else { continue };
+            if origin.space.event.model_name == PROBE_MODEL {
+                continue;
+            }
             let saved = Saved {
                 chunk: id.chunk,
                 space: id.space,

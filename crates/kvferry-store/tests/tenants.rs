@@ -1,5 +1,7 @@
 //! What tenants keep from each other, whatever the policy.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,0 +1,228 @@
+//! `/metrics`, in Prometheus' text format 0.0.4.
+
+use std::fmt::{Display, Write as _};
+use std::sync::atomic::Ordering;
+
+use super::Snapshot;
+use crate::figures::BOUNDS;
+
+/// The format's media type.
+pub(super) const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+/// How a figure of the store becomes a series.
+struct Series {
+    figure: &'static str,
+    /// Without `kvferry_`; series of one metric stand together.
+    metric: &'static str,
+    kind: Kind,
+    /// As they stand between the braces.
+    labels: &'static str,
+    /// The figure counts chunks, the metric tokens.
+    in_tokens: bool,
+    /// The metric's meaning, told by its first series.
+    help: &'static str,
+}
+
+const fn gauge(
+    figure: &'static str,
+    metric: &'static str,
+    labels: &'static str,
+    help: &'static str,
+) -> Series {
+    Series { figure, metric, kind: Kind::Gauge, labels, in_tokens: false, help }
+}
+
+const fn counter(
+    figure: &'static str,
+    metric: &'static str,
+    labels: &'static str,
+    help: &'static str,
+) -> Series {
+    Series { kind: Kind::Counter, ..gauge(figure, metric, labels, help) }
+}
+
+const fn tokens(
+    figure: &'static str,
+    metric: &'static str,
+    labels: &'static str,
+    help: &'static str,
+) -> Series {
+    Series { in_tokens: true, ..counter(figure, metric, labels, help) }
+}
+
+const MEMORY: &str = "tier=\"memory\"";
+
+/// Every figure of the store. A test refuses one that is missing.
+#[rustfmt::skip]
+const STORE: &[Series] = &[
+    gauge("chunk_size", "chunk_size_tokens", "", "Tokens of one chunk."),
+    gauge("pool_bytes", "tier_capacity_bytes", MEMORY, "Bytes that the tier may hold."),
+    gauge("reserved_bytes", "tier_reserved_bytes", MEMORY, "Bytes that the tier has of the system by now."),
+    gauge("used_bytes", "tier_used_bytes", MEMORY, "Bytes that objects and slots being written take."),
+    gauge("objects", "tier_objects", MEMORY, "Objects that readers may see."),
+    gauge("growth_failed", "tier_growth_failed", MEMORY, "1 while the system refuses more memory."),
+    gauge("instances", "instances", "", "Registered engines' workers."),
+    gauge("sessions", "sessions", "", "Requests that the server remembers something of."),
+    gauge("leases", "leases", "", "Read locks of lookups that no worker was handed yet."),
+    gauge("slots_writing", "slots", "state=\"writing\"", "Slots of the pool that peers were told of."),
+    gauge("slots_reading", "slots", "state=\"reading\"", ""),
+    gauge("slots_apart", "slots", "state=\"apart\"", ""),
+    gauge("slots_apart_bytes", "slots_apart_bytes", "", "Bytes of slots whose writers were given up."),
+    counter("lookups", "lookups_total", "", "Lookups."),
+    counter("lookup_chunks", "lookup_chunks_total", "", "Chunks that were looked up."),
+    tokens("lookup_chunks", "lookup_tokens_total", "", "Tokens of the chunks that were looked up."),
+    counter("hit_chunks", "hit_chunks_total", MEMORY, "Chunks that lookups found."),
+    tokens("hit_chunks", "hit_tokens_total", MEMORY, "Tokens of the chunks that lookups found."),
+    counter("stored_chunks", "stored_chunks_total", MEMORY, "Chunks that became visible, each KV rank's by itself."),
+    counter("stored_bytes", "stored_bytes_total", MEMORY, "Bytes of the chunks that became visible."),
+    counter("promoted_chunks", "promoted_chunks_total", "tier=\"disk\"", "Chunks that lookups brought back to memory."),
+    counter("retrieved_chunks", "retrieved_chunks_total", MEMORY, "Chunks that readers were handed, each KV rank's by itself."),
+    counter("retrieved_bytes", "retrieved_bytes_total", MEMORY, "Bytes of the chunks that readers were handed."),
+    counter("failed_retrievals", "failed_retrievals_total", "", "Retrievals of what was gone or not leased."),
+    counter("refused_chunks", "dropped_chunks_total", "reason=\"refused\"", "Chunks that were not stored or not kept: no room for them, given up by their writer, damaged."),
+    counter("abandoned_chunks", "dropped_chunks_total", "reason=\"abandoned\"", ""),
+    counter("damaged_chunks", "dropped_chunks_total", "reason=\"damaged\"", ""),
+    counter("evicted_objects", "evicted_objects_total", MEMORY, "Objects that made room for others."),
+    counter("evicted_bytes", "evicted_bytes_total", MEMORY, "Bytes of the objects that made room for others."),
+    counter("expired_sessions", "expired_sessions_total", "", "Requests that were forgotten: idle for too long, or one too many."),
+];
+
+/// What is written so far.
+struct Exposition {
+    text: String,
+    last: &'static str,
+}
+
+impl Exposition {
+    /// Begins a metric, unless the one before is the same.
+    fn metric(&mut self, name: &'static str, kind: Kind, help: &str) {
+        if self.last == name {
+            return;
+        }
+        self.last = name;
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        };
+        // Writing into a String cannot fail.
+        let _ = write!(self.text, "# HELP kvferry_{name} {help}\n# TYPE kvferry_{name} {kind}\n");
+    }
+
+    fn sample(&mut self, suffix: &str, labels: &str, value: impl Display) {
+        let braced = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+        let _ = writeln!(self.text, "kvferry_{}{suffix}{braced} {value}", self.last);
+    }
+
+    fn one(&mut self, name: &'static str, kind: Kind, help: &str, value: impl Display) {
+        self.metric(name, kind, help);
+        self.sample("", "", value);
+    }
+}
+
+/// The whole text.
+pub(super) fn text(now: &Snapshot) -> String {
+    let mut text = Exposition { text: String::with_capacity(48 << 10), last: "" };
+    text.metric("build_info", Kind::Gauge, "The server's version; always 1.");
+    text.sample("", &format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1);
+    text.one("uptime_seconds", Kind::Gauge, "Since the server's start.", now.uptime.as_secs_f64());
+    let chunk_size = now.figure("chunk_size");
+    for series in STORE {
+        text.metric(series.metric, series.kind, series.help);
+        let value = now.figure(series.figure);
+        let scale = if series.in_tokens { chunk_size } else { 1 };
+        text.sample("", series.labels, value.saturating_mul(scale));
+    }
+    text.metric("tier_ready", Kind::Gauge, "1 when a store and a load worked a moment ago.");
+    for tier in &now.tiers {
+        let labels = format!("tier=\"{}\"", tier.name);
+        text.sample("", &labels, u8::from(tier.failure.is_none()));
+    }
+    text.metric("tier_probe_seconds", Kind::Gauge, "What the latest store and load took.");
+    for tier in &now.tiers {
+        let took = tier.took.map_or(f64::NAN, |took| took.as_secs_f64());
+        text.sample("", &format!("tier=\"{}\"", tier.name), took);
+    }
+    text.metric("connections", Kind::Gauge, "Open connections.");
+    let data = now.figures.connections.load(Ordering::Relaxed);
+    text.sample("", "protocol=\"zmtp\"", data);
+    text.sample("", "protocol=\"http\"", now.http_connections);
+    text.one(
+        "unfinished_message_bytes",
+        Kind::Gauge,
+        "Bytes of messages that have not arrived whole.",
+        now.figures.unfinished.bytes(),
+    );
+    text.metric(
+        "dropped_messages_total",
+        Kind::Counter,
+        "Messages and connections that were dropped, by why.",
+    );
+    for (reason, count) in &now.dropped {
+        text.sample("", &format!("reason=\"{}\"", reason.to_lowercase()), count);
+    }
+    text.metric(
+        "operation_seconds",
+        Kind::Histogram,
+        "From a request to its answer, without the socket; by LMCache's names of the operations.",
+    );
+    for (operation, latencies) in now.figures.latencies() {
+        for (bound, count) in BOUNDS.iter().zip(latencies.counts) {
+            let labels = format!("operation=\"{operation}\",le=\"{}\"", seconds(*bound));
+            text.sample("_bucket", &labels, count);
+        }
+        let labels = format!("operation=\"{operation}\"");
+        text.sample("_bucket", &format!("{labels},le=\"+Inf\""), latencies.count());
+        text.sample("_sum", &labels, seconds(latencies.nanos));
+        text.sample("_count", &labels, latencies.count());
+    }
+    text.text
+}
+
+#[expect(clippy::cast_precision_loss, reason = "2^53 nanoseconds are 104 days")]
+pub(super) fn seconds(nanos: u64) -> f64 {
+    nanos as f64 / 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Instant;
+
+    use kvferry_store::{Limits, Store, StoreOptions};
+
+    use super::*;
+
+    #[test]
+    fn every_figure_of_the_store_is_a_metric_and_every_metric_a_figure() {
+        let options = StoreOptions {
+            chunk_size: 16,
+            memory: 4096,
+            shared_name: None,
+            policy: kvferry_store::Policy::Lru,
+            disk: None,
+            limits: Limits::default(),
+        };
+        let status = Store::new(options).unwrap().status(Instant::now());
+        let known: BTreeSet<_> = status.iter().map(|(name, _)| *name).collect();
+        let shown: BTreeSet<_> = STORE.iter().map(|series| series.figure).collect();
+        assert_eq!(known, shown);
+    }
+
+    #[test]
+    fn a_metric_is_described_once_and_counters_end_in_total() {
+        for (place, series) in STORE.iter().enumerate() {
+            let first = STORE.iter().position(|other| other.metric == series.metric).unwrap();
+            assert_eq!(series.help.is_empty(), first < place, "{}", series.metric);
+            let counts = series.kind == Kind::Counter;
+            assert_eq!(series.metric.ends_with("_total"), counts, "{}", series.metric);
+        }
+    }
+}

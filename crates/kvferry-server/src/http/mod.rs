@@ -1,0 +1,757 @@
+//! The HTTP side, for operators: health, readiness, metrics, status, a page. It has a thread of its own, so that it
+//! never holds up the data path, and asks the store on further threads, so that a stuck store never holds it up.
+//!
+//! One request for each connection: then each of its deadlines is the connection's.
+
+mod json;
+mod metrics;
+mod readiness;
+mod socket;
+mod status;
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use kvferry_core::{Error, Result};
+use kvferry_store::Store;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::error::Elapsed;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use self::json::{Object, is_confirmation};
+use self::readiness::{Readiness, Tier};
+use self::socket::Socket;
+use crate::figures::Figures;
+
+/// Connections at most; one more is closed at once.
+const CONNECTIONS_MAX: usize = 64;
+/// From connecting to the last header.
+const HEADERS: Duration = Duration::from_secs(5);
+/// From there to the last byte of the answer; the request's body comes within it.
+const ANSWER: Duration = Duration::from_secs(10);
+/// The store has answered within this time, or the request fails.
+const STORE: Duration = Duration::from_secs(5);
+/// The data thread as well.
+const DATA: Duration = Duration::from_secs(1);
+/// After its answer a client is read from for so long, and so much: what it still sends would else reset the
+/// connection before it has read the answer.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_MAX: usize = 1 << 20;
+/// Bytes of a request's line and headers, and of its body, at most.
+const HEADERS_MAX: usize = 16 << 10;
+const BODY_MAX: usize = 64 << 10;
+/// Questions to the store under way at most; the others wait.
+const QUESTIONS_MAX: usize = 8;
+/// After `accept` failed the next try waits this long.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// The page, and what its policy says of it; a test says what it must be when the page has changed.
+const PAGE: &str = include_str!("page.html");
+const PAGE_POLICY: &str = "default-src 'none'; \
+    script-src 'sha256-BvquPmKDP0gcnrejnc9nlhghfh0UDSMixHFyPkMXKnc='; \
+    style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
+    connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const OPENAPI: &str = include_str!("openapi.json");
+
+/// Something to be done on the data thread.
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
+/// Jobs that wait at most.
+pub(crate) const JOBS_MAX: usize = CONNECTIONS_MAX;
+
+/// The thread. Dropping it closes its connections and waits for it.
+pub(crate) struct Http {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Http {
+    /// Serves on a bound listener that does not block.
+    pub(crate) fn start(
+        listener: TcpListener,
+        store: Store,
+        figures: Arc<Figures>,
+        jobs: mpsc::Sender<Job>,
+    ) -> Result<Self> {
+        let cannot = |error: std::io::Error| Error::system("cannot serve HTTP", &error);
+        let address = listener.local_addr().map_err(cannot)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(QUESTIONS_MAX + 1) // one for probes
+            .thread_name("kvferry-ops")
+            .build()
+            .map_err(cannot)?;
+        let (stop, stopped) = oneshot::channel();
+        let serve = move || {
+            let desk = Rc::new(Desk::new(store, figures, jobs));
+            let tasks = tokio::task::LocalSet::new();
+            tasks.block_on(&runtime, async {
+                tokio::select! {
+                    () = accept(listener, CONNECTIONS_MAX, &desk) => {}
+                    () = desk.readiness.keep(&desk.store, &desk.figures) => {}
+                    _ = stopped => {}
+                }
+            });
+            drop((tasks, desk));
+            runtime.shutdown_timeout(STORE); // waits for a question under way: it holds the pool
+        };
+        let thread =
+            std::thread::Builder::new().name("kvferry-http".into()).spawn(serve).map_err(cannot)?;
+        Ok(Self { address, stop: Some(stop), thread: Some(thread) })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Http {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(()); // it may have ended
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, connections_max: usize, desk: &Rc<Desk>) {
+    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            desk.figures.drop_message("http_accept");
+            tokio::time::sleep(ACCEPT_RETRY).await;
+            continue;
+        };
+        if desk.connections.get() >= connections_max {
+            desk.figures.drop_message("http_connections");
+            continue;
+        }
+        let _ = stream.set_nodelay(true); // without it answers come late, and still come
+        desk.connections.set(desk.connections.get() + 1);
+        let open = Open(Rc::clone(desk));
+        tokio::task::spawn_local(async move { serve(stream, &open.0).await });
+    }
+}
+
+/// Counts a connection until its task ends, however it ends.
+struct Open(Rc<Desk>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get() - 1);
+    }
+}
+
+/// Serves one request of the connection.
+async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, desk: &Desk) {
+    match talk(&mut stream, desk).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) if error.is_parse() => desk.figures.drop_message("http_malformed"),
+        Ok(Err(_)) => return, // the client is gone
+        Err(_) => return desk.figures.drop_message("http_deadline"),
+    }
+    linger(stream).await;
+}
+
+async fn talk(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    desk: &Desk,
+) -> Result<hyper::Result<()>, Elapsed> {
+    let arrived = Cell::new(None);
+    let service = service_fn(|request| {
+        arrived.set(Some(Instant::now()));
+        desk.answer(request)
+    });
+    let mut builder = http1::Builder::new();
+    builder.keep_alive(false).half_close(true).max_buf_size(HEADERS_MAX).header_read_timeout(None);
+    let mut connection = pin!(builder.serve_connection(Socket(stream), service).without_shutdown());
+    let ended = match timeout(HEADERS, &mut connection).await {
+        Err(late) => match arrived.get() {
+            Some(arrived) => timeout_at(arrived + ANSWER, &mut connection).await?,
+            None => return Err(late),
+        },
+        Ok(ended) => ended,
+    };
+    Ok(ended.map(drop))
+}
+
+/// Ends the connection so that the client gets all of its answer.
+async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    let drain = async {
+        let (mut buffer, mut drained) = ([0; 4096], 0);
+        while drained < LINGER_MAX {
+            match stream.read(&mut buffer).await {
+                Ok(0) | Err(_) => return,
+                Ok(read) => drained += read,
+            }
+        }
+    };
+    let _ = timeout(LINGER, drain).await; // it has had its time
+}
+
+/// What answers are made of.
+struct Desk {
+    store: Store,
+    figures: Arc<Figures>,
+    jobs: mpsc::Sender<Job>,
+    readiness: Readiness,
+    questions: Arc<Semaphore>,
+    connections: Cell<usize>,
+}
+
+/// The figures of one moment.
+struct Snapshot {
+    store: Vec<(&'static str, u64)>,
+    dropped: BTreeMap<&'static str, u64>,
+    uptime: Duration,
+    tiers: Vec<Tier>,
+    http_connections: usize,
+    figures: Arc<Figures>,
+}
+
+impl Snapshot {
+    /// One of the store's figures; 0 for one that it has not.
+    fn figure(&self, name: &str) -> u64 {
+        self.store.iter().find(|(known, _)| *known == name).map_or(0, |(_, value)| *value)
+    }
+}
+
+/// What can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Route {
+    Page,
+    Health,
+    Ready,
+    Metrics,
+    Status,
+    OpenApi,
+    Clear,
+}
+
+const ROUTES: [(&str, Route); 7] = [
+    ("/", Route::Page),
+    ("/healthz", Route::Health),
+    ("/readyz", Route::Ready),
+    ("/metrics", Route::Metrics),
+    ("/status", Route::Status),
+    ("/openapi.json", Route::OpenApi),
+    ("/clear", Route::Clear),
+];
+
+impl Route {
+    /// Those that change something are POST; the others change nothing.
+    fn changes(self) -> bool {
+        self == Self::Clear
+    }
+}
+
+/// An answer that says no.
+struct Refusal {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    allow: Option<&'static str>,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), allow: None }
+    }
+}
+
+type Answered<T = Response<Whole>> = Result<T, Refusal>;
+
+impl Desk {
+    fn new(store: Store, figures: Arc<Figures>, jobs: mpsc::Sender<Job>) -> Self {
+        Self {
+            store,
+            figures,
+            jobs,
+            readiness: Readiness::default(),
+            questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
+            connections: Cell::new(0),
+        }
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Whole>, Infallible> {
+        let mut answer = self.route(request).await.unwrap_or_else(|refusal| {
+            let Refusal { status, code, message, allow } = refusal;
+            let error = Object::new().text("code", code).text("message", &message).end();
+            let mut answer = json(status, Object::new().raw("error", error).end());
+            if let Some(allow) = allow {
+                answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
+            }
+            answer
+        });
+        let fixed = [
+            (header::CACHE_CONTROL, "no-store"),
+            (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+            (header::CONTENT_SECURITY_POLICY, "default-src 'none'"),
+            (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+        ];
+        for (name, value) in fixed {
+            let headers = answer.headers_mut();
+            headers.entry(name).or_insert(HeaderValue::from_static(value));
+        }
+        Ok(answer)
+    }
+
+    async fn route(&self, request: Request<Incoming>) -> Answered {
+        let host = check_host(&request)?;
+        let path = request.uri().path();
+        let Some((_, route)) = ROUTES.iter().find(|(known, _)| *known == path) else {
+            let message = "there is nothing at this path; /openapi.json lists those that there are";
+            return Err(Refusal::new(StatusCode::NOT_FOUND, "NOT_FOUND", message));
+        };
+        let (allowed, allow) = match (route.changes(), request.method()) {
+            (true, method) => (method == Method::POST, "POST"),
+            (false, method) => (matches!(*method, Method::GET | Method::HEAD), "GET, HEAD"),
+        };
+        if !allowed {
+            let message = format!("{} has no use at this path; it takes {allow}", request.method());
+            let refusal =
+                Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", message);
+            return Err(Refusal { allow: Some(allow), ..refusal });
+        }
+        if route.changes() {
+            check_origin(request.headers(), &host)?;
+        }
+        match route {
+            Route::Page => Ok(page()),
+            Route::Health => Ok(match self.data_answers().await {
+                Ok(()) => json(StatusCode::OK, Object::new().raw("healthy", true).end()),
+                Err(reason) => {
+                    let answer = Object::new().raw("healthy", false).text("reason", reason).end();
+                    json(StatusCode::SERVICE_UNAVAILABLE, answer)
+                }
+            }),
+            Route::Ready => {
+                let data = self.data_answers().await;
+                let tiers = self.readiness.tiers(std::time::Instant::now());
+                let (ready, answer) = status::readiness(&tiers, data);
+                Ok(json(
+                    if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE },
+                    answer,
+                ))
+            }
+            Route::Metrics => {
+                let text = metrics::text(&self.snapshot().await?);
+                Ok(whole(StatusCode::OK, metrics::MEDIA_TYPE, text))
+            }
+            Route::Status => {
+                let data = self.data_answers().await;
+                Ok(json(StatusCode::OK, status::json(&self.snapshot().await?, data)))
+            }
+            Route::OpenApi => Ok(json(StatusCode::OK, OPENAPI)),
+            Route::Clear => {
+                if !is_confirmation(&read_body(request.into_body()).await?) {
+                    let message = "clearing takes the body {\"confirm\":true}";
+                    return Err(Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message));
+                }
+                let cleared = self.ask(Store::clear).await?;
+                Ok(json(StatusCode::OK, Object::new().raw("cleared", cleared).end()))
+            }
+        }
+    }
+
+    /// Whether the data path works: its thread does something for us.
+    async fn data_answers(&self) -> Result<(), &'static str> {
+        let (answer, answered) = oneshot::channel();
+        let job = Box::new(move || {
+            let _ = answer.send(()); // we may have stopped waiting
+        });
+        self.jobs.try_send(job).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => "the data thread does not answer",
+            mpsc::error::TrySendError::Closed(_) => "the data thread has ended",
+        })?;
+        match timeout(DATA, answered).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err("the data thread has ended"),
+            Err(_) => Err("the data thread has not answered within a second"),
+        }
+    }
+
+    async fn snapshot(&self) -> Answered<Snapshot> {
+        let now = std::time::Instant::now();
+        let figures = Arc::clone(&self.figures);
+        let store = self.ask(move |store| figures.store(store, now)).await?;
+        Ok(Snapshot {
+            store,
+            dropped: self.figures.dropped(),
+            uptime: self.figures.uptime(now),
+            tiers: self.readiness.tiers(now),
+            http_connections: self.connections.get(),
+            figures: Arc::clone(&self.figures),
+        })
+    }
+
+    /// Asks the store where it may take its time.
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Store) -> T + Send + 'static,
+    ) -> Answered<T> {
+        let asked = async {
+            let permit = Arc::clone(&self.questions).acquire_owned().await.ok()?;
+            let store = self.store.clone();
+            let ask = move || {
+                let _permit = permit; // until the store has answered, whoever still waits for it
+                question(&store)
+            };
+            tokio::task::spawn_blocking(ask).await.ok()
+        };
+        let answer = timeout(STORE, asked).await.ok().flatten();
+        answer.ok_or_else(|| {
+            let message = format!("the store has not answered within {} s", STORE.as_secs());
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "TIMEOUT", message)
+        })
+    }
+}
+
+/// A page of another site must not get at us by a name that it made resolve to loopback (DNS rebinding).
+fn check_host(request: &Request<Incoming>) -> Answered<String> {
+    let mut given = request.headers().get_all(header::HOST).iter();
+    let (Some(host), None) = (given.next(), given.next()) else {
+        let message = "a request has one Host header";
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message));
+    };
+    let host = host.to_str().unwrap_or_default();
+    let named = request.uri().authority().map_or(host, |authority| authority.as_str());
+    if is_loopback(host) && is_loopback(named) {
+        return Ok(host.to_owned());
+    }
+    let message = "this server answers for localhost and loopback addresses only; \
+        from elsewhere, forward its port (ssh -L)";
+    Err(Refusal::new(StatusCode::FORBIDDEN, "UNSUPPORTED_OPTION", message))
+}
+
+/// `localhost` or a loopback address, with or without a port.
+fn is_loopback(authority: &str) -> bool {
+    let (name, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, port)) => {
+            let loopback = address.parse().is_ok_and(|address: Ipv6Addr| address.is_loopback());
+            return loopback && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port));
+        }
+        None => authority.split_once(':').map_or((authority, "0"), |(name, port)| (name, port)),
+    };
+    let loopback = name.eq_ignore_ascii_case("localhost")
+        || name.parse().is_ok_and(|address: Ipv4Addr| address.is_loopback());
+    loopback && is_port(port)
+}
+
+fn is_port(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
+}
+
+/// A page of another site may make a browser send requests, but none of this media type without asking first
+/// (CORS), and none without its origin.
+fn check_origin(headers: &HeaderMap, host: &str) -> Answered<()> {
+    let foreign = headers.get_all(header::ORIGIN).iter().any(|origin| {
+        let own = origin.to_str().ok().and_then(|origin| origin.strip_prefix("http://"));
+        !own.is_some_and(|own| own.eq_ignore_ascii_case(host))
+    });
+    if foreign {
+        let message = "requests of other sites' pages are refused";
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "UNSUPPORTED_OPTION", message));
+    }
+    let media = headers.get(header::CONTENT_TYPE).and_then(|media| media.to_str().ok());
+    let media = media.and_then(|media| media.split(';').next()).unwrap_or_default();
+    if !media.trim().eq_ignore_ascii_case("application/json") {
+        let message = "send content-type: application/json";
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(Refusal::new(status, "INVALID_ARGUMENT", message));
+    }
+    Ok(())
+}
+
+async fn read_body(mut body: Incoming) -> Answered<Bytes> {
+    let too_large = || {
+        let message = format!("a body has at most {BODY_MAX} bytes");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "INVALID_ARGUMENT", message)
+    };
+    let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if announced > BODY_MAX {
+        return Err(too_large());
+    }
+    let mut read = BytesMut::new();
+    while let Some(frame) =
+        std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await
+    {
+        let frame = frame.map_err(|_| {
+            let message = "the body ended before its end";
+            Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message)
+        })?;
+        let data = frame.into_data().unwrap_or_default(); // trailers say nothing to us
+        if read.len() + data.len() > BODY_MAX {
+            return Err(too_large());
+        }
+        read.extend_from_slice(&data);
+    }
+    Ok(read.freeze())
+}
+
+fn page() -> Response<Whole> {
+    let mut page = whole(StatusCode::OK, "text/html; charset=utf-8", PAGE);
+    let policy = HeaderValue::from_static(PAGE_POLICY);
+    page.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
+    page
+}
+
+fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Whole> {
+    whole(status, "application/json", body)
+}
+
+fn whole(status: StatusCode, media: &'static str, body: impl Into<Bytes>) -> Response<Whole> {
+    let mut response = Response::new(Whole(Some(body.into())));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(media));
+    response
+}
+
+/// A body that is there from the start.
+struct Whole(Option<Bytes>);
+
+impl Body for Whole {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.as_ref().map_or(0, Bytes::len) as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use kvferry_store::{Limits, StoreOptions};
+    use sha2::{Digest, Sha256};
+    use tokio::io::duplex;
+    use tokio::net::TcpStream;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    fn desk() -> Rc<Desk> {
+        let options = StoreOptions {
+            chunk_size: 16,
+            memory: 1 << 20,
+            shared_name: None,
+            policy: kvferry_store::Policy::Lru,
+            disk: None,
+            limits: Limits::default(),
+        };
+        let (jobs, _) = mpsc::channel(1);
+        Rc::new(Desk::new(Store::new(options).unwrap(), Arc::new(Figures::new()), jobs))
+    }
+
+    /// Serves a client that does `what`; after how long the connection is given up.
+    async fn given_up_after<F: Future<Output = ()>>(
+        room: usize,
+        what: impl FnOnce(tokio::io::DuplexStream) -> F,
+    ) -> Duration {
+        let desk = desk();
+        let (near, far) = duplex(room);
+        let begun = Instant::now();
+        tokio::select! {
+            () = serve(far, &desk) => {}
+            () = async { what(near).await; std::future::pending().await } => {}
+        }
+        assert_eq!(desk.figures.dropped().get("http_deadline"), Some(&1));
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_client_and_one_that_drags_its_headers_out_are_cut_after_five_seconds() {
+        let silent = given_up_after(4096, |near| async {
+            sleep(Duration::from_secs(60)).await;
+            drop(near);
+        });
+        assert_eq!(silent.await, HEADERS);
+        let dragging = given_up_after(4096, |mut near| async move {
+            near.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n").await.unwrap();
+            for number in 0.. {
+                sleep(Duration::from_millis(300)).await;
+                let header = format!("x-{number}: 1\r\n");
+                near.write_all(header.as_bytes()).await.unwrap();
+            }
+        });
+        assert_eq!(dragging.await, HEADERS);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_drags_its_body_out_is_cut_after_ten_seconds() {
+        let dragging = given_up_after(4096, |mut near| async move {
+            let head = b"POST /clear HTTP/1.1\r\nhost: localhost\r\ncontent-length: 60000\r\n\
+                content-type: application/json\r\n\r\n";
+            near.write_all(head).await.unwrap();
+            loop {
+                near.write_all(b" ").await.unwrap();
+                sleep(Duration::from_millis(300)).await;
+            }
+        });
+        assert_eq!(dragging.await, ANSWER);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_does_not_read_its_answer_is_cut_after_ten_seconds() {
+        let deaf = given_up_after(64, |mut near| async move {
+            near.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+            sleep(Duration::from_secs(60)).await;
+            drop(near);
+        });
+        assert_eq!(deaf.await, ANSWER);
+    }
+
+    #[tokio::test]
+    async fn one_connection_too_many_is_closed_at_once_and_its_end_makes_room() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let desk = desk();
+        let clients = async {
+            let first = TcpStream::connect(address).await.unwrap();
+            let _second = TcpStream::connect(address).await.unwrap();
+            let mut refused = TcpStream::connect(address).await.unwrap();
+            assert_eq!(refused.read(&mut [0]).await.unwrap(), 0);
+            assert_eq!(desk.figures.dropped().get("http_connections"), Some(&1));
+            drop(first);
+            loop {
+                let mut next = TcpStream::connect(address).await.unwrap();
+                let _ = next.write_all(b"GET /x HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+                if next.read(&mut [0]).await.is_ok_and(|read| read > 0) {
+                    return; // the server has noticed that the first one is gone
+                }
+            }
+        };
+        tokio::task::LocalSet::new()
+            .run_until(async {
+                tokio::select! {
+                    () = accept(listener, 2, &desk) => {}
+                    () = clients => {}
+                }
+            })
+            .await;
+    }
+
+    #[test]
+    fn only_names_of_loopback_are_answered_for() {
+        for host in [
+            "localhost",
+            "LocalHost:1",
+            "127.0.0.1",
+            "127.9.8.7:65535",
+            "[::1]",
+            "[::1]:80",
+            "[0:0::1]",
+        ] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in [
+            "",
+            ":80",
+            "localhost.",
+            "localhost:",
+            "localhost:65536",
+            "localhost:+1",
+            "localhost:80:80",
+            "localhost.example.org",
+            "127.0.0.1.example.org",
+            "127.0.0.1@example.org",
+            "user@localhost",
+            "128.0.0.1",
+            "0.0.0.0",
+            "127.1",
+            "2130706433",
+            "::1",
+            "[::1",
+            "[::1]80",
+            "[::2]",
+            "[::ffff:127.0.0.1]",
+            "example.org",
+        ] {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn every_route_is_described() {
+        let description: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
+        let described: BTreeSet<(&str, &str)> = description["paths"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .flat_map(|(path, item)| {
+                let methods = item.as_object().unwrap().keys();
+                methods.map(move |method| (path.as_str(), method.as_str()))
+            })
+            .collect();
+        let routes = ROUTES.iter().flat_map(|(path, route)| {
+            let methods: &[&str] = if route.changes() { &["post"] } else { &["get", "head"] };
+            methods.iter().map(|method| (*path, *method))
+        });
+        assert_eq!(described, routes.collect());
+    }
+
+    #[test]
+    fn the_page_runs_its_own_script_and_style_and_nothing_else() {
+        for (tag, directive) in [("script", "script-src"), ("style", "style-src")] {
+            let (open, close) = (format!("<{tag}>"), format!("</{tag}>"));
+            let (_, rest) = PAGE.split_once(&open).unwrap();
+            let (inside, after) = rest.split_once(&close).unwrap();
+            assert!(!after.contains(&open), "one {tag}");
+            let policy = format!("{directive} 'sha256-{}';", base64(&Sha256::digest(inside)));
+            assert!(PAGE_POLICY.contains(&policy), "the page has changed: {policy}");
+        }
+        for foreign in
+            ["http:", "https:", "src=", "href=", "style=", "url(", "@import", "innerHTML"]
+        {
+            assert!(!PAGE.contains(foreign), "{foreign}");
+        }
+    }
+
+    fn base64(bytes: &[u8]) -> String {
+        let digits = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let mut text = String::new();
+        for three in bytes.chunks(3) {
+            let bits =
+                three.iter().chain(&[0, 0]).take(3).fold(0, |bits, b| bits << 8 | usize::from(*b));
+            for place in 0..4 {
+                let digit = digits[bits >> (18 - 6 * place) & 63] as char;
+                text.push(if place <= three.len() { digit } else { '=' });
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,69 @@
+//! `/status`: the figures of the wire's status, tiers, readiness and operations, for pages and scripts.
+
+use super::Snapshot;
+use super::json::Object;
+use super::metrics::seconds;
+use super::readiness::Tier;
+
+/// Readiness, as `/readyz` tells it.
+pub(super) fn readiness(tiers: &[Tier], data: Result<(), &str>) -> (bool, String) {
+    let ready = data.is_ok() && tiers.iter().all(|tier| tier.failure.is_none());
+    let mut answer = Object::new().raw("ready", ready);
+    if let Err(reason) = data {
+        answer = answer.text("reason", reason);
+    }
+    let by_name = tiers.iter().fold(Object::new(), |all, tier| all.raw(tier.name, tier.json()));
+    (ready, answer.raw("tiers", by_name.end()).end())
+}
+
+/// The whole object.
+pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
+    let mut status = Object::new()
+        .text("version", env!("CARGO_PKG_VERSION"))
+        .raw("pid", std::process::id())
+        .number("uptime_seconds", now.uptime.as_secs_f64());
+    for (name, value) in &now.store {
+        status = status.raw(name, value);
+    }
+    status = status.raw("dropped_messages", now.dropped.values().sum::<u64>());
+    for (reason, count) in &now.dropped {
+        status = status.raw(&format!("dropped_{}", reason.to_lowercase()), count);
+    }
+    let memory = [
+        ("capacity_bytes", "pool_bytes"),
+        ("reserved_bytes", "reserved_bytes"),
+        ("used_bytes", "used_bytes"),
+        ("objects", "objects"),
+        ("stored_bytes", "stored_bytes"),
+        ("retrieved_bytes", "retrieved_bytes"),
+        ("evicted_bytes", "evicted_bytes"),
+    ];
+    let memory = memory
+        .into_iter()
+        .fold(Object::new(), |tier, (name, figure)| tier.raw(name, now.figure(figure)));
+    status
+        .raw("tiers", Object::new().raw("memory", memory.end()).end())
+        .raw("readiness", readiness(&now.tiers, data).1)
+        .raw("operations", operations(now))
+        .end()
+}
+
+/// Those that were asked for. A quantile is the bound of the histogram that it kept to, null above a second.
+fn operations(now: &Snapshot) -> String {
+    let mut all = Object::new();
+    for (operation, latencies) in now.figures.latencies() {
+        let count = latencies.count();
+        if count == 0 {
+            continue;
+        }
+        let quantile =
+            |part| latencies.bound(part).map_or_else(|| "null".into(), |b| seconds(b).to_string());
+        let one = Object::new()
+            .raw("count", count)
+            .number("mean_seconds", seconds(latencies.nanos / count))
+            .raw("p50_seconds", quantile(0.5))
+            .raw("p99_seconds", quantile(0.99));
+        all = all.raw(operation.name(), one.end());
+    }
+    all.end()
+}

@@ -1,0 +1,651 @@
+//! The HTTP side over a real socket: every endpoint, and what it refuses.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use common::{Client, connect_raw, key, layout, store_options, wait_until_cut};
+use kvferry_core::key::Key;
+use kvferry_server::{HttpOptions, Server, ServerOptions};
+use kvferry_store::{Departure, Store};
+use kvferry_wire::{Reply, Request};
+use serde_json::{Value, json};
+
+const PAGE: u64 = 4096;
+const JSON: &str = "content-type: application/json";
+const CONFIRMED: &str = r#"{"confirm":true}"#;
+
+/// A server with HTTP around a store of so many pages that `prepare` had before anybody else.
+fn start_with(pages: u64, prepare: impl FnOnce(&Store)) -> Server {
+    let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
+    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http };
+    Server::start(&options, |_| {
+        let store = Store::new(store_options(16, pages * PAGE))?;
+        prepare(&store);
+        Ok(store)
+    })
+    .unwrap()
+}
+
+fn start(pages: u64) -> (Server, SocketAddr) {
+    let server = start_with(pages, |_| {});
+    let address = server.http_address().unwrap();
+    (server, address)
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    headers: BTreeMap<String, String>,
+    body: String,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", String::as_str)
+    }
+
+    fn json(&self) -> Value {
+        assert_eq!(self.header("content-type"), "application/json");
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+
+    /// The code of an error.
+    fn code(&self) -> String {
+        let error = &self.json()["error"];
+        assert!(!error["message"].as_str().unwrap().is_empty());
+        error["code"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Sends bytes; the answer to them.
+fn exchange(address: SocketAddr, request: &[u8]) -> Answer {
+    let mut stream = connect_raw(address);
+    let _ = stream.write_all(request); // it may be refused half-way
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{answer:?}"));
+    let mut lines = head.split("\r\n");
+    let status = lines.next().unwrap();
+    let headers = lines.map(|line| {
+        let (name, value) = line.split_once(": ").unwrap();
+        (name.to_ascii_lowercase(), value.to_owned())
+    });
+    let headers: BTreeMap<_, _> = headers.collect();
+    assert_eq!(headers["connection"], "close");
+    let status = status.strip_prefix("HTTP/1.1 ").unwrap()[..3].parse().unwrap();
+    Answer { status, headers, body: body.to_owned() }
+}
+
+fn ask(address: SocketAddr, method: &str, path: &str, headers: &[&str], body: &str) -> Answer {
+    let mut request = format!("{method} {path} HTTP/1.1\r\ncontent-length: {}\r\n", body.len());
+    if !headers.iter().any(|header| header.to_ascii_lowercase().starts_with("host:")) {
+        request += "host: localhost\r\n";
+    }
+    for header in headers {
+        request += &format!("{header}\r\n");
+    }
+    exchange(address, format!("{request}\r\n{body}").as_bytes())
+}
+
+fn get(address: SocketAddr, path: &str) -> Answer {
+    ask(address, "GET", path, &[], "")
+}
+
+fn wait_until_ready(address: SocketAddr) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let answer = get(address, "/readyz");
+        if answer.status == 200 {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.body);
+        std::thread::yield_now();
+    }
+}
+
+/// Stores and loads something, so that there are figures.
+fn exercise(server: &Server) -> Client {
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    assert_eq!(engine.store(key("a", 0, 3), 7), 3);
+    assert_eq!(engine.lookup(key("b", 0, 5)), 3);
+    assert!(engine.prepare_retrieve(key("b", 0, 3), 7).is_some());
+    let ended =
+        engine.call(&Request::CommitRetrieve { key: key("b", 0, 3).into(), instance_id: 7 });
+    assert_eq!(ended, Reply::Boolean(true));
+    engine.end_session("b");
+    engine
+}
+
+/// What is wrong with the value by the schema, as far as our description uses schemas.
+fn check(value: &Value, schema: &Value, description: &Value) -> Result<(), String> {
+    const KNOWN: [&str; 10] = [
+        "$ref",
+        "type",
+        "required",
+        "properties",
+        "patternProperties",
+        "additionalProperties",
+        "minimum",
+        "const",
+        "enum",
+        "description",
+    ];
+    let schema_map = schema.as_object().unwrap();
+    assert!(schema_map.keys().all(|word| KNOWN.contains(&word.as_str())), "{schema}");
+    if let Some(reference) = schema["$ref"].as_str() {
+        let pointer = reference.strip_prefix('#').unwrap();
+        return check(value, description.pointer(pointer).unwrap(), description);
+    }
+    let is_of = |name: &str| match name {
+        "object" => value.is_object(),
+        "string" => value.is_string(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_u64() || value.is_i64(),
+        "number" => value.is_number(),
+        "null" => value.is_null(),
+        other => panic!("{other}"),
+    };
+    let fits = match &schema["type"] {
+        Value::Null => true,
+        Value::String(name) => is_of(name),
+        names => names.as_array().unwrap().iter().any(|name| is_of(name.as_str().unwrap())),
+    };
+    let refused = |why: &str| Err(format!("{value} {why} {schema}"));
+    if !fits {
+        return refused("has not the type of");
+    }
+    if schema_map.get("const").is_some_and(|one| one != value)
+        || schema["enum"].as_array().is_some_and(|all| !all.contains(value))
+    {
+        return refused("is none of");
+    }
+    if let (Some(least), Some(number)) = (schema["minimum"].as_f64(), value.as_f64())
+        && number < least
+    {
+        return refused("is less than in");
+    }
+    let Some(members) = value.as_object() else { return Ok(()) };
+    for name in schema["required"].as_array().into_iter().flatten() {
+        if !members.contains_key(name.as_str().unwrap()) {
+            return refused(&format!("lacks {name} of"));
+        }
+    }
+    for (name, member) in members {
+        let pattern = schema["patternProperties"].as_object().into_iter().flatten();
+        let by_pattern = pattern
+            .filter(|(pattern, _)| name.starts_with(pattern.strip_prefix('^').unwrap()))
+            .map(|(_, schema)| schema);
+        let by_name = schema["properties"].get(name).into_iter().chain(by_pattern).next();
+        match by_name.unwrap_or(&schema["additionalProperties"]) {
+            Value::Bool(false) => return refused(&format!("has {name}, unlike")),
+            Value::Null | Value::Bool(true) => {}
+            schema => check(member, schema, description)?,
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_operation_of_the_description_answers_as_it_says() {
+    let (server, address) = start(8);
+    let _engine = exercise(&server);
+    wait_until_ready(address);
+    let description = get(address, "/openapi.json").json();
+    assert_eq!(description["openapi"], "3.1.0");
+    let mut seen = 0;
+    for (path, item) in description["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            let body = if method == "post" { CONFIRMED } else { "" };
+            let answer = ask(address, &method.to_uppercase(), path, &[JSON], body);
+            assert_eq!(answer.status, 200, "{method} {path}: {}", answer.body);
+            seen += 1;
+            // The same with another host, and the body of another request: refused as described.
+            let foreign = ask(address, &method.to_uppercase(), path, &["host: x.org"], "");
+            for answer in [answer, foreign] {
+                let status = answer.status.to_string();
+                let mut response = &operation["responses"][&status];
+                if let Some(reference) = response["$ref"].as_str() {
+                    response = description.pointer(&reference[1..]).unwrap();
+                }
+                assert!(response.is_object(), "{method} {path} answers {status}");
+                let Some(content) = response["content"].as_object() else {
+                    assert_eq!(answer.body, "", "{method} {path}");
+                    continue;
+                };
+                let media = answer.header("content-type").split(';').next().unwrap();
+                let schema = &content[media]["schema"];
+                let value = match media {
+                    "application/json" => answer.json(),
+                    _ => Value::String(answer.body),
+                };
+                check(&value, schema, &description)
+                    .unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+            }
+        }
+    }
+    assert_eq!(seen, 13);
+}
+
+#[test]
+fn head_is_get_without_the_body() {
+    let (_server, address) = start(8);
+    wait_until_ready(address);
+    for path in ["/", "/healthz", "/readyz", "/metrics", "/status", "/openapi.json", "/nothing"] {
+        let (whole, head) = (get(address, path), ask(address, "HEAD", path, &[], ""));
+        assert_eq!((head.status, head.body.as_str()), (whole.status, ""), "{path}");
+        assert_eq!(head.header("content-type"), whole.header("content-type"));
+        assert_eq!(whole.header("content-length"), whole.body.len().to_string());
+        assert_ne!(head.header("content-length"), "", "{path}");
+    }
+}
+
+#[test]
+fn answers_are_neither_kept_nor_framed_nor_taken_for_another_type() {
+    let (_server, address) = start(8);
+    for path in ["/", "/healthz", "/nothing"] {
+        let answer = get(address, path);
+        assert_eq!(answer.header("cache-control"), "no-store");
+        assert_eq!(answer.header("x-content-type-options"), "nosniff");
+        assert_eq!(answer.header("cross-origin-resource-policy"), "same-origin");
+        let policy = answer.header("content-security-policy");
+        assert!(policy.starts_with("default-src 'none'"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+        assert_eq!(answer.header("access-control-allow-origin"), "");
+    }
+}
+
+#[test]
+fn unknown_paths_and_methods_without_use_are_named() {
+    let (_server, address) = start(8);
+    for path in ["/nothing", "/healthz/", "/status/x", "//", "/CLEAR", "/..", "/%2e"] {
+        let answer = get(address, path);
+        assert_eq!((answer.status, answer.code()), (404, "NOT_FOUND".into()), "{path}");
+    }
+    for method in ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "NONSENSE"] {
+        let answer = ask(address, method, "/healthz", &[JSON], "{}");
+        assert_eq!((answer.status, answer.code()), (405, "METHOD_NOT_ALLOWED".into()), "{method}");
+        assert_eq!(answer.header("allow"), "GET, HEAD");
+    }
+    for method in ["GET", "HEAD", "PUT"] {
+        let answer = ask(address, method, "/clear", &[JSON], "");
+        assert_eq!((answer.status, answer.header("allow")), (405, "POST"), "{method}");
+    }
+    assert_eq!(get(address, "/healthz?verbose=1").status, 200, "a query changes nothing");
+}
+
+#[test]
+fn names_that_are_not_loopback_are_refused_however_they_are_given() {
+    let (_server, address) = start(8);
+    for host in ["example.org", "127.0.0.1.example.org", "192.0.2.1:8080", "", "localhost, x"] {
+        for path in ["/", "/status", "/metrics", "/nothing"] {
+            let answer = ask(address, "GET", path, &[&format!("host: {host}")], "");
+            assert_eq!(
+                (answer.status, answer.code()),
+                (403, "UNSUPPORTED_OPTION".into()),
+                "{host}"
+            );
+        }
+    }
+    for host in ["127.0.0.1", "LOCALHOST:1", "[::1]:8080"] {
+        assert_eq!(ask(address, "GET", "/healthz", &[&format!("host: {host}")], "").status, 200);
+    }
+    let absolute = b"GET http://example.org/status HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    assert_eq!(exchange(address, absolute).status, 403);
+    for none_or_two in ["", "host: localhost\r\nhost: localhost\r\n"] {
+        let request = format!("GET /status HTTP/1.1\r\n{none_or_two}\r\n");
+        let answer = exchange(address, request.as_bytes());
+        assert_eq!((answer.status, answer.code()), (400, "INVALID_ARGUMENT".into()));
+    }
+}
+
+#[test]
+fn other_sites_pages_cannot_clear_the_cache() {
+    let (server, address) = start(8);
+    let mut engine = exercise(&server);
+    let clear = |headers: &[&str]| ask(address, "POST", "/clear", headers, CONFIRMED);
+    let origins = ["http://example.org", "null", "https://localhost", "http://localhost:1", ""];
+    for origin in origins {
+        let answer = clear(&[JSON, &format!("origin: {origin}")]);
+        assert_eq!((answer.status, answer.code()), (403, "UNSUPPORTED_OPTION".into()), "{origin}");
+    }
+    // What a page may send without asking first.
+    let simple = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""];
+    for media in simple {
+        let answer = clear(&[&format!("content-type: {media}")]);
+        assert_eq!((answer.status, answer.code()), (415, "INVALID_ARGUMENT".into()), "{media}");
+    }
+    assert_eq!(clear(&[]).status, 415);
+    assert_eq!(engine.status("objects"), 3);
+    assert_eq!(clear(&[JSON, "origin: http://localhost"]).json(), json!({ "cleared": 3 }));
+    assert_eq!(engine.status("objects"), 0);
+}
+
+#[test]
+fn clearing_leaves_what_is_leased_and_wants_to_be_meant() {
+    let (server, address) = start(8);
+    let mut engine = exercise(&server);
+    assert_eq!(engine.lookup(key("c", 0, 2)), 2);
+    for body in ["", "{}", "true", r#"{"confirm":false}"#, r#"{"confirm":true}x"#, "\0"] {
+        let answer = ask(address, "POST", "/clear", &[JSON], body);
+        assert_eq!((answer.status, answer.code()), (400, "INVALID_ARGUMENT".into()), "{body}");
+    }
+    assert_eq!(engine.status("objects"), 3);
+    let media = "content-type: Application/JSON; charset=utf-8";
+    let answer = ask(address, "POST", "/clear", &[media], " { \"confirm\" : true }\n");
+    assert_eq!(answer.json(), json!({ "cleared": 1 }));
+    engine.end_session("c");
+    let chunked = format!(
+        "POST /clear HTTP/1.1\r\nhost: localhost\r\n{JSON}\r\ntransfer-encoding: chunked\r\n\r\n\
+         5\r\n{}\r\nb\r\n{}\r\n0\r\n\r\n",
+        &CONFIRMED[..5],
+        &CONFIRMED[5..]
+    );
+    assert_eq!(exchange(address, chunked.as_bytes()).json(), json!({ "cleared": 2 }));
+}
+
+#[test]
+fn what_is_too_large_is_refused_before_it_is_kept() {
+    let (_server, address) = start(8);
+    let body = " ".repeat(64 << 10);
+    let answer = ask(address, "POST", "/clear", &[JSON], &body);
+    assert_eq!(answer.status, 400, "as large as a body may be");
+    let answer = ask(address, "POST", "/clear", &[JSON], &format!("{body} "));
+    assert_eq!((answer.status, answer.code()), (413, "INVALID_ARGUMENT".into()));
+    let huge = format!(
+        "POST /clear HTTP/1.1\r\nhost: localhost\r\n{JSON}\r\ncontent-length: {}\r\n\r\n",
+        u64::MAX - 8
+    );
+    assert_eq!(exchange(address, huge.as_bytes()).status, 413);
+    let mut chunked = format!(
+        "POST /clear HTTP/1.1\r\nhost: localhost\r\n{JSON}\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
+    for _ in 0..65 {
+        chunked += &format!("400\r\n{}\r\n", " ".repeat(1 << 10));
+    }
+    assert_eq!(exchange(address, chunked.as_bytes()).status, 413);
+    let header = format!("x: {}", "y".repeat(32 << 10));
+    assert_eq!(ask(address, "GET", "/healthz", &[&header], "").status, 431);
+    let many: Vec<String> = (0..200).map(|number| format!("x-{number}: y")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    assert_eq!(ask(address, "GET", "/healthz", &many, "").status, 431);
+    assert_eq!(get(address, &format!("/{}", "x".repeat(32 << 10))).status, 431);
+    assert_eq!(get(address, "/healthz").status, 200);
+}
+
+#[test]
+fn what_is_no_http_is_cut_and_counted() {
+    let (server, address) = start(8);
+    for nonsense in [&b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..], b"GET\r\n\r\n", b"\0\0"]
+    {
+        let mut stream = connect_raw(address);
+        stream.write_all(nonsense).unwrap();
+        wait_until_cut(&mut stream);
+    }
+    let mut peer = Client::connect(server.address());
+    peer.wait_for("dropped_http_malformed", 3);
+    for request in ["GET / HTTP/2.0\r\n\r\n", "GET / HTTP/1.1\r\nhost : localhost\r\n\r\n"] {
+        assert!((400..600).contains(&exchange(address, request.as_bytes()).status), "{request}");
+    }
+}
+
+#[test]
+fn a_client_that_only_closes_its_side_gets_its_answer() {
+    let (_server, address) = start(8);
+    let mut stream = connect_raw(address);
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+}
+
+#[test]
+fn sixty_four_clients_may_be_slow_and_are_cut_and_the_data_side_does_not_notice() {
+    let (server, address) = start(8);
+    let begun = Instant::now();
+    let mut slow: Vec<_> = (0..64).map(|_| connect_raw(address)).collect();
+    for stream in &mut slow {
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: ").unwrap();
+    }
+    wait_until_cut(&mut connect_raw(address)); // the 65th, at once
+    let mut peer = exercise(&server);
+    for stream in &mut slow {
+        wait_until_cut(stream);
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(5), "else nobody waited for them");
+    peer.wait_for("dropped_http_deadline", 64);
+    assert!(peer.status("dropped_http_connections") >= 1);
+    assert_eq!(get(address, "/healthz").status, 200);
+}
+
+#[test]
+fn a_server_is_ready_at_once_and_its_probes_are_in_no_figure() {
+    let (server, address) = start(1);
+    let mut peer = Client::connect(server.address());
+    wait_until_ready(address);
+    let ready = get(address, "/readyz").json();
+    let memory = &ready["tiers"]["memory"];
+    assert_eq!((&ready["ready"], &memory["ok"]), (&json!(true), &json!(true)));
+    assert!(memory["ms"].as_f64().unwrap() > 0.0);
+    assert!(memory["age_ms"].as_f64().unwrap() >= 0.0);
+    let names = [
+        "lookups",
+        "hit_chunks",
+        "stored_chunks",
+        "stored_bytes",
+        "damaged_chunks",
+        "objects",
+        "instances",
+    ];
+    for name in names {
+        assert_eq!(peer.status(name), 0, "{name}");
+    }
+    let Reply::Events(events) = peer.call(&Request::Events { cursor: 0, max: 9 }) else { panic!() };
+    assert!(events.events.is_empty());
+}
+
+#[test]
+fn a_pool_full_of_what_is_held_is_not_ready_until_there_is_room() {
+    let mut held = None;
+    let server = start_with(2, |store| {
+        let owner = store.connect();
+        store.register(owner, 7, layout("m")).unwrap();
+        let key = Key { worker_id: Some(0), ..key("a", 0, 2) };
+        assert_eq!(store.prepare_store(owner, &key, 7, Instant::now()).unwrap().slots.len(), 2);
+        held = Some((store.clone(), owner));
+    });
+    let address = server.http_address().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let answer = get(address, "/readyz");
+        assert_eq!(answer.status, 503);
+        let memory = &answer.json()["tiers"]["memory"];
+        assert_eq!(memory["ok"], false);
+        let reason = memory["reason"].as_str().unwrap();
+        if reason.starts_with("there is no room for another object") {
+            break;
+        }
+        assert_eq!(reason, "nothing was stored and loaded yet");
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    assert_eq!(get(address, "/healthz").status, 200, "it lives all the same");
+    let metrics = get(address, "/metrics").body;
+    assert!(metrics.contains("\nkvferry_tier_ready{tier=\"memory\"} 0\n"), "{metrics}");
+    let (store, owner) = held.unwrap();
+    store.disconnect(owner, Departure::Ended);
+    wait_until_ready(address);
+}
+
+#[test]
+fn the_status_has_the_figures_of_the_wire() {
+    let (server, address) = start(8);
+    let mut engine = exercise(&server);
+    assert!(engine.is_unanswered(&[b"\x01".to_vec().into(), b"\xc1".to_vec().into()]));
+    wait_until_ready(address);
+    let status = get(address, "/status").json();
+    let Reply::Status(wire) = engine.call(&Request::Status) else { panic!() };
+    for (name, value) in wire {
+        let value = match value {
+            kvferry_wire::message::Value::Integer(value) => json!(value),
+            kvferry_wire::message::Value::Text(value) => json!(value),
+            _ => continue, // the uptime
+        };
+        assert_eq!(status[&name], value, "{name}");
+    }
+    assert_eq!(status["hit_chunks"], 3);
+    assert_eq!(status["stored_bytes"], 3 * PAGE);
+    assert_eq!(status["retrieved_bytes"], 3 * PAGE);
+    assert_eq!(status["tiers"]["memory"]["used_bytes"], 3 * PAGE);
+    assert_eq!(status["readiness"]["ready"], true);
+    let prepared = &status["operations"]["prepare_store"];
+    assert_eq!(prepared["count"], 1);
+    assert!(prepared["p99_seconds"].as_f64().unwrap() >= 1e-5);
+    assert_eq!(status["operations"]["kvferry.explain"], Value::Null);
+}
+
+#[test]
+fn the_page_shows_no_figure_that_the_status_lacks() {
+    let (_server, address) = start(8);
+    let status = get(address, "/status").json();
+    let page = get(address, "/").body;
+    let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+    let mut shown = BTreeSet::new();
+    for opening in [" now.", "(now.", "{now.", "since(\"", "rate(\""] {
+        let after = page.split(opening).skip(1);
+        shown.extend(after.map(|rest| rest.split(word).next().unwrap()));
+    }
+    let drops = page.split("const DROPS = {").nth(1).unwrap().split("};").next().unwrap();
+    shown.extend(drops.split(": \"").filter_map(|text| text.rsplit([' ', '\n']).next()));
+    shown.retain(|name| !["", "at"].contains(name)); // the end, and the page's own
+    let missing: Vec<_> = shown.iter().filter(|name| status.get(name).is_none()).collect();
+    assert!(shown.len() > 20, "{shown:?}");
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn the_boot_token_is_told_to_peers_only() {
+    let (server, address) = start(8);
+    let token = exercise(&server).hello().boot_token;
+    let token: String = token.iter().map(|byte| format!("{byte:02x}")).collect();
+    for path in ["/", "/healthz", "/readyz", "/metrics", "/status", "/openapi.json"] {
+        assert!(!get(address, path).body.to_lowercase().contains(&token), "{path}");
+    }
+}
+
+/// The series of a text in Prometheus' format, by name and labels, and the kind of each metric.
+/// Refuses what a strict reader of the format would.
+fn parse_metrics(text: &str) -> (BTreeMap<(String, String), f64>, BTreeMap<String, String>) {
+    let (mut series, mut kinds) = (BTreeMap::new(), BTreeMap::new());
+    let mut current: Option<(String, String)> = None;
+    assert!(text.ends_with('\n') && !text.contains('\r'));
+    let is_name = |name: &str| {
+        name.strip_prefix("kvferry_").is_some_and(|rest| {
+            !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+        })
+    };
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            let (name, words) = help.split_once(' ').unwrap();
+            assert!(is_name(name), "{line}");
+            assert!(words.ends_with('.') && !words.contains('\\'), "{line}");
+            let kind = lines.next().unwrap().strip_prefix(&format!("# TYPE {name} ")).unwrap();
+            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{line}");
+            assert_eq!(kinds.insert(name.to_owned(), kind.to_owned()), None, "{name} comes twice");
+            current = Some((name.to_owned(), kind.to_owned()));
+            continue;
+        }
+        let (id, value) = line.rsplit_once(' ').unwrap();
+        let (name, labels) = match id.strip_suffix('}') {
+            Some(id) => id.split_once('{').unwrap(),
+            None => (id, ""),
+        };
+        let (metric, kind) = current.as_ref().unwrap();
+        let suffix = name.strip_prefix(metric.as_str()).unwrap_or_else(|| panic!("{line}"));
+        match kind.as_str() {
+            "histogram" => assert!(["_bucket", "_sum", "_count"].contains(&suffix), "{line}"),
+            _ => assert_eq!(suffix, "", "{line}"),
+        }
+        let mut names = BTreeSet::new();
+        for label in labels.split(',').filter(|_| !labels.is_empty()) {
+            let (name, value) = label.split_once('=').unwrap();
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase()), "{line}");
+            let value = value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap();
+            assert!(!value.is_empty() && !value.contains(['"', '\\']), "{line}");
+            assert!(names.insert(name), "{line}");
+        }
+        assert_eq!(names.contains("le"), suffix == "_bucket", "{line}");
+        let value: f64 = value.parse().unwrap();
+        assert!(kind == "gauge" || value >= 0.0, "{line}");
+        let before = series.insert((name.to_owned(), labels.to_owned()), value);
+        assert_eq!(before, None, "{line} comes twice");
+    }
+    (series, kinds)
+}
+
+#[test]
+fn metrics_are_well_formed_and_counters_never_go_down() {
+    let (server, address) = start(8);
+    let mut engine = exercise(&server);
+    let answer = get(address, "/metrics");
+    assert_eq!(answer.header("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    let (mut before, kinds) = parse_metrics(&answer.body);
+    for round in 0..50 {
+        engine.store(key("c", 1000 * round, 5), 7); // the pool is full: some of the others go
+        engine.lookup(key("d", 1000 * round, 5));
+        engine.end_session("d");
+        assert!(engine.is_unanswered(&[b"\x01".to_vec().into(), b"\xc1".to_vec().into()]));
+        let (now, same) = parse_metrics(&get(address, "/metrics").body);
+        assert_eq!(same, kinds);
+        for (id, value) in &before {
+            let metric = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|suffix| {
+                    id.0.strip_suffix(suffix).filter(|name| kinds.contains_key(*name))
+                })
+                .unwrap_or(&id.0);
+            if kinds[metric] != "gauge" {
+                assert!(now[id] >= *value, "{id:?} went from {value} to {}", now[id]);
+            }
+        }
+        before = now;
+    }
+    let value = |name: &str, labels: &str| before[&(name.to_owned(), labels.to_owned())];
+    let memory = "tier=\"memory\"";
+    assert_eq!(value("kvferry_tier_capacity_bytes", memory), 8.0 * 4096.0);
+    assert_eq!(value("kvferry_lookup_chunks_total", ""), 255.0);
+    assert_eq!(value("kvferry_hit_chunks_total", memory), 253.0);
+    assert_eq!(value("kvferry_hit_tokens_total", memory), 16.0 * 253.0);
+    assert_eq!(value("kvferry_stored_bytes_total", memory), 250.0 * 4096.0);
+    assert!(value("kvferry_evicted_objects_total", memory) >= 242.0);
+    assert_eq!(value("kvferry_connections", "protocol=\"zmtp\""), 1.0);
+    assert_eq!(value("kvferry_operation_seconds_count", "operation=\"prepare_store\""), 51.0);
+    let all = value("kvferry_operation_seconds_bucket", "operation=\"lookup\",le=\"+Inf\"");
+    assert_eq!(all, value("kvferry_operation_seconds_count", "operation=\"lookup\""));
+    let buckets: Vec<f64> = ["0.00001", "0.0001", "0.001", "0.01", "0.1", "1"]
+        .map(|bound| format!("operation=\"lookup\",le=\"{bound}\""))
+        .iter()
+        .map(|labels| value("kvferry_operation_seconds_bucket", labels))
+        .collect();
+    assert!(buckets.is_sorted(), "{buckets:?}");
+}
+
+#[test]
+fn a_server_that_ends_leaves_its_http_port_to_others() {
+    let (server, address) = start(8);
+    assert_eq!(get(address, "/healthz").status, 200);
+    let mut idle = connect_raw(address);
+    drop(server);
+    wait_until_cut(&mut idle);
+    assert!(std::net::TcpStream::connect(address).is_err());
+}

@@ -1,0 +1,57 @@
+// A server's HTTP side, as an application starts it.
+
+import { describe, expect, it } from "vitest";
+import { Server } from "../ts/index.js";
+
+const memory = 2 ** 20;
+
+describe("a server with httpPort", () => {
+	it("tells where it answers HTTP, and answers there until it is closed", async () => {
+		const server = await Server.start({ port: 0, httpPort: 0, memory });
+		expect(server.httpAddress).toMatch(/^127\.0\.0\.1:\d+$/);
+		expect(server.httpAddress).not.toBe(server.address);
+		const url = `http://${server.httpAddress}`;
+		await expect.poll(async () => (await fetch(`${url}/readyz`)).status).toBe(200);
+		const status = (await (await fetch(`${url}/status`)).json()) as Record<string, unknown>;
+		expect(status).toMatchObject(server.status());
+		await server.close();
+		await expect(fetch(`${url}/healthz`)).rejects.toThrow();
+		await server.close();
+	});
+
+	it("refuses a port that is taken, and gives the data port back", async () => {
+		await using server = await Server.start({ port: 0, httpPort: 0, memory });
+		const httpPort = Number(server.httpAddress?.split(":")[1]);
+		const port = await freePort();
+		await expect(Server.start({ port, httpPort, memory })).rejects.toMatchObject({
+			code: "ADDRESS_IN_USE",
+			message: expect.stringMatching(/HTTP.*httpPort/),
+		});
+		await using _other = await Server.start({ port, memory });
+	});
+
+	it.each([-1, 1.5, 65_536, Number.NaN, "8080"])("refuses %j", async (httpPort) => {
+		await expect(
+			Server.start({ port: 0, httpPort: httpPort as number, memory }),
+		).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
+	});
+
+	it("listens to nobody when it does not listen", async () => {
+		await expect(Server.start({ listen: false, httpPort: 0, memory })).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+		});
+	});
+});
+
+describe("a server without", () => {
+	it("answers no HTTP", async () => {
+		await using server = await Server.start({ port: 0, memory });
+		expect(server.httpAddress).toBeUndefined();
+	});
+});
+
+/** One that was free a moment ago. */
+async function freePort(): Promise<number> {
+	await using server = await Server.start({ port: 0, memory });
+	return Number(server.address?.split(":")[1]);
+}
