@@ -1,6 +1,7 @@
 //! The disk tier beside plain large sequential files on the same disk, in turns within one run: both around the page
 //! cache (O_DIRECT) where the file system takes that, else both through it and synced. `KVFERRY_BENCH_DIR` names
-//! the directory; without it there is one under `target/`.
+//! the directory; without it there is one under `target/`. With `KVFERRY_BENCH_DROP_CACHES`, and as root, the
+//! restarts find nothing in the system's caches.
 #![allow(clippy::print_stdout, reason = "a benchmark's rows are its output")]
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
@@ -166,6 +167,9 @@ impl Bench {
         drop(disk);
         let mut times: Vec<f64> = (0..PAIRS)
             .map(|_| {
+                if std::env::var_os("KVFERRY_BENCH_DROP_CACHES").is_some() {
+                    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap(); // root only
+                }
                 let begun = Instant::now();
                 let disk = self.open();
                 let seconds = begun.elapsed().as_secs_f64();
