@@ -34,9 +34,9 @@ use files::{Files, SystemFiles};
 use format::{Kind, PAGE, kind};
 use shared::{LoadTask, SaveTask, Shared, State};
 
-/// Threads that save: while one waits for a sync, the other writes.
-const SAVERS: usize = 2;
-/// Threads that load: while one sums and copies, the other reads.
+/// Threads that save: while some wait for a sync, others write.
+const SAVERS: usize = 4;
+/// Threads that load, each with one that reads ahead.
 const LOADERS: usize = 2;
 /// Bytes of one transfer.
 const PART: usize = 1 << 20;

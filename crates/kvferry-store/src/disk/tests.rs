@@ -289,6 +289,26 @@ fn damage_of_any_kind_is_a_miss_and_counted() {
 }
 
 #[test]
+fn a_header_of_another_layout_or_salt_than_its_space_is_refused() {
+    let directory = Directory::new();
+    let disk = directory.open(MIB);
+    save_page(&disk, 1).unwrap();
+    drop(disk);
+    let path = directory.objects().join(directory.names().remove(0));
+    let whole = fs::read(&path).unwrap();
+    let header = super::format::decode(&whole).unwrap();
+    let mut others = [header.saved.clone(), header.saved.clone(), header.saved];
+    others[0].layout.num_layers += 1;
+    others[1].cache_salt = "other".into();
+    for (other, is_there) in others.iter().zip([false, false, true]) {
+        let mut bytes = whole.clone();
+        super::format::encode(other, header.length, header.checksum, &mut bytes[..4096]);
+        fs::write(&path, bytes).unwrap();
+        assert_eq!(load_page(&directory.open(MIB), 1), is_there, "{other:?}");
+    }
+}
+
+#[test]
 fn damage_far_into_a_large_object_is_a_miss() {
     let length = 3 * MIB + 100;
     for at in [4096, MIB, MIB + 1, 2 * MIB - 1, 3 * MIB, 3 * MIB + 4096 + 99] {
