@@ -1,6 +1,6 @@
 //! The few file operations that the disk needs, behind a trait: tests put failing disks and power losses in its place.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, DirEntry, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,8 @@ use super::format::HEADER_MAX;
 const LOCK: &str = "kvferry.lock";
 /// Holds the objects: of mode 0700 whatever the directory around it has.
 const OBJECTS: &str = "objects";
+/// Threads that ask for files' sizes and times.
+const LISTERS: usize = 4;
 /// Tried at each start.
 const PROBE: &str = "probe.tmp";
 
@@ -54,6 +56,7 @@ pub(crate) trait Handle: Send {
 }
 
 /// A file in the directory.
+#[derive(Clone)]
 pub(crate) struct Entry {
     pub(crate) name: String,
     pub(crate) bytes: u64,
@@ -180,18 +183,25 @@ impl Files for SystemFiles {
     }
 
     fn entries(&self) -> io::Result<Vec<Entry>> {
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(&self.objects)? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            let metadata = match entry.metadata() {
-                Ok(metadata) if metadata.is_file() => metadata,
-                _ => continue, // a link, a directory, or gone meanwhile
+        let mut found = fs::read_dir(&self.objects)?.collect::<io::Result<Vec<_>>>()?;
+        // In the order in which the file system keeps what is asked of each, if nothing of it is in memory yet.
+        #[cfg(unix)]
+        found.sort_unstable_by_key(std::os::unix::fs::DirEntryExt::ino);
+        let some = found.len().div_ceil(LISTERS).max(1);
+        let entries = std::thread::scope(|scope| {
+            let begin = |some| {
+                let thread = std::thread::Builder::new().spawn_scoped(scope, move || list(some));
+                thread.map_err(|_| list(some)) // there can be no more threads
             };
-            let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            entries.push(Entry { name, bytes: metadata.len(), modified });
-        }
-        Ok(entries)
+            let lists: Vec<_> = found.chunks(some).map(begin).collect();
+            let end = |list| match list {
+                Ok(thread) => std::thread::ScopedJoinHandle::join(thread).ok(),
+                Err(entries) => Some(entries),
+            };
+            lists.into_iter().map(end).collect::<Option<Vec<_>>>()
+        });
+        let ended = || io::Error::other("a thread that lists the directory is gone");
+        Ok(entries.ok_or_else(ended)?.concat())
     }
 
     fn create(&self, name: &str) -> io::Result<Box<dyn Handle>> {
@@ -213,6 +223,17 @@ impl Files for SystemFiles {
     fn sync(&self) -> io::Result<()> {
         sync_directory(&self.objects)
     }
+}
+
+/// Those that are plain files.
+fn list(found: &[DirEntry]) -> Vec<Entry> {
+    let entries = found.iter().filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let metadata = entry.metadata().ok().filter(fs::Metadata::is_file)?; // or gone meanwhile
+        let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+        Some(Entry { name, bytes: metadata.len(), modified })
+    });
+    entries.collect()
 }
 
 struct SystemFile(File);
