@@ -42,7 +42,7 @@ impl Directory {
     fn new() -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = format!("kvferry-disk-{}-{count}", std::process::id());
+        let path = format!("kvferry-disk-engine-{}-{count}", std::process::id());
         let path = std::env::temp_dir().join(path);
         let _ = fs::remove_dir_all(&path);
         Self(path)
