@@ -53,17 +53,14 @@ describe("kvferry serve", () => {
 		expect(serveOptions(["--http-port", "off"])).not.toHaveProperty("httpPort");
 	});
 
-	it.each(["remote", "config"])(
-		"names the later flag --%s",
-		(flag) => {
-			expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
-				expect.objectContaining({
-					code: "UNSUPPORTED_OPTION",
-					message: expect.stringContaining(`--${flag}`),
-				}),
-			);
-		},
-	);
+	it.each(["remote", "config"])("names the later flag --%s", (flag) => {
+		expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
+			expect.objectContaining({
+				code: "UNSUPPORTED_OPTION",
+				message: expect.stringContaining(`--${flag}`),
+			}),
+		);
+	});
 
 	it.each([
 		["--port", "65536"],

@@ -14,6 +14,7 @@ const WORKER = fileURLToPath(new URL("worker.mjs", import.meta.url));
 it("a worker that was stopped in mid-copy past its deadline, and goes on later, spoils nothing", async () => {
 	const options = {
 		memory: 2 ** 20, // 10 chunks
+		policy: "lru", // so that the prompts of the latest stores are those that stay
 		chunkSize: CHUNK,
 		reservationTimeoutMs: 100,
 	};
