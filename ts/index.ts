@@ -102,7 +102,7 @@ export {
 	type RecoveryRequest,
 	updateWaitingForRemoteKv,
 } from "./recovery.js";
-export { Server, type ServerOptions, type Status } from "./server.js";
+export { type EvictionPolicy, Server, type ServerOptions, type Status } from "./server.js";
 export {
 	type BlockIds,
 	type PlannedOperation,
