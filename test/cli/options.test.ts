@@ -47,17 +47,14 @@ describe("kvferry serve", () => {
 		},
 	);
 
-	it.each(["http-port", "remote", "config"])(
-		"names the later flag --%s",
-		(flag) => {
-			expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
-				expect.objectContaining({
-					code: "UNSUPPORTED_OPTION",
-					message: expect.stringContaining(`--${flag}`),
-				}),
-			);
-		},
-	);
+	it.each(["http-port", "remote", "config"])("names the later flag --%s", (flag) => {
+		expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
+			expect.objectContaining({
+				code: "UNSUPPORTED_OPTION",
+				message: expect.stringContaining(`--${flag}`),
+			}),
+		);
+	});
 
 	it.each([
 		["--port", "65536"],
