@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use kvferry_core::key::Key;
 use kvferry_core::{Error, Result};
-use kvferry_store::{Owner, Store};
+use kvferry_store::{Owner, Store, clock};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
@@ -94,8 +94,13 @@ impl Service {
             Request::WaitPrefetchStatus { request_id, timeout_s } => {
                 // Its connection's other requests wait, too.
                 let most = Duration::try_from_secs_f64(timeout_s).unwrap_or_default().min(WAIT);
-                let hit = tokio::time::timeout(most, store.hit(&request_id)).await;
-                hit.map_or(Reply::None, Reply::Integer)
+                let hit = match store.take_hit(&request_id, now) {
+                    None => tokio::time::timeout(most, store.hit(&request_id)).await.ok(),
+                    hit => hit,
+                };
+                // Past the lookup's deadline there is an answer, too.
+                hit.or_else(|| store.take_hit(&request_id, clock::now()))
+                    .map_or(Reply::None, Reply::Integer)
             }
             Request::QueryPrefetchStatus { request_id } => {
                 store.take_hit(&request_id, now).map_or(Reply::None, Reply::Integer)

@@ -74,6 +74,7 @@ impl Cache for Embedded {
             let (store, request_id, begin) = (&self.store, &key.request_id, now());
             // What has come by the deadline is worth more than an error just after it.
             let until = deadline - deadline.saturating_duration_since(begin) / 8;
+            let until = until.min(begin + store.lock().limits.promotion);
             store.lookup_until(self.owner, key, 1, begin, Some(until))?;
             if let Some(hit) = store.take_hit(request_id, begin) {
                 return Ok(hit);

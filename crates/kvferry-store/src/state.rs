@@ -1,7 +1,9 @@
 //! What a store remembers: peers, instances, sessions, reservations; and how each of them ends.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::time::Instant;
 
 use kvferry_copy::POOL_STEP;
@@ -40,7 +42,53 @@ pub(crate) struct State {
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
     /// Objects that come from the disk, and the requests that wait for them.
-    pub(crate) loading: HashMap<Handle, Vec<String>>,
+    pub(crate) loading: HashMap<Handle, BTreeSet<String>>,
+    /// Objects that are being saved; with their slots, if they are gone from the index.
+    pub(crate) saving: HashMap<Handle, Option<Grant>>,
+    /// Whom to wake: after the lock is let go, since who is woken may call the store at once.
+    pub(crate) woken: Vec<Waker>,
+}
+
+/// The state, for as long as nobody else may have it.
+pub(crate) struct Locked<'a> {
+    state: MutexGuard<'a, State>,
+    /// Dropped after the lock.
+    woken: Woken,
+}
+
+struct Woken(Vec<Waker>);
+
+impl<'a> Locked<'a> {
+    pub(crate) fn new(state: &'a Mutex<State>) -> Self {
+        let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        Self { state, woken: Woken(Vec::new()) }
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.woken.0 = std::mem::take(&mut self.state.woken);
+    }
+}
+
+impl Drop for Woken {
+    fn drop(&mut self) {
+        std::mem::take(&mut self.0).into_iter().for_each(Waker::wake);
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
 }
 
 /// What has to be looked at when a peer goes.
@@ -149,6 +197,8 @@ impl State {
             growth_failed: None,
             counters: Counters::default(),
             loading: HashMap::new(),
+            saving: HashMap::new(),
+            woken: Vec::new(),
         }
     }
 

@@ -5,14 +5,12 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Waker;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvferry_copy::PrivateRegion;
 use kvferry_core::cache::{Memory, Slot, check_checksums};
 use kvferry_core::defect::{Defect, is_active};
-use kvferry_core::explain::RemovalCause;
 use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, ErrorCode, Result};
@@ -23,7 +21,9 @@ use crate::eviction::Policy;
 use crate::index::{Demand, Handle, ObjectId};
 use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
-use crate::state::{Belongings, Instance, Range, Registered, Reservation, Retrieval, State};
+use crate::state::{
+    Belongings, Instance, Locked, Range, Registered, Reservation, Retrieval, State,
+};
 use crate::tenants::{Quotas, TenantStatus};
 use crate::tiers::Wanted;
 
@@ -145,6 +145,13 @@ impl Store {
     /// Creates the pool. Errors: a live server has the name, shared memory is too small for it, or a
     /// value is out of range.
     pub fn new(options: StoreOptions) -> Result<Self> {
+        Self::on(options, Disk::open)
+    }
+
+    pub(crate) fn on(
+        options: StoreOptions,
+        open: impl FnOnce(&DiskOptions) -> Result<Disk>,
+    ) -> Result<Self> {
         let StoreOptions { chunk_size, memory, shared_name, policy, disk, limits } = options;
         let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
         let mut boot_token = [0; 16];
@@ -155,7 +162,7 @@ impl Store {
         // What waits to be saved must not take all of the memory.
         let disk = disk.map(|options| {
             let queue_bytes = options.queue_bytes.min(memory / 4).max(PAGE);
-            Disk::open(&DiskOptions { queue_bytes, ..options })
+            open(&DiskOptions { queue_bytes, ..options })
         });
         let disk = disk.transpose()?;
         let region = match shared_name {
@@ -171,7 +178,12 @@ impl Store {
             }
         }
         let growing = AtomicBool::new(false);
-        let state = Arc::new(Mutex::new(State::new(pool, limits, policy)));
+        let mut state = State::new(pool, limits, policy);
+        if let Some(disk) = &disk {
+            // After a restart all of it is asked for at once.
+            state.headroom = state.headroom.max(disk.status().bytes.min(memory));
+        }
+        let state = Arc::new(Mutex::new(state));
         let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -374,6 +386,7 @@ impl Store {
             until: until.map_or(latest, |until| until.min(latest)),
         };
         let loads = state.promote(disk, wanted);
+        self.grow_if_needed(&mut state, now);
         drop(state);
         self.load(loads);
         Ok(hit_chunks)
@@ -385,18 +398,14 @@ impl Store {
         let mut state = self.lock();
         state.touch(request_id, now);
         let session = state.sessions.get(request_id);
-        let mut wakers = Vec::new();
         if let Some(promotion) = session.and_then(|session| session.promotion.as_ref()) {
             if !promotion.is_late(now) {
                 return None;
             }
-            wakers = state.settle(request_id);
+            state.settle(request_id);
         }
         let session = state.sessions.get_mut(request_id);
-        let hit = session.and_then(|session| session.hit.take()).unwrap_or(0);
-        drop(state);
-        wakers.into_iter().for_each(Waker::wake);
-        Some(hit)
+        Some(session.and_then(|session| session.hit.take()).unwrap_or(0))
     }
 
     /// Gives back the leases of the range's chunks, one for each reader.
@@ -656,7 +665,7 @@ impl Store {
         let generations = held.map(|(_, generation)| generation).collect();
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
-        drop(state);
+        // Under the lock: nobody may load it once more in between.
         if let Some(disk) = self.disk() {
             for ObjectId { chunk, space, rank } in &discarded {
                 disk.remove(chunk, space, *rank);
@@ -669,12 +678,8 @@ impl Store {
     /// from memory.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
-        let mut cleared = 0;
-        while let Some(grant) = state.index.evict(RemovalCause::Cleared, Demand::All) {
-            state.pool.give_back(grant);
-            cleared += 1;
-        }
-        drop(state);
+        let cleared = state.clear();
+        // Under the lock: nobody may load anything in between.
         if let Some(disk) = self.disk() {
             disk.clear();
         }
@@ -794,11 +799,7 @@ impl Store {
     }
 
     /// The locked state and the range that a commit's key names; `None` for an empty one.
-    fn reserved_range(
-        &self,
-        key: &Key,
-        instance: u64,
-    ) -> Result<Option<(MutexGuard<'_, State>, Range)>> {
+    fn reserved_range(&self, key: &Key, instance: u64) -> Result<Option<(Locked<'_>, Range)>> {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
         let state = self.lock();
@@ -824,7 +825,7 @@ impl Store {
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> Locked<'_> {
         self.inner.lock()
     }
 
@@ -838,8 +839,8 @@ impl Store {
 }
 
 impl Inner {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Locked<'_> {
+        Locked::new(&self.state)
     }
 
     /// Reserves steps until enough is free or nothing is left to reserve.

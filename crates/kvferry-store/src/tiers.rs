@@ -1,23 +1,25 @@
 //! Between memory and the disk: what is committed is saved behind the request's back, and what a lookup finds on
 //! the disk comes back to memory before the lookup is answered, or within its time.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::poll_fn;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
 use kvferry_core::Result;
 use kvferry_core::cache::Slot;
+use kvferry_core::explain::RemovalCause;
 use kvferry_core::key::Key;
 
 use crate::disk::{Disk, DiskStatus, Loaded, Saved};
 use crate::events::Origin;
-use crate::index::{Handle, ObjectId};
+use crate::index::{Demand, Handle, ObjectId};
+use crate::pool::PAGE;
 use crate::probe::PROBE_MODEL;
 use crate::prompt::Prompt;
-use crate::state::{Registered, State};
+use crate::state::{Locked, Registered, State};
 use crate::store::{Store, ids_of};
 
 /// A lookup that waits for chunks from the disk.
@@ -29,7 +31,7 @@ pub(crate) struct Promotion {
     readers: u32,
     /// Chunks before them: leased already.
     hit: u64,
-    loading: HashSet<Handle>,
+    loading: BTreeSet<Handle>,
     /// What must not go before the lookup is answered: pinned once each.
     kept: Vec<Handle>,
     until: Instant,
@@ -48,6 +50,14 @@ pub(crate) struct Wanted<'a> {
     /// Chunks of the range before them.
     pub(crate) hit: u64,
     pub(crate) until: Instant,
+}
+
+/// Where an object is that a lookup wants.
+enum Place {
+    Memory(Handle),
+    /// It is being loaded.
+    Coming(Handle),
+    Disk,
 }
 
 /// A load that is to begin: room for it is reserved.
@@ -70,70 +80,55 @@ impl State {
     pub(crate) fn promote(&mut self, disk: &Disk, wanted: Wanted<'_>) -> Vec<Load> {
         let Wanted { key, prompt, chunks, spaces, readers, hit, until } = wanted;
         let (registered, spaces): (Vec<_>, Vec<_>) = spaces.into_iter().unzip();
-        let (mut loads, mut loading, mut kept) = (Vec::new(), HashSet::new(), Vec::new());
-        let mut end = chunks.start;
-        'chunks: for chunk in chunks.clone() {
-            let known: Option<Vec<_>> = ids_of(prompt, chunk, &spaces)
+        // What is there already must not make room for what comes.
+        let (mut known, mut kept) = (Vec::new(), Vec::new());
+        let mut missing = 0;
+        for chunk in chunks.clone() {
+            let places: Option<Vec<_>> = ids_of(prompt, chunk, &spaces)
                 .zip(&registered)
-                .map(|(id, registered)| {
-                    let there = self.index.get(&id).map(|handle| (id, Some(handle)));
-                    let loads = |handle: &Handle| self.loading.contains_key(handle);
-                    match there {
-                        // Another is writing it: nobody knows for how long.
-                        Some((_, Some(handle))) => {
-                            let comes = self.index.get_visible(&id).is_some() || loads(&handle);
-                            there.filter(|_| comes)
-                        }
-                        _ => {
-                            let bytes = disk.find(&id.chunk, &id.space, id.rank)?;
-                            (bytes == registered.object_bytes).then_some((id, None))
-                        }
-                    }
-                })
+                .map(|(id, registered)| Some((id, self.place(disk, &id, registered.object_bytes)?)))
                 .collect();
-            let Some(known) = known else { break };
-            let mut of_chunk = Vec::new();
-            for ((id, there), registered) in known.into_iter().zip(&registered) {
-                let Some(handle) = there else {
-                    let Some(grant) = self.allocate(registered.object_bytes, &key.cache_salt)
-                    else {
-                        for Load { handle, .. } in of_chunk {
-                            self.abandon(&[handle]);
-                        }
-                        break 'chunks;
-                    };
-                    let slot = grant.slot.clone();
-                    let before = chunk.checked_sub(1);
-                    let parent = before.and_then(|before| {
-                        let chunk = prompt.hashes[before];
-                        self.index.get(&ObjectId { chunk, ..id })
-                    });
-                    let space = self.spaces.get(id.space, registered, &key.cache_salt);
-                    let parent_hash = before.map(|before| prompt.hashes[before]);
-                    let origin = Origin { space, parent: parent_hash };
-                    let handle = self.index.reserve(id, origin, grant, parent);
-                    of_chunk.push(Load { handle, id, slot });
-                    continue;
-                };
-                if self.index.get_visible(&id).is_some() {
-                    self.index.pin(handle);
-                    kept.push(handle);
-                } else {
-                    loading.insert(handle);
+            let Some(places) = places else { break };
+            for ((_, place), registered) in places.iter().zip(&registered) {
+                match place {
+                    Place::Memory(handle) => {
+                        self.index.pin(*handle);
+                        kept.push(*handle);
+                    }
+                    Place::Coming(_) => {}
+                    Place::Disk => missing += registered.object_bytes.next_multiple_of(PAGE),
                 }
             }
-            loading.extend(of_chunk.iter().map(|load| load.handle));
-            loads.extend(of_chunk);
-            end = chunk + 1;
+            known.push((places, kept.len()));
         }
-        if loading.is_empty() {
+        let (mut loads, mut loading) = (Vec::new(), BTreeSet::new());
+        let mut end = chunks.start;
+        let mut kept_to_end = 0;
+        for (places, kept) in known {
+            let Some(of_chunk) = self.reserve(key, prompt, end, &places, &registered) else {
+                self.headroom = self.headroom.max(missing); // as the pool grows, the next lookup finds it
+                break;
+            };
+            let coming = places.iter().filter_map(|(_, place)| match place {
+                Place::Coming(handle) => Some(*handle),
+                _ => None,
+            });
+            loading.extend(coming.chain(of_chunk.iter().map(|load| load.handle)));
+            loads.extend(of_chunk);
+            end += 1;
+            kept_to_end = kept;
+        }
+        self.unpin(&kept.split_off(kept_to_end));
+        let session = self.sessions.get_mut(&key.request_id);
+        let Some(session) = session.filter(|_| !loading.is_empty()) else {
             self.unpin(&kept);
             return loads;
-        }
+        };
         for handle in &loading {
-            self.loading.entry(*handle).or_default().push(key.request_id.clone());
+            self.loading.entry(*handle).or_default().insert(key.request_id.clone());
         }
-        let promotion = Promotion {
+        session.hit = None;
+        session.promotion = Some(Promotion {
             prompt: Arc::clone(prompt),
             chunks: chunks.start..end,
             spaces,
@@ -143,54 +138,93 @@ impl State {
             kept,
             until,
             wakers: Vec::new(),
-        };
-        match self.sessions.get_mut(&key.request_id) {
-            Some(session) => {
-                session.hit = None;
-                session.promotion = Some(promotion);
-            }
-            None => self.forget_promotion(Some(promotion)),
-        }
+        });
         loads
     }
 
-    /// A load has ended. Whom to wake.
-    fn loaded(&mut self, handle: Handle, loaded: Option<&Loaded>) -> Vec<Waker> {
-        let Some(requests) = self.loading.remove(&handle) else { return Vec::new() };
+    /// Where the object is; `None`: nowhere, or another is writing it, nobody knows for how long.
+    fn place(&self, disk: &Disk, id: &ObjectId, bytes: u64) -> Option<Place> {
+        match self.index.get(id) {
+            None => {
+                let there = disk.find(&id.chunk, &id.space, id.rank)?;
+                (there == bytes).then_some(Place::Disk)
+            }
+            Some(handle) if self.index.get_visible(id).is_some() => Some(Place::Memory(handle)),
+            Some(handle) => self.loading.contains_key(&handle).then_some(Place::Coming(handle)),
+        }
+    }
+
+    /// Room for those objects of a chunk that are on the disk; `None`: there is none.
+    fn reserve(
+        &mut self,
+        key: &Key,
+        prompt: &Prompt,
+        chunk: usize,
+        places: &[(ObjectId, Place)],
+        registered: &[Arc<Registered>],
+    ) -> Option<Vec<Load>> {
+        let before = chunk.checked_sub(1).map(|before| prompt.hashes[before]);
+        let mut loads = Vec::new();
+        for ((id, place), registered) in places.iter().zip(registered) {
+            let parent = before.and_then(|chunk| self.index.get(&ObjectId { chunk, ..*id }));
+            if let (Place::Memory(handle), Some(parent)) = (place, parent) {
+                self.index.adopt(parent, *handle);
+            }
+            if !matches!(place, Place::Disk) {
+                continue;
+            }
+            let Some(grant) = self.allocate(registered.object_bytes, &key.cache_salt) else {
+                loads.iter().rev().for_each(|load: &Load| self.take_back(load.handle));
+                return None;
+            };
+            let slot = grant.slot.clone();
+            let space = self.spaces.get(id.space, registered, &key.cache_salt);
+            let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
+            loads.push(Load { handle, id: *id, slot });
+        }
+        Some(loads)
+    }
+
+    /// What was reserved for a load is free again.
+    fn take_back(&mut self, handle: Handle) {
+        if let Some(grant) = self.index.remove_reserved(handle) {
+            self.pool.give_back(grant);
+        }
+    }
+
+    /// A load has ended.
+    fn loaded(&mut self, handle: Handle, loaded: Option<&Loaded>) {
+        let Some(requests) = self.loading.remove(&handle) else { return };
+        let mut waiting = Vec::new();
+        for request_id in requests {
+            let session = self.sessions.get_mut(&request_id);
+            if let Some(promotion) = session.and_then(|it| it.promotion.as_mut())
+                && promotion.loading.remove(&handle)
+            {
+                if loaded.is_some() {
+                    promotion.kept.push(handle);
+                    self.index.pin(handle);
+                }
+                if promotion.loading.is_empty() {
+                    waiting.push(request_id);
+                }
+            }
+        }
         match loaded {
             Some(loaded) => {
                 self.counters.promoted_chunks += 1;
                 self.index.keep_checksum(handle, loaded.checksum);
-                for request_id in &requests {
-                    let session = self.sessions.get_mut(request_id);
-                    if let Some(promotion) = session.and_then(|it| it.promotion.as_mut())
-                        && promotion.loading.contains(&handle)
-                    {
-                        promotion.kept.push(handle);
-                        self.index.pin(handle);
-                    }
-                }
                 self.index.commit(&[handle]);
             }
-            None => self.abandon(&[handle]),
+            None => self.take_back(handle),
         }
-        let mut wakers = Vec::new();
-        for request_id in &requests {
-            let session = self.sessions.get_mut(request_id);
-            let Some(promotion) = session.and_then(|it| it.promotion.as_mut()) else { continue };
-            if promotion.loading.remove(&handle) && promotion.loading.is_empty() {
-                wakers.extend(self.settle(request_id));
-            }
-        }
-        wakers
+        waiting.iter().for_each(|request_id| self.settle(request_id));
     }
 
-    /// Answers a lookup with what has come. Whom to wake.
-    pub(crate) fn settle(&mut self, request_id: &str) -> Vec<Waker> {
+    /// Answers a lookup with what has come.
+    pub(crate) fn settle(&mut self, request_id: &str) {
         let session = self.sessions.get_mut(request_id);
-        let Some(promotion) = session.and_then(|session| session.promotion.take()) else {
-            return Vec::new();
-        };
+        let Some(promotion) = session.and_then(|session| session.promotion.take()) else { return };
         let mut hit = Vec::new();
         let mut chunks = 0;
         for chunk in promotion.chunks.clone() {
@@ -215,15 +249,14 @@ impl State {
             }
         }
         self.counters.hit_chunks += chunks;
-        self.unpin(&promotion.kept);
-        promotion.wakers
+        self.forget_promotion(Some(promotion));
     }
 
     /// Nobody waits any more; what comes is there for others.
     pub(crate) fn forget_promotion(&mut self, promotion: Option<Promotion>) {
         if let Some(promotion) = promotion {
             self.unpin(&promotion.kept);
-            promotion.wakers.into_iter().for_each(Waker::wake);
+            self.woken.extend(promotion.wakers);
         }
     }
 
@@ -245,8 +278,46 @@ impl State {
             };
             saves.push(Save { handle: *handle, saved, slot: slot.clone() });
             self.index.pin(*handle);
+            self.saving.insert(*handle, None);
         }
         saves
+    }
+
+    /// A save has ended. `whole`: as far as is known, the bytes are those that were stored.
+    fn saved(&mut self, handle: Handle, whole: bool) {
+        if let Some(Some(cleared)) = self.saving.remove(&handle) {
+            self.pool.give_back(cleared);
+            return;
+        }
+        if !whole && let Some(grant) = self.index.grant(handle) {
+            let generation = grant.generation();
+            let discarded = self.index.discard(&HashSet::from([generation]));
+            self.counters.damaged_chunks += discarded.len() as u64;
+        }
+        self.index.unpin(handle);
+    }
+
+    /// Evicts everything that is neither leased nor reserved; says how many objects it were. The slots of those that
+    /// are being saved come back when that ends.
+    pub(crate) fn clear(&mut self) -> u64 {
+        let unsaved = self.saving.iter().filter(|(_, cleared)| cleared.is_none());
+        let mut unsaved: Vec<Handle> = unsaved.map(|(handle, _)| *handle).collect();
+        unsaved.sort_unstable(); // parents first
+        self.unpin(&unsaved);
+        let generation = |handle: &Handle| Some((self.index.grant(*handle)?.generation(), *handle));
+        let by_generation: HashMap<u64, Handle> = unsaved.iter().filter_map(generation).collect();
+        let mut cleared = 0;
+        while let Some(grant) = self.index.evict(RemovalCause::Cleared, Demand::All) {
+            match by_generation.get(&grant.generation()) {
+                Some(handle) => {
+                    self.saving.insert(*handle, Some(grant));
+                }
+                None => self.pool.give_back(grant),
+            }
+            cleared += 1;
+        }
+        unsaved.iter().for_each(|handle| self.index.pin(*handle)); // those that are leased, too
+        cleared
     }
 }
 
@@ -257,17 +328,19 @@ impl Store {
         let mut refused = Vec::new();
         for Save { handle, saved, slot } in saves {
             let state = Arc::downgrade(self.state());
-            let done = Box::new(move |_| {
+            let done = Box::new(move |saved: Result<bool>| {
                 if let Some(state) = state.upgrade() {
-                    lock(&state).unpin(&[handle]);
+                    Locked::new(&state).saved(handle, saved.unwrap_or(true));
                 }
             });
-            if !disk.save(saved, self.memory(), slot.offset, slot.length, done) {
+            let place = (slot.offset, slot.length);
+            if !disk.save_summed(saved, self.memory(), place, slot.checksum, done) {
                 refused.push(handle);
             }
         }
         if !refused.is_empty() {
-            self.lock().unpin(&refused);
+            let mut state = self.lock();
+            refused.into_iter().rev().for_each(|handle| state.saved(handle, true));
         }
     }
 
@@ -279,18 +352,18 @@ impl Store {
             let state = Arc::downgrade(self.state());
             let done = Box::new(move |loaded: Result<Option<Loaded>>| {
                 if let Some(state) = state.upgrade() {
-                    end_load(&state, handle, loaded.ok().flatten().as_ref());
+                    Locked::new(&state).loaded(handle, loaded.ok().flatten().as_ref());
                 }
             });
             let place = (&id.chunk, &id.space, id.rank);
             if !disk.load(place, self.memory(), slot.offset, slot.length, done) {
-                end_load(self.state(), handle, None);
+                self.lock().loaded(handle, None);
             }
         }
     }
 
-    /// The hit of the request's latest lookup, once all has come from the disk, or at the lookup's deadline; 0 for a
-    /// request that is not known.
+    /// The hit of the request's latest lookup, once all has come from the disk; 0 for a request that is not known. It
+    /// waits for as long as the disk does: at the lookup's deadline [`Store::take_hit`] has what has come.
     pub async fn hit(&self, request_id: &str) -> u64 {
         poll_fn(|context| {
             let mut state = self.lock();
@@ -334,17 +407,11 @@ impl Store {
     }
 }
 
+#[cfg(test)]
+mod tests;
+
 impl Promotion {
     pub(crate) fn is_late(&self, now: Instant) -> bool {
         self.until <= now
     }
-}
-
-fn end_load(state: &Mutex<State>, handle: Handle, loaded: Option<&Loaded>) {
-    let wakers = lock(state).loaded(handle, loaded);
-    wakers.into_iter().for_each(Waker::wake);
-}
-
-fn lock(state: &Mutex<State>) -> std::sync::MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }

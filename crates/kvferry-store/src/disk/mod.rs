@@ -9,7 +9,7 @@
 
 mod ahead;
 mod buffer;
-mod files;
+pub(crate) mod files;
 mod format;
 mod health;
 mod index;
@@ -19,7 +19,7 @@ mod power;
 mod save;
 mod shared;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ pub struct DiskOptions {
     pub dir: PathBuf,
     /// Bytes that its files may take, headers included; 8192 or more.
     pub bytes: u64,
-    /// Bytes of saves that may wait. Default 256 MiB.
+    /// Bytes of saves that may wait; one object may, however large. Default 256 MiB.
     pub queue_bytes: u64,
 }
 
@@ -102,6 +102,8 @@ pub struct Loaded {
 
 /// What becomes of a save: `Ok` when it outlives a power loss. Called once, on a thread of the disk.
 pub type SaveDone = Box<dyn FnOnce(Result<()>) + Send>;
+/// The same, of bytes whose checksum is known: `Ok(false)` when they have another one.
+pub(crate) type SummedDone = Box<dyn FnOnce(Result<bool>) + Send>;
 /// What becomes of a load: `Ok(None)` when the object is not there, or was damaged. Called once, on a thread of
 /// the disk.
 pub type LoadDone = Box<dyn FnOnce(Result<Option<Loaded>>) + Send>;
@@ -127,8 +129,10 @@ pub struct DiskStatus {
     pub dropped_full: u64,
     /// Saves refused because the disk had failed.
     pub dropped_failed: u64,
-    /// Saves refused because the object is larger than the disk or its queue.
+    /// Saves refused because the object is larger than the disk.
     pub dropped_large: u64,
+    /// Saves refused because the bytes had another checksum than they were stored with.
+    pub dropped_damaged: u64,
     /// Loads refused because too many were waiting.
     pub refused_loads: u64,
     /// Objects loaded.
@@ -165,6 +169,7 @@ impl DiskStatus {
             ("disk_dropped_full", self.dropped_full),
             ("disk_dropped_failed", self.dropped_failed),
             ("disk_dropped_large", self.dropped_large),
+            ("disk_dropped_damaged", self.dropped_damaged),
             ("disk_refused_loads", self.refused_loads),
             ("disk_loads", self.loads),
             ("disk_load_failures", self.load_failures),
@@ -259,10 +264,12 @@ impl Disk {
         Ok(disk)
     }
 
-    /// The object's bytes if it is there. No I/O.
+    /// The object's bytes if it can be loaded. No I/O.
     pub fn find(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) -> Option<u64> {
         let id = ObjectId { chunk: *chunk, space: *space, rank };
-        self.shared.lock().index.get(&id).map(|object| object.named.length)
+        let state = self.shared.lock();
+        let object = state.index.get(&id).filter(|_| !state.closing);
+        object.map(|object| object.named.length)
     }
 
     /// Saves `length` bytes at `offset`, which must stay until `done` is called. An object that is there already is
@@ -276,7 +283,23 @@ impl Disk {
         length: u64,
         done: SaveDone,
     ) -> bool {
-        let task = SaveTask { saved, memory, offset, length, done: None, ticket: 0, trial: false };
+        let done = Box::new(move |saved: Result<bool>| done(saved.map(drop)));
+        self.save_summed(saved, memory, (offset, length), None, done)
+    }
+
+    /// The same, of bytes that may have no other checksum than `checksum`: memory that was damaged since must not
+    /// become an object whose checksum is right.
+    #[must_use = "a save that was refused calls nothing back"]
+    pub(crate) fn save_summed(
+        &self,
+        saved: Saved,
+        memory: Arc<dyn Memory>,
+        (offset, length): (u64, u64),
+        checksum: Option<u64>,
+        done: SummedDone,
+    ) -> bool {
+        let (ticket, trial) = (0, false);
+        let task = SaveTask { saved, memory, offset, length, checksum, done: None, ticket, trial };
         self.shared.accept_save(task, done)
     }
 

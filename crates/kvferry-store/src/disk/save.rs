@@ -25,7 +25,7 @@ const BATCH_BYTES: u64 = 32 << 20;
 const FULL_TRIES: u32 = 3;
 
 /// A save and what became of it.
-type Ended = (SaveTask, Result<()>);
+type Ended = (SaveTask, Result<bool>);
 
 enum Work {
     End(Vec<Ended>),
@@ -86,7 +86,7 @@ fn take_batch(state: &mut State) -> (Vec<SaveTask>, Vec<Ended>) {
         let id = task.saved.id();
         if state.index.get(&id).is_some() {
             state.index.touch(&id);
-            ended.push((task, Ok(())));
+            ended.push((task, Ok(true)));
         } else if let Some(writing) = state.writing.get_mut(&id) {
             if writing.removed {
                 // A new object of the same identity: its turn comes when that one is gone.
@@ -135,6 +135,8 @@ fn end(shared: &Shared, ended: Vec<Ended>) {
 enum Failure {
     /// Its bytes or names are the reason.
     Caller(Error),
+    /// Its bytes are not those that were stored.
+    Damaged,
     /// The disk is.
     Disk(Error),
 }
@@ -232,6 +234,7 @@ impl Saver<'_> {
             self.remove_or_count(&name, bytes);
             let error = match error {
                 Unwritten::Memory(error) => break Failure::Caller(error),
+                Unwritten::Damaged => break Failure::Damaged,
                 Unwritten::File(error) => error,
             };
             let full =
@@ -272,7 +275,7 @@ impl Saver<'_> {
             }
             let whole = start > 0 && at == length;
             if whole {
-                format::encode(&task.saved, length, digest.finalize(), &mut part[..start]);
+                format::encode(&task.saved, length, sum(&digest, task)?, &mut part[..start]);
             }
             handle.write_at(file_at, part)?;
             if whole {
@@ -285,7 +288,7 @@ impl Saver<'_> {
             }
         }
         let header = self.header.first(header_bytes);
-        format::encode(&task.saved, length, digest.finalize(), header);
+        format::encode(&task.saved, length, sum(&digest, task)?, header);
         handle.write_at(0, header)?;
         Ok(handle)
     }
@@ -308,7 +311,7 @@ impl Saver<'_> {
                 Err(overtaken_by())
             } else {
                 state.index.insert(named, bytes, now);
-                Ok(())
+                Ok(true)
             };
             let tasks = std::iter::once(task).chain(writing.waiters);
             ended.extend(tasks.map(|task| (task, result.clone())));
@@ -342,19 +345,30 @@ impl Saver<'_> {
     fn fail(&self, task: SaveTask, failure: Failure, ended: &mut Vec<Ended>) {
         let mut guard = self.shared.lock();
         let state = &mut *guard;
-        let error = match failure {
-            Failure::Caller(error) => error,
+        let writing = state.end_writing(&task.saved.id());
+        let result = match failure {
             Failure::Disk(error) => {
                 let reason = error.message.clone();
                 state.health.fail(reason, task.trial, Instant::now(), &self.shared.times);
-                error
+                state.status.save_failures += 1 + writing.waiters.len() as u64;
+                state.last_failure = Some(error.clone());
+                ended.extend(writing.waiters.into_iter().map(|task| (task, Err(error.clone()))));
+                Err(error)
+            }
+            // Others may have the object in other memory, and whole.
+            Failure::Caller(error) => {
+                state.save_again(writing);
+                state.status.save_failures += 1;
+                state.last_failure = Some(error.clone());
+                Err(error)
+            }
+            Failure::Damaged => {
+                state.save_again(writing);
+                state.status.dropped_damaged += 1;
+                Ok(false)
             }
         };
-        let waiters = state.end_writing(&task.saved.id()).waiters;
-        state.status.save_failures += 1 + waiters.len() as u64;
-        state.last_failure = Some(error.clone());
-        let tasks = std::iter::once(task).chain(waiters);
-        ended.extend(tasks.map(|task| (task, Err(error.clone()))));
+        ended.push((task, result));
         self.shared.for_savers.notify_all();
     }
 
@@ -363,21 +377,27 @@ impl Saver<'_> {
         let mut guard = self.shared.lock();
         let state = &mut *guard;
         for task in tasks.rev() {
-            let writing = state.end_writing(&task.saved.id());
-            if writing.removed {
-                state.overtaken.extend(std::iter::once(task).chain(writing.waiters));
-            } else {
-                writing.waiters.into_iter().rev().for_each(|task| state.saves.push_front(task));
-                state.saves.push_front(task);
-            }
+            let mut writing = state.end_writing(&task.saved.id());
+            writing.waiters.insert(0, task);
+            state.save_again(writing);
         }
         self.shared.for_savers.notify_all();
+    }
+}
+
+/// The checksum of a task's bytes, unless it is not what it has to be.
+fn sum(digest: &Digest, task: &SaveTask) -> Result<u64, Unwritten> {
+    let sum = digest.finalize();
+    match task.checksum {
+        Some(expected) if expected != sum => Err(Unwritten::Damaged),
+        _ => Ok(sum),
     }
 }
 
 /// Why a file was not written.
 enum Unwritten {
     Memory(Error),
+    Damaged,
     File(io::Error),
 }
 

@@ -14,7 +14,7 @@ use super::files::Files;
 use super::format;
 use super::health::{Health, Leave};
 use super::index::{Index, Object, Victim};
-use super::{DiskOptions, DiskStatus, LoadDone, Loaded, SaveDone, Saved, Times};
+use super::{DiskOptions, DiskStatus, LoadDone, Loaded, Saved, SummedDone, Times};
 use crate::index::ObjectId;
 
 /// Saves that may wait, however small.
@@ -58,8 +58,10 @@ pub(crate) struct SaveTask {
     pub(crate) memory: Arc<dyn Memory>,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+    /// What the bytes must have, where it is known.
+    pub(crate) checksum: Option<u64>,
     /// There once it is accepted.
-    pub(crate) done: Option<Done<()>>,
+    pub(crate) done: Option<Done<bool>>,
     pub(crate) ticket: u64,
     /// It finds out whether the disk works again.
     pub(crate) trial: bool,
@@ -142,6 +144,15 @@ impl State {
         }
         writing
     }
+
+    /// The turn of those that waited for an object comes again, unless it was removed meanwhile.
+    pub(crate) fn save_again(&mut self, writing: Writing) {
+        if writing.removed {
+            self.overtaken.extend(writing.waiters);
+        } else {
+            writing.waiters.into_iter().rev().for_each(|task| self.saves.push_front(task));
+        }
+    }
 }
 
 pub(crate) struct Shared {
@@ -208,18 +219,20 @@ impl Shared {
         Error::system(format!("the disk tier cannot {doing} in {path} ({remedy})"), error)
     }
 
-    pub(crate) fn accept_save(&self, mut task: SaveTask, done: SaveDone) -> bool {
+    pub(crate) fn accept_save(&self, mut task: SaveTask, done: SummedDone) -> bool {
         let header = format::header_bytes(&task.saved).unwrap_or(format::HEADER_MAX) as u64;
         let bytes = format::padded(task.length).and_then(|bytes| bytes.checked_add(header));
         let mut state = self.lock();
         if state.closing {
             return false;
         }
-        if bytes.is_none_or(|bytes| bytes > self.bound) || task.length > self.queue_bytes {
+        if bytes.is_none_or(|bytes| bytes > self.bound) {
             state.status.dropped_large += 1;
             return false;
         }
-        if state.queue_bytes + task.length > self.queue_bytes || state.saves.len() >= SAVES_MAX {
+        // One that is larger than the queue waits alone: else it would never be on the disk.
+        let full = state.queue_bytes > 0 && state.queue_bytes + task.length > self.queue_bytes;
+        if full || state.saves.len() >= SAVES_MAX {
             state.status.dropped_full += 1;
             return false;
         }

@@ -36,10 +36,10 @@ pub(crate) fn saved(number: u8, salt: &str) -> Saved {
 }
 
 /// A directory that goes with the test.
-struct Directory(PathBuf);
+pub(crate) struct Directory(PathBuf);
 
 impl Directory {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let path = format!("kvferry-disk-engine-{}-{count}", std::process::id());
@@ -48,7 +48,7 @@ impl Directory {
         Self(path)
     }
 
-    fn options(&self, bytes: u64) -> DiskOptions {
+    pub(crate) fn options(&self, bytes: u64) -> DiskOptions {
         DiskOptions::new(&self.0, bytes)
     }
 
@@ -626,8 +626,51 @@ fn the_queue_of_saves_is_bounded_and_drops_are_counted() {
     disk.flush(soon()).unwrap();
     assert_eq!(disk.status().queue_bytes, 0);
     assert_eq!(found(&disk, 0..9), [0, 1, 2, 3, 4]);
-    assert!(begin_save(&disk, saved(9, ""), &content(9, 6 * 4096)).is_none());
-    assert_eq!(disk.status().dropped_large, 1);
+    gate.shut();
+    let larger = begin_save(&disk, saved(9, ""), &content(9, 6 * 4096)).unwrap();
+    assert!(begin_save(&disk, saved(8, ""), &content(8, 4096)).is_none(), "it waits alone");
+    gate.open();
+    larger.recv().unwrap().unwrap();
+    let status = disk.status();
+    assert_eq!((status.dropped_full, status.dropped_large), (4, 0));
+}
+
+#[test]
+fn bytes_of_another_checksum_than_they_had_are_not_saved() {
+    let directory = Directory::new();
+    let gate = Arc::new(Gate::default());
+    let disk = Disk::open_on(
+        &directory.options(16 * MIB),
+        gated_saves(&directory, &gate),
+        Times::default(),
+    )
+    .unwrap();
+    for length in [1, 4096, MIB - 4096, MIB, 2 * MIB + 1] {
+        let bytes = content(1, length);
+        let sum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, &bytes);
+        let begin = |bytes: &[u8]| {
+            let (told, answer) = mpsc::channel();
+            let done = Box::new(move |result: Result<bool>| told.send(result).unwrap());
+            let memory = memory(bytes);
+            assert!(disk.save_summed(saved(1, ""), memory, (0, length), Some(sum), done));
+            answer
+        };
+        let mut damaged = bytes.clone();
+        damaged[usize::try_from(length).unwrap() - 1] ^= 1;
+        gate.shut();
+        let bad = begin(&damaged);
+        let good = begin(&bytes); // waits for the other, which is of the same object
+        gate.open();
+        assert_eq!((bad.recv().unwrap(), good.recv().unwrap()), (Ok(false), Ok(true)));
+        assert_eq!(load(&disk, &saved(1, ""), length), Ok(Some(bytes)));
+        let Saved { chunk, space, rank, .. } = saved(1, "");
+        disk.remove(&chunk, &space, rank);
+        disk.flush(soon()).unwrap();
+        assert!(directory.names().is_empty());
+    }
+    let status = disk.status();
+    assert_eq!((status.dropped_damaged, status.save_failures, status.saves), (5, 0, 5));
+    assert_eq!((status.failed, status.bytes, status.queue_bytes), (None, 0, 0));
 }
 
 #[test]
@@ -1080,13 +1123,13 @@ pub(crate) enum Operation {
 type Fault = Arc<dyn Fn(&Operation) -> io::Result<()> + Send + Sync>;
 
 /// The system's files, and something that happens before each operation.
-struct Faulty {
+pub(crate) struct Faulty {
     files: SystemFiles,
     fault: Fault,
 }
 
 impl Faulty {
-    fn on(
+    pub(crate) fn on(
         directory: &Directory,
         fault: impl Fn(&Operation) -> io::Result<()> + Send + Sync + 'static,
     ) -> Arc<dyn Files> {
@@ -1183,22 +1226,22 @@ fn gated_saves(directory: &Directory, gate: &Arc<Gate>) -> Arc<dyn Files> {
 
 /// Holds threads up while it is shut.
 #[derive(Default)]
-struct Gate {
+pub(crate) struct Gate {
     shut: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Gate {
-    fn shut(&self) {
+    pub(crate) fn shut(&self) {
         *self.shut.lock().unwrap() = true;
     }
 
-    fn open(&self) {
+    pub(crate) fn open(&self) {
         *self.shut.lock().unwrap() = false;
         self.changed.notify_all();
     }
 
-    fn pass(&self) {
+    pub(crate) fn pass(&self) {
         let mut shut = self.shut.lock().unwrap();
         while *shut {
             shut = self.changed.wait(shut).unwrap();
