@@ -101,7 +101,7 @@ impl State {
                         }
                         break 'chunks;
                     };
-                    let slot = grant.slot.clone();
+                    let slot = grant.slot();
                     let before = chunk.checked_sub(1);
                     let parent = before.and_then(|before| {
                         let chunk = prompt.hashes[before];
@@ -239,7 +239,7 @@ impl State {
                 layout: origin.space.registered.layout.clone(),
                 cache_salt: origin.space.event.cache_salt.clone(),
             };
-            saves.push(Save { handle: *handle, saved, slot: slot.clone() });
+            saves.push(Save { handle: *handle, saved, slot });
             self.index.pin(*handle);
         }
         saves
