@@ -112,8 +112,7 @@ pub(crate) fn hit_cycles(
     let begun = Instant::now();
     let cycles: Vec<Vec<Cycle<4>>> = std::thread::scope(|scope| {
         let run = |load: &mut Hits| load.run(prompts, span);
-        let threads: Vec<_> =
-            loads.iter_mut().map(|load| scope.spawn(move || run(load))).collect();
+        let threads: Vec<_> = loads.iter_mut().map(|load| scope.spawn(move || run(load))).collect();
         threads.into_iter().map(|thread| thread.join().expect("a client's cycles")).collect()
     });
     (cycles.concat(), begun.elapsed().as_secs_f64())
