@@ -25,10 +25,9 @@ const TICKS: f64 = 64.0;
 /// Uses between two looks at what has been learned, or so many ticks.
 const LEARN_USES: usize = 1024;
 const LEARN_TICKS: u32 = 10 * 64;
-/// Steps of ageing for each use, more than a use can cause, and before each look; between two rounds are so many ticks.
+/// Steps of ageing before each look; what is left is done with the next uses, more for each than it can cause.
 const AGE_STEPS: usize = 32;
 const AGE_STEPS_TO_LEARN: usize = 8192;
-const AGE_TICKS: u32 = 64;
 /// Uses after which what was learned before counts for half: what engines ask changes from day to day.
 const HALVE_USES: usize = 1 << 20;
 /// What is remembered of objects that are not there: so many for each that is, and so many more.
@@ -118,9 +117,8 @@ pub(super) struct Hazard {
     occupied: Vec<u64>,
     uses_since: usize,
     learned: u32,
-    /// The cell at which ageing goes on, counted over the classes, and when its last round ended.
+    /// The cell at which ageing goes on, counted over the classes.
     aging: usize,
-    aged: u32,
     /// Uses since what had been learned was last halved.
     uses: usize,
 }
@@ -146,7 +144,6 @@ impl Default for Hazard {
             uses_since: 0,
             learned: 0,
             aging: 0,
-            aged: 0,
             uses: 0,
         }
     }
@@ -339,7 +336,7 @@ impl Hazard {
     fn age(&mut self, steps: usize) {
         for _ in 0..steps {
             let Some(class) = self.classes.get(self.aging / (BUCKETS - 1)) else {
-                (self.aging, self.aged) = (0, self.now);
+                self.aging = 0;
                 return;
             };
             let bucket = BUCKETS - 2 - self.aging % (BUCKETS - 1);
@@ -509,7 +506,7 @@ impl Eviction for Hazard {
                 cell.left_seconds /= 2.0;
             }
         }
-        if self.aging > 0 || self.now - self.aged >= AGE_TICKS {
+        if self.aging > 0 {
             self.age(AGE_STEPS * uses.len());
         }
         if self.uses_since >= LEARN_USES || self.now - self.learned >= LEARN_TICKS {
