@@ -6,9 +6,13 @@
 //! which a hole of just that size lies is looked at first. Plain TLSF would pass it over, since that
 //! bin also holds smaller holes.
 
+use crate::table::Table;
+
 /// Holes that are looked at in the bin whose sizes straddle the wanted one.
 const EXACT_FIT_TRIES: usize = 8;
 const NONE: u32 = u32::MAX;
+/// Spreads pages over the table of spans (2^64 ÷ the golden ratio).
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Sizes below 8 have a bin each; above, each power of two is split in 8.
 const BINS: usize = 30 * 8;
 
@@ -19,7 +23,7 @@ struct Span {
     /// Neighbours in the pool, by address.
     before: u32,
     after: u32,
-    /// Neighbours in the bin's list, while free.
+    /// Neighbours in the bin's list, while free; else the two halves of its stamp.
     previous: u32,
     next: u32,
     free: bool,
@@ -38,6 +42,8 @@ pub(crate) struct Allocation {
 pub(crate) struct Allocator {
     spans: Vec<Span>,
     unused: Vec<u32>,
+    /// Allocated spans, by their first page.
+    allocated: Table,
     heads: [u32; BINS],
     /// Which bins have a hole: one bit each.
     occupied: [u64; BINS.div_ceil(64)],
@@ -52,6 +58,7 @@ impl Allocator {
         Self {
             spans: Vec::new(),
             unused: Vec::new(),
+            allocated: Table::default(),
             heads: [NONE; BINS],
             occupied: [0; BINS.div_ceil(64)],
             last: NONE,
@@ -78,15 +85,15 @@ impl Allocator {
             self.spans[self.last as usize].after = span;
         }
         self.last = span;
-        self.free(Allocation { span, page });
+        self.give(span);
     }
 
     pub(crate) fn free_pages(&self) -> u64 {
         self.free_pages
     }
 
-    /// `pages` (> 0) contiguous pages.
-    pub(crate) fn allocate(&mut self, pages: u32) -> Option<Allocation> {
+    /// `pages` (> 0) contiguous pages, that have `stamp` as long as they are allocated.
+    pub(crate) fn allocate(&mut self, pages: u32, stamp: u64) -> Option<Allocation> {
         let span = self.exact_fit(pages).or_else(|| self.good_fit(pages))?;
         self.unlink(span);
         let Span { page, pages: found, after, .. } = self.spans[span as usize];
@@ -109,13 +116,34 @@ impl Allocator {
             }
             self.link(rest);
         }
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
+        {
+            self.spans[span as usize].previous = (stamp >> 32) as u32;
+            self.spans[span as usize].next = stamp as u32;
+        }
+        let spans = &self.spans;
+        self.allocated.insert(hash(page), span, |span| hash(spans[span as usize].page));
         Some(Allocation { span, page })
     }
 
     /// Gives pages back; free neighbours become one hole.
     #[expect(clippy::needless_pass_by_value, reason = "an allocation is given back once")]
     pub(crate) fn free(&mut self, allocation: Allocation) {
-        let mut span = allocation.span;
+        let Allocation { span, page } = allocation;
+        self.allocated.remove(hash(page), span);
+        self.give(span);
+    }
+
+    /// The stamp of what was allocated from `page` on.
+    pub(crate) fn stamp(&self, page: u32) -> Option<u64> {
+        let begins = |span: u32| self.spans[span as usize].page == page;
+        let span = self.allocated.find(hash(page), begins)?;
+        let Span { previous, next, .. } = self.spans[span as usize];
+        Some(u64::from(previous) << 32 | u64::from(next))
+    }
+
+    /// The span becomes a hole.
+    fn give(&mut self, mut span: u32) {
         let before = self.spans[span as usize].before;
         if self.spans.get(before as usize).is_some_and(|before| before.free) {
             self.unlink(before);
@@ -217,6 +245,10 @@ impl Allocator {
     }
 }
 
+fn hash(page: u32) -> u64 {
+    u64::from(page).wrapping_mul(SPREAD)
+}
+
 /// The bin of the largest start that is at most `pages` (> 0).
 fn bin_below(pages: u32) -> usize {
     match pages.ilog2() {
@@ -255,13 +287,13 @@ mod tests {
     fn a_full_pool_of_equal_objects_takes_one_more_after_each_that_is_freed() {
         let mut pool = Allocator::new();
         pool.grow(1441 * 10);
-        let mut objects: Vec<_> = (0..10).map(|_| pool.allocate(1441).unwrap()).collect();
-        assert!(pool.allocate(1).is_none());
+        let mut objects: Vec<_> = (0..10).map(|_| pool.allocate(1441, 7).unwrap()).collect();
+        assert!(pool.allocate(1, 7).is_none());
         for index in [3, 7, 0, 9, 4] {
             let freed = objects.swap_remove(index % objects.len());
             let page = freed.page;
             pool.free(freed);
-            let taken = pool.allocate(1441).expect("the hole has just the size");
+            let taken = pool.allocate(1441, 7).expect("the hole has just the size");
             assert_eq!(taken.page, page);
             objects.push(taken);
         }
@@ -273,10 +305,10 @@ mod tests {
         for _ in 0..4 {
             pool.grow(100);
         }
-        let object = pool.allocate(400).expect("neighbouring steps are one hole");
+        let object = pool.allocate(400, 7).expect("neighbouring steps are one hole");
         assert_eq!(object.page, 0);
         pool.grow(100);
-        assert_eq!(pool.allocate(100).map(|more| more.page), Some(400));
+        assert_eq!(pool.allocate(100, 7).map(|more| more.page), Some(400));
     }
 
     proptest! {
@@ -297,7 +329,7 @@ mod tests {
                     let start = allocation.page as usize;
                     owner[start..start + pages as usize].fill(false);
                     pool.free(allocation);
-                } else if let Some(allocation) = pool.allocate(pages) {
+                } else if let Some(allocation) = pool.allocate(pages, 7) {
                     let start = allocation.page as usize;
                     let range = &mut owner[start..start + pages as usize];
                     prop_assert!(range.iter().all(|taken| !taken));
@@ -310,7 +342,7 @@ mod tests {
             for (allocation, _) in held {
                 pool.free(allocation);
             }
-            prop_assert_eq!(pool.allocate(4096).map(|all| all.page), Some(0));
+            prop_assert_eq!(pool.allocate(4096, 7).map(|all| all.page), Some(0));
         }
     }
 }

@@ -5,7 +5,9 @@
 //! ones goes first, a policy says. An object becomes unpinned after its children, so a policy that takes
 //! what became so first takes children before parents.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -18,6 +20,7 @@ use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;
 use crate::space::Space;
+use crate::table::Table;
 use crate::tenants::{Quotas, Tenants};
 
 const NONE: u32 = u32::MAX;
@@ -44,12 +47,13 @@ impl ObjectId {
 /// A reference to an object that notices when the object is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Handle {
-    generation: u64,
+    generation: NonZeroU64,
     index: u32,
 }
 
 struct Object {
-    id: ObjectId,
+    chunk: [u8; 32],
+    rank: u32,
     origin: Origin,
     grant: Grant,
     parent: Option<Handle>,
@@ -64,6 +68,12 @@ struct Object {
     free: bool,
     /// The policy wanted it to go, and its tenant's guarantee keeps it.
     parked: bool,
+}
+
+impl Object {
+    fn id(&self) -> ObjectId {
+        ObjectId { chunk: self.chunk, space: self.origin.space.id, rank: self.rank }
+    }
 }
 
 /// For whom room is made.
@@ -81,7 +91,9 @@ pub(crate) enum Demand {
 pub(crate) struct Index {
     objects: Vec<Option<Object>>,
     unused: Vec<u32>,
-    by_id: HashMap<ObjectId, Handle>,
+    /// Places by identity.
+    by_id: Table,
+    hashes: RandomState,
     eviction: Box<dyn Eviction>,
     /// Discarded ones that nothing keeps.
     doomed: VecDeque<Handle>,
@@ -93,7 +105,7 @@ pub(crate) struct Index {
 
 /// An object, as [`Index::find`] comes upon it.
 pub(crate) struct Seen<'a> {
-    pub(crate) id: &'a ObjectId,
+    pub(crate) id: ObjectId,
     pub(crate) space: &'a Space,
     /// Else it is being written.
     pub(crate) visible: bool,
@@ -105,7 +117,8 @@ impl Index {
         Self {
             objects: Vec::new(),
             unused: Vec::new(),
-            by_id: HashMap::new(),
+            by_id: Table::default(),
+            hashes: RandomState::new(),
             eviction: policy.eviction(),
             doomed: VecDeque::new(),
             tenants: Tenants::default(),
@@ -140,7 +153,12 @@ impl Index {
 
     /// The object of this identity, reserved ones included.
     pub(crate) fn get(&self, id: &ObjectId) -> Option<Handle> {
-        self.by_id.get(id).copied()
+        let same = |index: u32| {
+            self.objects[index as usize].as_ref().is_some_and(|object| object.id() == *id)
+        };
+        let index = self.by_id.find(self.hashes.hash_one(id.key()), same)?;
+        let object = self.objects.get(index as usize)?.as_ref()?;
+        Some(Handle { generation: object.grant.count(), index })
     }
 
     /// The object of this identity if readers may see it.
@@ -153,8 +171,8 @@ impl Index {
     }
 
     /// What it is, where from, and where its bytes are.
-    pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, &Origin, &Slot)> {
-        self.object(handle).map(|object| (object.id, &object.origin, &object.grant.slot))
+    pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, &Origin, Slot)> {
+        self.object(handle).map(|object| (object.id(), &object.origin, object.grant.slot()))
     }
 
     /// Adds a reserved object: pinned once, seen by nobody.
@@ -165,13 +183,14 @@ impl Index {
         grant: Grant,
         parent: Option<Handle>,
     ) -> Handle {
-        let generation = grant.generation();
+        let generation = grant.count();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
         let tenant = self.tenants.number(&origin.space.event.cache_salt);
         self.tenants.charge(tenant, grant.bytes());
         self.unpark(tenant);
         let object = Object {
-            id,
+            chunk: id.chunk,
+            rank: id.rank,
             origin,
             grant,
             parent,
@@ -194,7 +213,12 @@ impl Index {
             }
         };
         let handle = Handle { index, generation };
-        self.by_id.insert(id, handle);
+        let (objects, hashes) = (&self.objects, &self.hashes);
+        let hash = |index: u32| {
+            let key = objects[index as usize].as_ref().map_or(0, |object| object.id().key());
+            hashes.hash_one(key)
+        };
+        self.by_id.insert(hashes.hash_one(id.key()), index, hash);
         self.eviction.add(index, id.key());
         if let Some(parent) = parent {
             self.pin(parent);
@@ -206,7 +230,7 @@ impl Index {
     /// The object's bytes have this checksum. It goes with the object's slot.
     pub(crate) fn keep_checksum(&mut self, handle: Handle, checksum: u64) {
         if let Some(object) = self.object_mut(handle) {
-            object.grant.slot.checksum = Some(checksum);
+            object.grant.checksum = Some(checksum);
         }
     }
 
@@ -226,8 +250,8 @@ impl Index {
         // Listeners hear of parents first.
         for handle in committed.iter().rev() {
             if let Some(object) = self.object(*handle) {
-                let (id, origin) = (object.id, object.origin.clone());
-                self.events.push(id.chunk, id.rank, origin, None);
+                let (chunk, rank, origin) = (object.chunk, object.rank, object.origin.clone());
+                self.events.push(chunk, rank, origin, None);
             }
         }
     }
@@ -285,14 +309,14 @@ impl Index {
             .filter_map(|(index, object)| Some((index, object.as_ref()?)))
             .filter(|(_, object)| object.visible && !object.discarded)
             .filter(|(_, object)| generations.contains(&object.grant.generation()))
-            .map(|(index, object)| (index, object.id))
+            .map(|(index, object)| (index, object.id()))
             .collect();
         for (index, id) in &found {
-            self.by_id.remove(id);
+            self.forget(id, *index);
             let Some(object) = self.at(*index) else { continue };
             object.discarded = true;
             let (pins, origin) = (object.pins, object.origin.clone());
-            let handle = Handle { index: *index, generation: object.grant.generation() };
+            let handle = Handle { index: *index, generation: object.grant.count() };
             self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
             if pins == 0 {
                 self.hold(*index);
@@ -319,7 +343,7 @@ impl Index {
         self.tenants.count_evicted(object.tenant, object.grant.bytes());
         self.tenants.forget_idle(object.tenant);
         if !object.discarded {
-            self.events.push(object.id.chunk, object.id.rank, object.origin, Some(cause));
+            self.events.push(object.chunk, object.rank, object.origin, Some(cause));
         }
         Some(object.grant)
     }
@@ -339,7 +363,7 @@ impl Index {
             }
             // It waits until its tenant has more than its guarantee, or uses it.
             object.parked = true;
-            let (tenant, generation) = (object.tenant, object.grant.generation());
+            let (tenant, generation) = (object.tenant, object.grant.count());
             self.tenants.park(tenant, Handle { index, generation });
             self.eviction.hold(index);
             if self.tenants.is_stale(tenant) {
@@ -347,7 +371,7 @@ impl Index {
                 self.tenants.tidy(tenant, |handle| {
                     let object = objects.get(handle.index as usize).and_then(Option::as_ref);
                     object.is_some_and(|object| {
-                        object.parked && object.grant.generation() == handle.generation
+                        object.parked && object.grant.count() == handle.generation
                     })
                 });
             }
@@ -431,8 +455,8 @@ impl Index {
         let end = range.end.min(self.objects.len());
         let places = self.objects.get(range.start..end).unwrap_or_default();
         for object in places.iter().flatten() {
-            if object.id.chunk == *chunk && !object.discarded {
-                let (id, space) = (&object.id, &*object.origin.space);
+            if object.chunk == *chunk && !object.discarded {
+                let (id, space) = (object.id(), &*object.origin.space);
                 show(Seen { id, space, visible: object.visible });
             }
         }
@@ -470,20 +494,25 @@ impl Index {
             }
         }
         if !object.discarded {
-            self.by_id.remove(&object.id); // else another may have the identity
+            self.forget(&object.id(), index); // else another may have the identity
         }
         self.visible -= u64::from(object.visible);
         Some(object)
     }
 
+    /// Nobody finds what is there any more.
+    fn forget(&mut self, id: &ObjectId, index: u32) {
+        self.by_id.remove(self.hashes.hash_one(id.key()), index);
+    }
+
     fn object(&self, handle: Handle) -> Option<&Object> {
         let object = self.objects.get(handle.index as usize)?.as_ref()?;
-        (object.grant.generation() == handle.generation).then_some(object)
+        (object.grant.count() == handle.generation).then_some(object)
     }
 
     fn object_mut(&mut self, handle: Handle) -> Option<&mut Object> {
         let object = self.objects.get_mut(handle.index as usize)?.as_mut()?;
-        (object.grant.generation() == handle.generation).then_some(object)
+        (object.grant.count() == handle.generation).then_some(object)
     }
 
     fn at(&mut self, index: u32) -> Option<&mut Object> {
@@ -502,6 +531,8 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
     use crate::pool::Pool;
     use crate::space::test_space;
@@ -543,9 +574,9 @@ mod tests {
         }
 
         fn evict_all(&mut self) -> Vec<u8> {
-            let ids: HashMap<u64, u8> = (self.index.by_id.iter())
-                .map(|(id, handle)| (handle.generation, id.chunk[0]))
-                .collect();
+            let objects = self.index.objects.iter().flatten();
+            let ids: HashMap<u64, u8> =
+                objects.map(|object| (object.grant.generation(), object.chunk[0])).collect();
             std::iter::from_fn(|| {
                 self.index
                     .evict(RemovalCause::Evicted, Demand::Nobody)

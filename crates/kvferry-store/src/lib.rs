@@ -15,6 +15,7 @@ pub mod replay;
 mod space;
 mod state;
 mod store;
+mod table;
 mod tenants;
 mod tiers;
 

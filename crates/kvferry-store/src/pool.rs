@@ -1,6 +1,6 @@
 //! The pool: one region of memory, the steps of it that are reserved, and what of those is free.
 
-use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use kvferry_copy::{POOL_STEP, PrivateRegion};
@@ -47,18 +47,41 @@ impl Region {
 #[derive(Debug)]
 pub(crate) struct Grant {
     allocation: Allocation,
-    pub(crate) slot: Slot,
+    length: u64,
+    /// Smaller than a [`Slot`]: there is one of these for each object.
+    generation: NonZeroU64,
+    pub(crate) checksum: Option<u64>,
 }
 
 impl Grant {
+    /// Where it is, as peers are told.
+    pub(crate) fn slot(&self) -> Slot {
+        Slot {
+            offset: self.offset(),
+            length: self.length,
+            generation: Some(self.generation()),
+            checksum: self.checksum,
+        }
+    }
+
+    /// Bytes from the start of the pool.
+    pub(crate) fn offset(&self) -> u64 {
+        u64::from(self.allocation.page) * PAGE
+    }
+
     /// Bytes of the pool that the slot takes, whole pages.
     pub(crate) fn bytes(&self) -> u64 {
-        self.slot.length.next_multiple_of(PAGE)
+        self.length.next_multiple_of(PAGE)
     }
 
     /// The count that tells this use of the slot from every other.
     pub(crate) fn generation(&self) -> u64 {
-        self.slot.generation.unwrap_or_default()
+        self.generation.get()
+    }
+
+    /// The same.
+    pub(crate) fn count(&self) -> NonZeroU64 {
+        self.generation
     }
 }
 
@@ -67,9 +90,7 @@ pub(crate) struct Pool {
     bytes: u64,
     reserved: u64,
     allocator: Allocator,
-    /// The latest use of each slot in use, by offset.
-    generations: HashMap<u64, u64>,
-    uses: u64,
+    uses: NonZeroU64,
 }
 
 impl Pool {
@@ -80,13 +101,7 @@ impl Pool {
                 "a pool of {bytes} bytes is not in {PAGE} bytes..16 TiB"
             )));
         }
-        Ok(Self {
-            bytes,
-            reserved: 0,
-            allocator: Allocator::new(),
-            generations: HashMap::new(),
-            uses: 0,
-        })
+        Ok(Self { bytes, reserved: 0, allocator: Allocator::new(), uses: NonZeroU64::MIN })
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -118,22 +133,19 @@ impl Pool {
     /// A slot of `length` bytes; `None` when no hole is large enough.
     pub(crate) fn allocate(&mut self, length: u64) -> Option<Grant> {
         let pages = u32::try_from(length.div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
-        let allocation = self.allocator.allocate(pages)?;
-        let offset = u64::from(allocation.page) * PAGE;
-        self.uses += 1;
-        self.generations.insert(offset, self.uses);
-        let slot = Slot { offset, length, generation: Some(self.uses), checksum: None };
-        Some(Grant { allocation, slot })
+        self.uses = self.uses.saturating_add(1);
+        let allocation = self.allocator.allocate(pages, self.uses.get())?;
+        Some(Grant { allocation, length, generation: self.uses, checksum: None })
     }
 
     /// Takes a slot back.
     pub(crate) fn give_back(&mut self, grant: Grant) {
-        self.generations.remove(&grant.slot.offset);
         self.allocator.free(grant.allocation);
     }
 
     /// Whether the slot at `offset` is still in the use that `generation` counts.
     pub(crate) fn holds(&self, offset: u64, generation: u64) -> bool {
-        self.generations.get(&offset) == Some(&generation)
+        let page = u32::try_from(offset / PAGE).ok().filter(|_| offset.is_multiple_of(PAGE));
+        page.and_then(|page| self.allocator.stamp(page)) == Some(generation)
     }
 }

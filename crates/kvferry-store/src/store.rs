@@ -494,7 +494,7 @@ impl Store {
                 reserved.refused = u32::try_from(missing).unwrap_or(u32::MAX);
                 break;
             };
-            reserved.slots.push(grant.slot.clone());
+            reserved.slots.push(grant.slot());
             reserved.chunk_indices.push(position);
             let space = space
                 .get_or_insert_with(|| state.spaces.get(range.space, &registered, &key.cache_salt));
@@ -539,7 +539,7 @@ impl Store {
         };
         state.index.commit(&reservation.objects);
         let grants = reservation.objects.iter().filter_map(|handle| state.index.grant(*handle));
-        let bytes = grants.map(|grant| grant.slot.length).sum::<u64>();
+        let bytes = grants.map(|grant| grant.slot().length).sum::<u64>();
         state.counters.stored_chunks += reservation.objects.len() as u64;
         state.counters.stored_bytes += bytes;
         drop(state);
@@ -564,7 +564,7 @@ impl Store {
                 break;
             }
             let Some(grant) = index.grant(*handle) else { continue };
-            if let Some(checksum) = checksums.remove(&(grant.slot.offset, grant.generation())) {
+            if let Some(checksum) = checksums.remove(&(grant.offset(), grant.generation())) {
                 index.keep_checksum(*handle, checksum);
             }
         }
@@ -616,10 +616,8 @@ impl Store {
             state.counters.failed_retrievals += 1;
             return Ok(None);
         }
-        let slots = objects
-            .iter()
-            .filter_map(|handle| Some(state.index.grant(*handle)?.slot.clone()))
-            .collect();
+        let slots =
+            objects.iter().filter_map(|handle| Some(state.index.grant(*handle)?.slot())).collect();
         for handle in &objects {
             state.take_lease(&key.request_id, *handle); // its pin is the retrieval's now
         }

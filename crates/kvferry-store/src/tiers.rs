@@ -177,7 +177,7 @@ impl State {
                 loads.iter().rev().for_each(|load: &Load| self.take_back(load.handle));
                 return None;
             };
-            let slot = grant.slot.clone();
+            let slot = grant.slot();
             let space = self.spaces.get(id.space, registered, &key.cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
             loads.push(Load { handle, id: *id, slot });
@@ -276,7 +276,7 @@ impl State {
                 layout: origin.space.registered.layout.clone(),
                 cache_salt: origin.space.event.cache_salt.clone(),
             };
-            saves.push(Save { handle: *handle, saved, slot: slot.clone() });
+            saves.push(Save { handle: *handle, saved, slot });
             self.index.pin(*handle);
             self.saving.insert(*handle, None);
         }

@@ -13,10 +13,9 @@
 
 use std::time::Instant;
 
-use hashbrown::HashTable;
-
 use super::links::{Links, List, NONE, reserve};
 use super::{Eviction, Use};
+use crate::table::Table;
 
 /// Ages are told apart in so many buckets: the first ends at 8 s, and each next one at √2 times that.
 const BUCKETS: usize = 22;
@@ -26,6 +25,9 @@ const TICKS: f64 = 64.0;
 /// Uses between two looks at what has been learned, or so many ticks.
 const LEARN_USES: usize = 1024;
 const LEARN_TICKS: u32 = 10 * 64;
+/// Steps of ageing before each look; what is left is done with the next uses, more for each than it can cause.
+const AGE_STEPS: usize = 32;
+const AGE_STEPS_TO_LEARN: usize = 8192;
 /// Uses after which what was learned before counts for half: what engines ask changes from day to day.
 const HALVE_USES: usize = 1 << 20;
 /// What is remembered of objects that are not there: so many for each that is, and so many more.
@@ -97,7 +99,7 @@ pub(super) struct Hazard {
     objects: Vec<Object>,
     known: Vec<Known>,
     unused: Vec<u32>,
-    by_key: HashTable<u32>,
+    by_key: Table,
     /// Of each cell's lists of all.
     all: Links,
     /// Of each cell's lists of those that may go, and of what is gone.
@@ -115,6 +117,8 @@ pub(super) struct Hazard {
     occupied: Vec<u64>,
     uses_since: usize,
     learned: u32,
+    /// The cell at which ageing goes on, counted over the classes.
+    aging: usize,
     /// Uses since what had been learned was last halved.
     uses: usize,
 }
@@ -127,7 +131,7 @@ impl Default for Hazard {
             objects: Vec::new(),
             known: Vec::new(),
             unused: Vec::new(),
-            by_key: HashTable::new(),
+            by_key: Table::default(),
             all: Links::default(),
             free: Links::default(),
             gone: List::default(),
@@ -139,6 +143,7 @@ impl Default for Hazard {
             occupied: Vec::new(),
             uses_since: 0,
             learned: 0,
+            aging: 0,
             uses: 0,
         }
     }
@@ -206,8 +211,8 @@ fn class_of(at: usize, chunks: usize, known: usize, uses: u8) -> u16 {
 
 impl Hazard {
     fn find(&self, key: u64) -> Option<u32> {
-        let same = |known: &u32| self.known[*known as usize].key == key;
-        self.by_key.find(key, same).copied()
+        let same = |known: u32| self.known[known as usize].key == key;
+        self.by_key.find(key, same)
     }
 
     fn is_there(&self, number: u32) -> bool {
@@ -233,7 +238,7 @@ impl Hazard {
             }
         };
         let known = &self.known;
-        self.by_key.insert_unique(key, number, |number| known[*number as usize].key);
+        self.by_key.insert(key, number, |number| known[number as usize].key);
         self.enter(number);
         self.gone_count += 1;
         self.list_gone(number);
@@ -290,9 +295,7 @@ impl Hazard {
             self.leave(oldest, false);
             self.gone_count -= 1;
             let key = self.known[oldest as usize].key;
-            if let Ok(entry) = self.by_key.find_entry(key, |number| *number == oldest) {
-                entry.remove();
-            }
+            self.by_key.remove(key, oldest);
             self.unused.push(oldest);
         }
     }
@@ -328,37 +331,46 @@ impl Hazard {
         }
     }
 
-    /// Moves what has grown older to the cells of its age.
-    fn age(&mut self) {
-        for class in self.classes.clone() {
-            for bucket in (0..BUCKETS - 1).rev() {
-                let at = cell_of(class, bucket);
-                loop {
-                    let oldest = self.cells[at].all.first;
-                    let Some(known) = self.known.get(oldest as usize) else { break };
-                    if seconds(self.now.saturating_sub(known.used)) < BEGINS[bucket + 1] {
-                        break;
-                    }
-                    let used = u64::from(known.used);
-                    let may_go = known.listed && known.place != NONE;
-                    if may_go {
-                        self.unlist(oldest);
-                    }
-                    let from = &mut self.cells[at];
-                    self.all.unlink(&mut from.all, oldest);
-                    from.count -= 1;
-                    from.used -= used;
-                    let into = &mut self.cells[at + 1];
-                    self.all.push(&mut into.all, oldest);
-                    into.count += 1;
-                    into.used += used;
-                    self.known[oldest as usize].bucket += 1;
-                    if may_go {
-                        self.list(oldest);
-                    }
-                }
+    /// Moves what has grown older to the cells of its age, one bucket each: a round over all cells, of which a call
+    /// takes so many steps and the next one goes on. Many objects that were stored at once become older at once.
+    fn age(&mut self, steps: usize) {
+        for _ in 0..steps {
+            let Some(class) = self.classes.get(self.aging / (BUCKETS - 1)) else {
+                self.aging = 0;
+                return;
+            };
+            let bucket = BUCKETS - 2 - self.aging % (BUCKETS - 1);
+            if !self.move_oldest(cell_of(*class, bucket), bucket) {
+                self.aging += 1;
             }
         }
+    }
+
+    /// Moves the oldest of a cell to the next one, if it has that age.
+    fn move_oldest(&mut self, at: usize, bucket: usize) -> bool {
+        let oldest = self.cells[at].all.first;
+        let Some(known) = self.known.get(oldest as usize) else { return false };
+        if seconds(self.now.saturating_sub(known.used)) < BEGINS[bucket + 1] {
+            return false;
+        }
+        let used = u64::from(known.used);
+        let may_go = known.listed && known.place != NONE;
+        if may_go {
+            self.unlist(oldest);
+        }
+        let from = &mut self.cells[at];
+        self.all.unlink(&mut from.all, oldest);
+        from.count -= 1;
+        from.used -= used;
+        let into = &mut self.cells[at + 1];
+        self.all.push(&mut into.all, oldest);
+        into.count += 1;
+        into.used += used;
+        self.known[oldest as usize].bucket += 1;
+        if may_go {
+            self.list(oldest);
+        }
+        true
     }
 
     /// The uses that a class has seen at each age, and the seconds that objects of it waited for them.
@@ -381,7 +393,7 @@ impl Hazard {
     fn learn(&mut self) {
         self.uses_since = 0;
         self.learned = self.now;
-        self.age();
+        self.age(AGE_STEPS_TO_LEARN);
         let seen: Vec<_> = self.classes.iter().map(|class| self.seen(*class)).collect();
         let mut groups = [[[0.0; 2]; BUCKETS]; GROUPS];
         for (class, seen) in self.classes.iter().zip(&seen) {
@@ -494,6 +506,9 @@ impl Eviction for Hazard {
                 cell.left_seconds /= 2.0;
             }
         }
+        if self.aging > 0 {
+            self.age(AGE_STEPS * uses.len());
+        }
         if self.uses_since >= LEARN_USES || self.now - self.learned >= LEARN_TICKS {
             self.learn();
         }
@@ -563,7 +578,7 @@ impl Eviction for Hazard {
 
     fn takes(&self) -> Option<(usize, usize)> {
         let known = self.known.capacity() * size_of::<Known>() + self.unused.capacity() * 4;
-        let bytes = self.by_key.allocation_size() + known + self.all.bytes() + self.free.bytes();
+        let bytes = self.by_key.bytes() + known + self.all.bytes() + self.free.bytes();
         Some((bytes, self.resident + self.gone_count))
     }
 }

@@ -505,7 +505,7 @@ fn generation_of_leased(slow: &Slow) -> Vec<(u64, u64)> {
     let state = slow.store.lock();
     let leases = state.sessions["a"].leases.keys();
     let grants = leases.map(|handle| state.index.grant(*handle).unwrap());
-    grants.map(|grant| (grant.slot.offset, grant.generation())).collect()
+    grants.map(|grant| (grant.slot().offset, grant.generation())).collect()
 }
 
 #[test]
@@ -514,7 +514,7 @@ fn what_is_discarded_while_it_is_being_saved_does_not_come_back() {
     slow.saves.shut();
     assert_eq!(slow.put(&key("w", 0, 2)), 2);
     let handle = handle_of(&slow, 0);
-    let slot = slow.store.lock().index.grant(handle).unwrap().slot.clone();
+    let slot = slow.store.lock().index.grant(handle).unwrap().slot();
     assert_eq!(slow.store.discard([(slot.offset, slot.generation.unwrap())]), 1);
     slow.saves.open();
     slow.flush();

@@ -1,0 +1,379 @@
+// Ours beside LMCache's server under the same load of a native program (bench/examples/server.rs), in turns; servers
+// of 1,000,000 and of 1,000 objects, in turns; and what a server takes: memory, time to start.
+//
+// LMCache's server is looked for in the environment of KVFERRY_LMCACHE_PYTHON (python3 unless told). With
+// KVFERRY_BENCH_LOOKUP=FILE, prototypes/lmcache/bench_lookup.py prints its own figures of both, on stderr.
+
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import { readFileSync } from "node:fs";
+import { createServer } from "node:net";
+import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { buildProgram, load, median } from "./rows.mjs";
+
+/** @typedef {{ p50: number, p99: number, max: number }} Spread of one request of a cycle, in microseconds */
+/** @typedef {{ perSecond: number, lookup: Spread, prepare: Spread, commit: Spread, query: Spread, free: Spread, end: Spread }} Told */
+/** @typedef {import("./rows.mjs").Row} Row */
+
+const ROUNDS = 5;
+const MS = 1500;
+/** Prompts of a side-by-side load. */
+const PROMPTS = 16;
+const SMALL = 1000;
+const LARGE = 1_000_000;
+/** New prompts of one round of stores; each takes the place of eight objects. */
+const STORES = 2000;
+const python = process.env.KVFERRY_LMCACHE_PYTHON ?? "python3";
+/** Hit cycles a second of LMCache 0.5.6, the most that were recorded on another machine with two cores. */
+const RECORDED = new Map([
+	[1, 241],
+	[8, 269],
+]);
+
+/** @returns {Promise<Row[]>} */
+export default async function server() {
+	const program = buildProgram("kvferry-bench", "--example", "server");
+	return [...(await sideBySide(program)), ...(await bySize(program)), ...(await atRest())];
+}
+
+/** A program that answers each line with one of JSON. */
+class Asked {
+	/** @type {import("node:child_process").ChildProcess} */
+	#child;
+	/** @type {AsyncIterator<string>} */
+	#lines;
+
+	constructor(/** @type {string} */ program, /** @type {string[]} */ args) {
+		const child = spawn(program, args, { stdio: ["pipe", "pipe", "inherit"] });
+		this.#child = child;
+		this.#lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
+	}
+
+	/** The next answer, to a line or unasked. */
+	async answer(/** @type {string | undefined} */ line = undefined) {
+		if (line !== undefined) {
+			this.#child.stdin?.write(`${line}\n`);
+		}
+		const { value, done } = await this.#lines.next();
+		if (done) {
+			throw new Error(`${this.#child.spawnargs.join(" ")} ended, asked ${line}`);
+		}
+		return JSON.parse(value);
+	}
+
+	async close() {
+		this.#child.stdin?.end();
+		if (this.#child.exitCode === null) {
+			await once(this.#child, "exit");
+		}
+	}
+}
+
+/** A server's process. */
+class Served {
+	/** `kvferry serve`, and the milliseconds to its first answer. */
+	static async ours(/** @type {string[]} */ ...args) {
+		const { Client } = await load();
+		const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
+		const start = performance.now();
+		const child = spawn(process.execPath, [program, "serve", "--port", "0", ...args], {
+			stdio: ["ignore", "pipe", "inherit"],
+		});
+		const [line] = await once(createInterface({ input: child.stdout }), "line");
+		const address = /** @type {string} */ (/tcp:\/\/(\S+)/.exec(line)?.[1]);
+		const client = await Client.connect({ url: `tcp://${address}` }); // asks for its chunk size
+		const ms = performance.now() - start;
+		await client.close();
+		return new Served(child, address, ms);
+	}
+
+	/** LMCache's, or why not. */
+	static async lmcache() {
+		const { status, stderr, error } = spawnSync(python, ["-c", "import lmcache"], {
+			encoding: "utf8",
+		});
+		if (status !== 0) {
+			return `${python} has no LMCache: ${error?.message ?? stderr.trim().split("\n").at(-1)}`;
+		}
+		const port = await freePort();
+		const start = performance.now();
+		const args = [
+			"-m",
+			"lmcache.v1.multiprocess.server",
+			"--host",
+			"127.0.0.1",
+			"--port",
+			`${port}`,
+		];
+		const pool = ["--chunk-size", "256", "--l1-size-gb", "1", "--no-l1-use-lazy"];
+		const mode = ["--supported-transfer-mode", "engine_driven", "--eviction-policy", "LRU"];
+		const child = spawn(
+			python,
+			[...args, ...pool, ...mode, "--shm-name", `kvferry_bench_${port}`],
+			{
+				stdio: ["ignore", "ignore", "ignore"],
+				env: { ...process.env, LMCACHE_TRACK_USAGE: "false", LMCACHE_LOG_LEVEL: "WARNING" },
+			},
+		);
+		const { Client } = await load();
+		while (child.exitCode === null && performance.now() - start < 180_000) {
+			try {
+				const client = await Client.connect({ url: `tcp://127.0.0.1:${port}`, timeoutMs: 2000 });
+				await client.close();
+				return new Served(child, `127.0.0.1:${port}`, performance.now() - start);
+			} catch {
+				await sleep(200);
+			}
+		}
+		child.kill("SIGKILL");
+		return `${python}'s LMCache server did not answer`;
+	}
+
+	/**
+	 * @param {import("node:child_process").ChildProcess} child
+	 * @param {string} address
+	 * @param {number} startMs
+	 */
+	constructor(child, address, startMs) {
+		this.child = child;
+		this.address = address;
+		this.startMs = startMs;
+	}
+
+	/** Mebibytes of it that are in memory. */
+	get residentMib() {
+		const status = readFileSync(`/proc/${this.child.pid}/status`, "utf8");
+		return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) / 1024;
+	}
+
+	async close() {
+		this.child.kill();
+		await once(this.child, "exit");
+	}
+}
+
+async function freePort() {
+	const probe = createServer().listen(0, "127.0.0.1");
+	await once(probe, "listening");
+	const { port } = /** @type {import("node:net").AddressInfo} */ (probe.address());
+	probe.close();
+	await once(probe, "close");
+	return port;
+}
+
+/** Hit cycles of both servers. */
+async function sideBySide(/** @type {string} */ program) {
+	const ours = await Served.ours("--memory", "64MiB");
+	const theirs = await Served.lmcache();
+	if (typeof theirs === "string") {
+		console.error(`SKIPPED LMCache's server beside ours: ${theirs}`);
+	}
+	const servers = typeof theirs === "string" ? [ours] : [ours, theirs];
+	const loads = servers.map(({ address }) => new Asked(program, ["load", address]));
+	/** @type {Row[]} */
+	const rows = [];
+	for (const tokens of [2048, 8192]) {
+		for (const asked of loads) {
+			if (tokens === 2048) {
+				await asked.answer();
+			}
+			await asked.answer(`fill ${tokens} ${PROMPTS}`);
+		}
+		for (const clients of [1, 8]) {
+			const line = `hit ${clients} ${tokens} ${PROMPTS} ${MS}`;
+			const told = await inTurns(loads, (asked) => asked.answer(line));
+			rows.push(...besides(told, `${tokens} tokens, ${count(clients, "client")}`, tokens, clients));
+		}
+	}
+	for (const asked of loads) {
+		await asked.close();
+	}
+	const file = process.env.KVFERRY_BENCH_LOOKUP;
+	for (const { address } of file === undefined ? [] : servers) {
+		for (const [tokens, clients, cycles] of [
+			[2048, 1, 400],
+			[2048, 8, 800],
+			[8192, 1, 200],
+		]) {
+			const args = [`${file}`, `tcp://${address}`, `${tokens}`, `${clients}`, `${cycles}`];
+			const { stdout, stderr } = spawnSync(python, args, { encoding: "utf8", timeout: 120_000 });
+			console.error(
+				`bench_lookup.py ${address === ours.address ? "ours" : "LMCache"}: ${stdout || stderr}`,
+			);
+		}
+	}
+	if (typeof theirs !== "string") {
+		const { startMs, residentMib } = theirs;
+		console.error(
+			`LMCache's server: ${startMs.toFixed(0)} ms to its first answer, ${residentMib.toFixed(0)} MiB`,
+		);
+	}
+	for (const served of servers) {
+		await served.close();
+	}
+	return rows;
+}
+
+/**
+ * @param {Told[][]} told Of each server.
+ * @param {string} name
+ * @param {number} tokens
+ * @param {number} clients
+ */
+function besides([ours = [], theirs], name, tokens, clients) {
+	/** @type {Row[]} */
+	const rows = [];
+	const row = (
+		/** @type {string} */ what,
+		/** @type {string} */ unit,
+		/** @type {(told: Told) => number} */ of,
+	) => {
+		if (theirs !== undefined) {
+			rows.push(paired(`${name}: ${what}, beside LMCache's`, unit, ours.map(of), theirs.map(of)));
+		}
+	};
+	row("hit cycles a second", "1/s", (told) => told.perSecond);
+	row("lookup p50", "µs", (told) => told.lookup.p50);
+	row("lookup p99", "µs", (told) => told.lookup.p99);
+	const recorded = RECORDED.get(clients);
+	if (theirs === undefined && tokens === 2048 && recorded !== undefined) {
+		const cycles = median(ours.map((told) => told.perSecond));
+		const what = "hit cycles a second; LMCache's as recorded, not of this run";
+		rows.push(limit(`${name}: ${what}`, "1/s", cycles, recorded));
+	}
+	if (clients === 1) {
+		const most = tokens === 2048 ? 150 : 350;
+		const of = (/** @type {"p50" | "p99"} */ part) =>
+			median(ours.map(({ lookup }) => lookup[part]));
+		rows.push(limit(`${name}: lookup p50; limit ${most} µs`, "µs", of("p50"), most));
+		rows.push(limit(`${name}: lookup p99; limit 1 ms`, "µs", of("p99"), 1000));
+	}
+	return rows;
+}
+
+/** Servers of many objects and of few, both full. */
+async function bySize(/** @type {string} */ program) {
+	const sizes = await Promise.all(
+		[LARGE, SMALL].map(async (objects) => {
+			const served = new Asked(program, ["serve", `${objects}`]);
+			const { address, objects: stored, prompts, longestMs } = await served.answer();
+			if (stored !== objects) {
+				throw new Error(`${stored} of ${objects} objects are stored`);
+			}
+			const asked = new Asked(program, ["load", address]);
+			await asked.answer();
+			return { served, asked, objects, prompts, longestMs };
+		}),
+	);
+	/** @type {Row[]} */
+	const rows = [];
+	const of = `${LARGE.toLocaleString("en")} objects ÷ ${SMALL.toLocaleString("en")}, limit 1.2`;
+	const row = (
+		/** @type {string} */ what,
+		/** @type {Told[][]} */ told,
+		/** @type {(told: Told) => number} */ part,
+	) => {
+		const [large = [], small = []] = told.map((told) => told.map(part));
+		rows.push(paired(`${what}; ${of}`, "µs", large, small));
+	};
+	const [large] = sizes;
+	const { bytes } = await /** @type {NonNullable<typeof large>} */ (large).served.answer("");
+	const taken = bytes / LARGE;
+	rows.push(limit("memory beside the pool, an object of 1,000,000; limit 200", "B", taken, 200));
+	for (const clients of [1, 8]) {
+		const told = await inTurns(sizes, ({ asked, prompts }) =>
+			asked.answer(`hit ${clients} 2048 ${prompts} ${MS}`),
+		);
+		const with_ = `2048 tokens, ${count(clients, "client")}`;
+		row(`hit cycle, ${with_}`, told, ({ perSecond }) => (1e6 * clients) / perSecond);
+		row(`lookup p50, ${with_}`, told, ({ lookup }) => lookup.p50);
+		row(`lookup p99, ${with_}`, told, ({ lookup }) => lookup.p99);
+	}
+	let round = 0;
+	const stored = await inTurns(sizes, ({ asked, prompts }) => {
+		const first = prompts + Math.floor(round++ / sizes.length) * STORES;
+		return asked.answer(`store 2048 ${first} ${STORES}`);
+	});
+	row("store cycle of 8 new chunks, 8 others evicted", stored, ({ perSecond }) => 1e6 / perSecond);
+	row("prepare p50", stored, ({ prepare }) => prepare.p50);
+	row("prepare p99", stored, ({ prepare }) => prepare.p99);
+	const { bytes: after } = await /** @type {NonNullable<typeof large>} */ (large).served.answer("");
+	for (const { served, asked, objects, longestMs } of sizes) {
+		console.error(
+			`${objects} objects: the longest store while filling took ${longestMs.toFixed(1)} ms`,
+		);
+		await asked.close();
+		await served.close();
+	}
+	console.error(
+		`after ${ROUNDS * STORES * 8} evictions: ${(after / LARGE).toFixed(0)} B an object`,
+	);
+	return rows;
+}
+
+/** A server that nobody has asked for anything yet. */
+async function atRest() {
+	const starts = [];
+	const resident = [];
+	for (let round = 0; round < ROUNDS; round++) {
+		const served = await Served.ours();
+		await sleep(500);
+		starts.push(served.startMs);
+		resident.push(served.residentMib);
+		await served.close();
+	}
+	return [
+		limit("kvferry serve at rest, the whole process; limit 64 MiB", "MiB", median(resident), 64),
+		limit("from its start to its first answer; limit 0.5 s", "ms", median(starts), 500),
+	];
+}
+
+/**
+ * Asks all of them in turns, in the other order every second time.
+ *
+ * @template T
+ * @param {T[]} all
+ * @param {(one: T) => Promise<Told>} ask
+ */
+async function inTurns(all, ask) {
+	/** @type {Told[][]} */
+	const told = all.map(() => []);
+	for (let round = 0; round < ROUNDS; round++) {
+		const turns = [...all.entries()];
+		for (const [at, one] of round % 2 === 0 ? turns : turns.reverse()) {
+			told[at]?.push(await ask(one));
+		}
+	}
+	return told;
+}
+
+/**
+ * Medians of both, and of the ratios of the pairs.
+ *
+ * @param {string} name
+ * @param {string} unit
+ * @param {number[]} ours
+ * @param {number[]} references
+ * @returns {Row}
+ */
+function paired(name, unit, ours, references) {
+	const ratio = median(ours.map((value, at) => value / /** @type {number} */ (references[at])));
+	return { name, ours: median(ours), reference: median(references), unit, ratio };
+}
+
+/**
+ * @param {string} name
+ * @param {string} unit
+ * @param {number} ours
+ * @param {number} reference
+ * @returns {Row}
+ */
+function limit(name, unit, ours, reference) {
+	return { name, ours, reference, unit, ratio: ours / reference };
+}
+
+function count(/** @type {number} */ number, /** @type {string} */ what) {
+	return `${number} ${what}${number === 1 ? "" : "s"}`;
+}
