@@ -232,3 +232,82 @@ fn refusal(operation: Operation) -> Option<Reply> {
 fn ranks(tp_size: u64) -> Result<u32> {
     u32::try_from(tp_size).map_err(|_| Error::invalid(format!("tp_size {tp_size} is out of range")))
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::process::Command;
+
+    use kvferry_core::key::{Dtype, Layout};
+    use kvferry_store::disk::DiskOptions;
+    use kvferry_store::{Limits, Policy, StoreOptions};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_waits_for_a_prefetch_is_answered_at_the_lookups_deadline_whatever_the_disk_does() {
+        let directory =
+            std::env::temp_dir().join(format!("kvferry-service-{}", std::process::id()));
+        let start = || {
+            let limits = Limits { promotion: Duration::from_millis(1), ..Limits::default() };
+            let options = StoreOptions {
+                chunk_size: 16,
+                memory: 1 << 20,
+                shared_name: None,
+                policy: Policy::Lru,
+                disk: Some(DiskOptions::new(&directory, 1 << 20)),
+                limits,
+            };
+            let store = Store::new(options).unwrap();
+            let service = Service::new(store.clone(), [0; 16]);
+            let peer = Peer::new(store.connect());
+            let layout = Layout {
+                model_name: "m".into(),
+                world_size: 1,
+                block_size: 16,
+                num_layers: 1,
+                hidden_dim_size: 256,
+                dtype: Dtype::new("uint8").unwrap(),
+                single_plane: true,
+                num_physical_slots: None,
+            };
+            store.register(peer.owner(), 1, layout).unwrap();
+            (store, service, peer)
+        };
+        let key = Key {
+            model_name: "m".into(),
+            world_size: 1,
+            worker_id: Some(0),
+            token_ids: (0..16).collect(),
+            start: 0,
+            end: 16,
+            request_id: "r".into(),
+            cache_salt: String::new(),
+            num_kv_readers: 1,
+        };
+        let soon = || Instant::now() + Duration::from_secs(20);
+        let (store, _, peer) = start();
+        store.prepare_store(peer.owner(), &key, 1, Instant::now()).unwrap();
+        assert!(store.commit_store(&key, 1, &[]).unwrap());
+        store.close_disk(soon()).unwrap();
+
+        let (store, service, mut peer) = start();
+        // Whoever opens a pipe waits until another writes to it.
+        let file = std::fs::read_dir(directory.join("objects")).unwrap().next().unwrap().unwrap();
+        std::fs::remove_file(file.path()).unwrap();
+        assert!(Command::new("mkfifo").arg(file.path()).status().unwrap().success());
+        let lookup = Request::Lookup { key: key.into(), tp_size: 1 };
+        service.carry_out(&mut peer, lookup, Instant::now()).await.unwrap();
+        let give_up = soon();
+        loop {
+            let request = Request::WaitPrefetchStatus { request_id: "r".into(), timeout_s: 0.01 };
+            match service.carry_out(&mut peer, request, Instant::now()).await.unwrap() {
+                Reply::Integer(hit) => break assert_eq!(hit, 0),
+                reply => assert_eq!(reply, Reply::None),
+            }
+            assert!(Instant::now() < give_up, "it waits for as long as the disk does");
+        }
+        drop(std::fs::File::options().write(true).open(file.path()).unwrap());
+        store.close_disk(soon()).unwrap();
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+}
