@@ -7,12 +7,14 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::{Client, connect_raw, key, layout, store_options, wait_until_cut};
 use kvferry_core::key::Key;
 use kvferry_server::{HttpOptions, Server, ServerOptions};
-use kvferry_store::{Departure, Store};
+use kvferry_store::disk::DiskOptions;
+use kvferry_store::{Departure, Store, StoreOptions};
 use kvferry_wire::{Reply, Request};
 use serde_json::{Value, json};
 
@@ -30,6 +32,50 @@ fn start_with(pages: u64, prepare: impl FnOnce(&Store)) -> Server {
         Ok(store)
     })
     .unwrap()
+}
+
+/// A directory that is gone with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kvferry-http-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A server whose store has a disk as well.
+fn start_with_disk(pages: u64, directory: &Directory) -> (Server, SocketAddr) {
+    let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
+    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http };
+    let disk = Some(DiskOptions::new(directory.0.join("disk"), 1 << 20));
+    let server = Server::start(&options, |_| {
+        Store::new(StoreOptions { disk, ..store_options(16, pages * PAGE) })
+    });
+    let server = server.unwrap();
+    let address = server.http_address().unwrap();
+    (server, address)
+}
+
+/// Asks until the answer is as it should be.
+fn ask_until(address: SocketAddr, path: &str, good: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let answer = get(address, path);
+        let value = answer.json();
+        if good(&value) {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.body);
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn start(pages: u64) -> (Server, SocketAddr) {
@@ -513,8 +559,64 @@ fn the_status_has_the_figures_of_the_wire() {
 }
 
 #[test]
+fn a_disk_is_a_tier_of_its_own_and_what_its_probes_do_is_counted_nowhere() {
+    let directory = Directory::new("tier");
+    let (server, address) = start_with_disk(64, &directory);
+    let ready = ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    assert!(ready["tiers"]["disk"]["ms"].as_f64().unwrap() > 0.0);
+    let fresh = ask_until(address, "/status", |it| it["disk_used_bytes"] == 0);
+    for name in ["disk_saves", "disk_loads", "disk_written_bytes", "disk_read_bytes"] {
+        assert_eq!(fresh[name], 0, "{name}");
+    }
+    let _engine = exercise(&server);
+    let status = ask_until(address, "/status", |it| it["disk_saves"] == 3);
+    let description = get(address, "/openapi.json").json();
+    let schemas = &description["components"]["schemas"];
+    check(&status, &schemas["Status"], &description).unwrap();
+    check(&get(address, "/readyz").json(), &schemas["Readiness"], &description).unwrap();
+    let disk = &status["tiers"]["disk"];
+    assert_eq!((&disk["capacity_bytes"], &disk["objects"]), (&json!(1 << 20), &json!(3)));
+    assert_eq!((&disk["failed"], &disk["failure"]), (&json!(false), &Value::Null));
+    assert_eq!(status["disk_failure"], "");
+    let (metrics, _) = parse_metrics(&get(address, "/metrics").body);
+    let value = |name: &str| metrics[&(format!("kvferry_{name}"), "tier=\"disk\"".to_owned())];
+    assert_eq!((value("saves_total"), value("tier_objects")), (3.0, 3.0));
+    assert_eq!((value("tier_ready"), value("tier_failed")), (1.0, 0.0));
+    assert!(value("written_bytes_total") >= 3.0 * 8192.0);
+}
+
+#[test]
+fn a_server_whose_disk_fails_stays_ready_and_says_so() {
+    let directory = Directory::new("failing");
+    let (_server, address) = start_with_disk(8, &directory);
+    let disk = directory.0.join("disk");
+    ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    std::fs::rename(&disk, directory.0.join("away")).unwrap();
+    std::fs::write(&disk, "no directory").unwrap();
+    let ready = ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == false);
+    assert_eq!(ready["ready"], true);
+    let reason = ready["tiers"]["disk"]["reason"].as_str().unwrap();
+    assert!(reason.contains(disk.to_str().unwrap()), "{reason}");
+    assert_eq!(get(address, "/readyz").status, 200);
+    let status = get(address, "/status").json();
+    assert_eq!(
+        (&status["disk_failure"], &status["tiers"]["disk"]["failed"]),
+        (&json!(reason), &json!(true))
+    );
+    assert_eq!(status["disk_dropped_failed"], 0, "nobody stored anything");
+    let metrics = get(address, "/metrics").body;
+    for line in ["tier_ready{tier=\"disk\"} 0", "tier_failed{tier=\"disk\"} 1"] {
+        assert!(metrics.contains(&format!("\nkvferry_{line}\n")), "{metrics}");
+    }
+    std::fs::remove_file(&disk).unwrap();
+    ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    assert_eq!(get(address, "/status").json()["disk_failure"], "", "a probe was the trial");
+}
+
+#[test]
 fn the_page_shows_no_figure_that_the_status_lacks() {
-    let (_server, address) = start(8);
+    let directory = Directory::new("page");
+    let (_server, address) = start_with_disk(8, &directory);
     let status = get(address, "/status").json();
     let page = get(address, "/").body;
     let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');

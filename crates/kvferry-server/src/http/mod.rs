@@ -28,6 +28,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
 use kvferry_store::Store;
+use kvferry_store::disk::DiskStatus;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::error::Elapsed;
@@ -63,7 +64,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-BvquPmKDP0gcnrejnc9nlhghfh0UDSMixHFyPkMXKnc='; \
+    script-src 'sha256-eogEgzs0UNhOQLal3H+VO4JlnK0+931AV8agx51eAw0='; \
     style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
@@ -221,7 +222,10 @@ struct Desk {
 
 /// The figures of one moment.
 struct Snapshot {
+    /// The disk's figures follow where there is one.
     store: Vec<(&'static str, u64)>,
+    /// Why it takes nothing; "" while it does.
+    disk_failure: Option<String>,
     dropped: BTreeMap<&'static str, u64>,
     uptime: Duration,
     tiers: Vec<Tier>,
@@ -230,9 +234,14 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    /// One of the store's figures; 0 for one that it has not.
+    /// One of the store's figures; `None` for one that it has not.
+    fn find(&self, name: &str) -> Option<u64> {
+        self.store.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+    }
+
+    /// The same; 0 for one that it has not.
     fn figure(&self, name: &str) -> u64 {
-        self.store.iter().find(|(known, _)| *known == name).map_or(0, |(_, value)| *value)
+        self.find(name).unwrap_or(0)
     }
 }
 
@@ -283,11 +292,12 @@ type Answered<T = Response<Whole>> = Result<T, Refusal>;
 
 impl Desk {
     fn new(store: Store, figures: Arc<Figures>, jobs: mpsc::Sender<Job>) -> Self {
+        let readiness = Readiness::new(&store);
         Self {
             store,
             figures,
             jobs,
-            readiness: Readiness::default(),
+            readiness,
             questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
             connections: Cell::new(0),
         }
@@ -394,9 +404,12 @@ impl Desk {
     async fn snapshot(&self) -> Answered<Snapshot> {
         let now = std::time::Instant::now();
         let figures = Arc::clone(&self.figures);
-        let store = self.ask(move |store| figures.store(store, now)).await?;
+        let ask = move |store: &Store| (figures.store(store, now), store.disk_status());
+        let (mut store, disk) = self.ask(ask).await?;
+        store.extend(disk.iter().flat_map(DiskStatus::figures));
         Ok(Snapshot {
             store,
+            disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),
             tiers: self.readiness.tiers(now),
