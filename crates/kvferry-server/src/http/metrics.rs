@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::Snapshot;
 use crate::figures::BOUNDS;
+use crate::quotas::Shown;
 
 /// The format's media type.
 pub(super) const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -177,6 +178,7 @@ pub(super) fn text(now: &Snapshot) -> String {
         let took = tier.took.map_or(f64::NAN, |took| took.as_secs_f64());
         text.sample("", &format!("tier=\"{}\"", tier.name), took);
     }
+    tenants(&mut text, &now.tenants);
     text.metric("connections", Kind::Gauge, "Open connections.");
     let data = now.figures.connections.load(Ordering::Relaxed);
     text.sample("", "protocol=\"zmtp\"", data);
@@ -211,6 +213,46 @@ pub(super) fn text(now: &Snapshot) -> String {
         text.sample("_count", &labels, latencies.count());
     }
     text.text
+}
+
+/// Those of each tenant.
+fn tenants(text: &mut Exposition, tenants: &[Shown]) {
+    type Figure = fn(&Shown) -> Option<String>;
+    let figures: [(&str, Kind, &str, Figure); 5] = [
+        (
+            "tenant_used_bytes",
+            Kind::Gauge,
+            "Bytes of memory by tenant: a hash of its salt, none without one, other for all but the largest.",
+            |tenant| Some(tenant.used_bytes.to_string()),
+        ),
+        ("tenant_objects", Kind::Gauge, "Objects in memory by tenant.", |tenant| {
+            Some(tenant.objects.to_string())
+        }),
+        (
+            "tenant_evicted_bytes_total",
+            Kind::Counter,
+            "Bytes that made room since the tenant has some.",
+            |tenant| Some(tenant.evicted_bytes.to_string()),
+        ),
+        ("tenant_cap_bytes", Kind::Gauge, "Bytes that the tenant has at most.", |tenant| {
+            let cap = tenant.quota?.cap;
+            Some(cap.map_or_else(|| "+Inf".to_owned(), |cap| cap.to_string()))
+        }),
+        (
+            "tenant_guarantee_bytes",
+            Kind::Gauge,
+            "Bytes below which no other tenant's chunks take its place.",
+            |tenant| Some(tenant.quota?.guarantee.to_string()),
+        ),
+    ];
+    for (name, kind, help, figure) in figures {
+        text.metric(name, kind, help);
+        for tenant in tenants {
+            if let Some(value) = figure(tenant) {
+                text.sample("", &format!("tenant=\"{}\"", tenant.label), value);
+            }
+        }
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "2^53 nanoseconds are 104 days")]

@@ -12,8 +12,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout_at;
 
-use super::json::Object;
 use crate::figures::Figures;
+use crate::json::Object;
 
 /// From the end of a probe to the next one.
 const PERIOD: Duration = Duration::from_secs(5);

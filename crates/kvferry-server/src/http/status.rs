@@ -1,9 +1,9 @@
 //! `/status`: the figures of the wire's status, tiers, readiness and operations, for pages and scripts.
 
 use super::Snapshot;
-use super::json::Object;
 use super::metrics::seconds;
 use super::readiness::Tier;
+use crate::json::Object;
 
 /// Readiness, as `/readyz` tells it.
 pub(super) fn readiness(tiers: &[Tier], data: Result<(), &str>) -> (bool, String) {
