@@ -630,6 +630,8 @@ export interface ServerOptions {
   disk?: string
   /** Bytes that its files may take. */
   diskSize: number
+  /** The file of the tenants' quotas; absent: they end with the server. */
+  quotas?: string
   /** Tokens of one chunk. */
   chunkSize: number
   /** Milliseconds that a session may be idle. */

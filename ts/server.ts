@@ -50,6 +50,11 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	readonly disk?: string;
 	/** Bytes that the files in {@link ServerOptions.disk} may take, 8192 to 2^53 - 1. Default 20 GiB. */
 	readonly diskSize?: number;
+	/**
+	 * The file of what each tenant may have of the memory, as JSON; it need not be there yet. What is changed over HTTP is
+	 * written to it. Default: none, and quotas end with the server.
+	 */
+	readonly quotas?: string;
 	/** Tokens of one chunk, 1 to 65536. Default 256. */
 	readonly chunkSize?: number;
 	/**
@@ -107,12 +112,13 @@ export class Server implements AsyncDisposable {
 	 * Starts a server.
 	 *
 	 * @throws {@link KvferryError} `ADDRESS_IN_USE` (of either port), `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
-	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback.
+	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback, `INVALID_ARGUMENT` or `INVALID_SALT` for what
+	 * is wrong in the file of quotas.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
 		const { httpPort, shmName, chunkSize = 256, keepAlive = listen, signal } = options;
-		const { policy = "default", disk, diskSize = DISK } = options;
+		const { policy = "default", disk, diskSize = DISK, quotas } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
@@ -122,6 +128,9 @@ export class Server implements AsyncDisposable {
 		checkInteger("diskSize", diskSize, 8192, Number.MAX_SAFE_INTEGER);
 		if (disk !== undefined) {
 			checkText("disk", disk);
+		}
+		if (quotas !== undefined) {
+			checkText("quotas", quotas);
 		}
 		checkInteger("sessionTimeoutMs", sessionTimeoutMs, 1, 2 ** 31 - 1);
 		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
@@ -143,6 +152,7 @@ export class Server implements AsyncDisposable {
 					policy,
 					diskSize,
 					...(disk === undefined ? {} : { disk }),
+					...(quotas === undefined ? {} : { quotas }),
 					sessionTimeoutMs,
 					reservationTimeoutMs,
 					...(listen ? { host } : {}),

@@ -2,16 +2,27 @@
 
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { Client, PrefixCache } from "../../ts/index.js";
+import { Client, PrefixCache, Server } from "../../ts/index.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 
 function kvferry(...args: string[]) {
 	return spawnSync(process.execPath, [main, ...args], { encoding: "utf8", timeout: 20_000 });
+}
+
+/** Does not keep a server in this process from answering. */
+async function run(...args: string[]): Promise<{ status: number | null }> {
+	const [status] = await once(
+		spawn(process.execPath, [main, ...args], { stdio: "ignore" }),
+		"exit",
+	);
+	return { status };
 }
 
 describe("kvferry", () => {
@@ -46,7 +57,7 @@ describe("kvferry", () => {
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, clear, replay, doctor, or --help.\n",
+			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, quota, clear, replay, doctor, or --help.\n",
 		);
 	});
 
@@ -54,6 +65,12 @@ describe("kvferry", () => {
 		const { status, stderr } = kvferry("serve", "--host", "0.0.0.0", "--json");
 		expect(status).toBe(1);
 		expect(JSON.parse(stderr)).toMatchObject({ code: "UNSUPPORTED_OPTION" });
+	});
+
+	it("says that nobody answers HTTP", () => {
+		const { status, stderr } = kvferry("quota", "--http", "http://127.0.0.1:1");
+		expect(status).toBe(1);
+		expect(stderr).toMatch(/^UNREACHABLE: .*http:\/\/127\.0\.0\.1:1.*--http/);
 	});
 
 	it("says that nobody answers", () => {
@@ -134,6 +151,71 @@ describe("a running server", () => {
 		expect(Object.keys(figures)).toEqual(expect.arrayContaining(Object.keys(fields)));
 		const page = await fetch(httpUrl);
 		expect(page.headers.get("content-type")).toMatch(/^text\/html/);
+	});
+
+	it("lists, sets and takes back quotas", () => {
+		const quota = (...args: string[]) => kvferry("quota", ...args, "--http", httpUrl);
+		const json = (...args: string[]) => JSON.parse(quota(...args, "--json").stdout);
+		expect(json().tenants).toEqual({});
+		const salt = 'a "b';
+		const set = json("set", "--salt", salt, "--cap", "4MiB", "--guarantee", "1MiB");
+		expect(set.tenants[salt]).toMatchObject({ cap: 4 << 20, guarantee: 1 << 20, used_bytes: 0 });
+		const told = quota("set", "--default", "--cap", "2MiB").stdout;
+		expect(told).toMatch(/^"a \\"b" +4 MiB +1 MiB +0 B +0 +0 B$/m);
+		expect(told).toMatch(/^each of \d+ others +2 MiB +0 B/m);
+		expect(told).toMatch(
+			/^1 MiB of 8 MiB are guaranteed\nthis ends with the server: .*--quotas FILE\n$/m,
+		);
+		const refused = quota("set", "--salt", "b", "--guarantee", "8MiB");
+		expect(refused).toMatchObject({ status: 1, stdout: "" });
+		expect(refused.stderr).toMatch(/^INVALID_ARGUMENT: 9437184 bytes are guaranteed/);
+		expect(Object.keys(json().tenants)).toEqual([salt]);
+		expect(json("unset", "--salt", salt).tenants).toEqual({});
+		const again = quota("unset", "--salt", salt, "--json");
+		expect(again.status).toBe(1);
+		expect(JSON.parse(again.stderr).message).toMatch(/no quota of its own/);
+		expect(json("set", "--default").default).toEqual({ cap: null, guarantee: 0 });
+	});
+
+	it("keeps quotas in a file from one start to the next, and refuses one that is broken", async () => {
+		const home = mkdtempSync(join(tmpdir(), "kvferry-quotas-"));
+		try {
+			const file = join(home, "quotas.json");
+			const start = () => Server.start({ port: 0, httpPort: 0, memory: 8 << 20, quotas: file });
+			{
+				await using server = await start();
+				const http = `http://${server.httpAddress}`;
+				const { status } = await run(
+					"quota",
+					"set",
+					"--salt",
+					"acme",
+					"--cap",
+					"1MiB",
+					"--http",
+					http,
+				);
+				expect(status).toBe(0);
+			}
+			const { tenants } = JSON.parse(readFileSync(file, "utf8"));
+			expect(tenants).toEqual({ acme: { cap: 1 << 20, guarantee: 0 } });
+			{
+				await using server = await start();
+				const answer = await fetch(`http://${server.httpAddress}/quotas`);
+				expect(await answer.json()).toMatchObject({ persistent: true, tenants });
+			}
+			writeFileSync(file, '{"tenants":{"acme":{"cup":1}}}');
+			const broken = {
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(/quotas\.json.*"cap"/),
+			};
+			await expect(start()).rejects.toMatchObject(broken);
+			await expect(
+				Server.start({ listen: false, memory: 8 << 20, quotas: file }),
+			).rejects.toMatchObject(broken);
+		} finally {
+			rmSync(home, { recursive: true });
+		}
 	});
 
 	it("says where it answers HTTP on a line of its own, after the one that was always there", async () => {

@@ -1,5 +1,11 @@
 import { describe, expect, it } from "vitest";
-import { clientOptions, doctorOptions, replayOptions, serveOptions } from "../../ts/cli/options.js";
+import {
+	clientOptions,
+	doctorOptions,
+	quotaOptions,
+	replayOptions,
+	serveOptions,
+} from "../../ts/cli/options.js";
 
 describe("kvferry serve", () => {
 	it("has the documented defaults", () => {
@@ -18,7 +24,7 @@ describe("kvferry serve", () => {
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --json";
+			"--disk-size 1GiB --quotas /q --json";
 		expect(serveOptions(flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
@@ -29,6 +35,7 @@ describe("kvferry serve", () => {
 			policy: "s3fifo",
 			disk: "/d",
 			diskSize: 2 ** 30,
+			quotas: "/q",
 			json: true,
 		});
 	});
@@ -151,6 +158,51 @@ describe("kvferry doctor", () => {
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
 				message: expect.stringContaining(flag),
+			}),
+		);
+	});
+});
+
+describe("kvferry quota", () => {
+	const common = { http: new URL("http://127.0.0.1:8080"), timeoutMs: 3000, json: false };
+
+	it("lists where nothing else is said", () => {
+		expect(quotaOptions([])).toEqual({ action: "list", ...common });
+	});
+
+	it("takes each flag", () => {
+		const flags =
+			"set --salt s --cap 1.5MiB --guarantee 0 --http http://localhost:1 --timeout-ms 9 --json";
+		expect(quotaOptions(flags.split(" "))).toEqual({
+			action: "set",
+			salt: "s",
+			cap: 1_572_864,
+			guarantee: 0,
+			http: new URL("http://localhost:1"),
+			timeoutMs: 9,
+			json: true,
+		});
+		expect(quotaOptions(["set", "--default"])).toEqual({ action: "set", ...common });
+		expect(quotaOptions(["unset", "--salt", ""])).toEqual({ action: "unset", salt: "", ...common });
+	});
+
+	it.each([
+		["another action", ["get"], "set or unset"],
+		["two", ["set", "unset"], "set or unset"],
+		["nobody", ["set"], "--salt SALT or --default"],
+		["both", ["set", "--salt=a", "--default"], "--salt SALT or --default"],
+		["nobody to unset", ["unset"], "--salt"],
+		["an end of the default", ["unset", "--default", "--salt=a"], "--default"],
+		["a cap of a list", ["--cap=1"], "--cap"],
+		["a guarantee to unset", ["unset", "--salt=a", "--guarantee=1"], "--guarantee"],
+		["a salt of a list", ["--salt=a"], "--salt"],
+		["a size that is none", ["set", "--default", "--cap=lots"], "--cap"],
+		["another protocol", ["--http=tcp://127.0.0.1:5555"], "--http"],
+	])("refuses %s", (_, args, named) => {
+		expect(() => quotaOptions(args)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(named),
 			}),
 		);
 	});

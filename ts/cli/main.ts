@@ -18,10 +18,18 @@ Commands
              --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
              --disk DIR         directory that keeps chunks over restarts and beyond memory (none)
              --disk-size SIZE   size of what is in it (20GiB)
+             --quotas FILE      file of what tenants may have of the memory, written when that is changed
   ping     tell how long a server takes to answer
   status   tell what a server holds
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
+             --timeout-ms N     wait for it at most that long (3000)
+  quota    list what tenants may have of the memory, and have; quota set changes it, quota unset takes it back
+             --salt SALT        the tenant; "" for requests without a salt
+             --default          instead: each tenant without a quota of its own
+             --cap SIZE         it has that much at most (no bound)
+             --guarantee SIZE   others never make it have less (0)
+             --http URL         where the server answers HTTP (http://127.0.0.1:8080)
              --timeout-ms N     wait for it at most that long (3000)
   doctor   tell why a prompt misses; exits with 1 when anything is found
              --server URL       the server (tcp://127.0.0.1:5555)
@@ -49,6 +57,7 @@ const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
 	["status", async () => (await import("./query.js")).status],
+	["quota", async () => (await import("./quota.js")).quota],
 	["clear", async () => (await import("./query.js")).clear],
 	["replay", async () => (await import("./replay.js")).replay],
 	["doctor", async () => (await import("./doctor.js")).doctor],

@@ -23,6 +23,23 @@ export interface ServeOptions {
 	readonly disk?: string;
 	/** Size of the disk tier in bytes. */
 	readonly diskSize: number;
+	/** File of the tenants' quotas; none where absent. */
+	readonly quotas?: string;
+	readonly json: boolean;
+}
+
+/** What `kvferry quota` was asked for. */
+export interface QuotaOptions {
+	readonly action: "list" | "set" | "unset";
+	/** Whose quota; absent: of each tenant that has none of its own, or of all in a list. */
+	readonly salt?: string;
+	/** Bytes. */
+	readonly cap?: number;
+	/** Bytes. */
+	readonly guarantee?: number;
+	/** Where the server answers HTTP. */
+	readonly http: URL;
+	readonly timeoutMs: number;
 	readonly json: boolean;
 }
 
@@ -90,6 +107,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		json: { type: "boolean", default: false },
 		disk: { type: "string" },
 		"disk-size": { type: "string", default: "20GiB" },
+		quotas: { type: "string" },
 		remote: { type: "string" },
 		policy: { type: "string", default: "default" },
 		config: { type: "string" },
@@ -113,6 +131,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		policy: policy(values.policy),
 		...(values.disk === undefined ? {} : { disk: resolve(values.disk) }),
 		diskSize: bytes("disk-size", values["disk-size"]),
+		...(values.quotas === undefined ? {} : { quotas: resolve(values.quotas) }),
 		json: values.json,
 	};
 }
@@ -130,6 +149,59 @@ export function clientOptions(args: string[]): ClientOptions {
 	});
 	return {
 		url: values.url,
+		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		json: values.json,
+	};
+}
+
+/**
+ * Reads the flags of `kvferry quota`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`, `INVALID_SALT`.
+ */
+export function quotaOptions(args: string[]): QuotaOptions {
+	const options = {
+		salt: { type: "string" },
+		default: { type: "boolean", default: false },
+		cap: { type: "string" },
+		guarantee: { type: "string" },
+		http: { type: "string", default: "http://127.0.0.1:8080" },
+		"timeout-ms": { type: "string", default: "3000" },
+		json: { type: "boolean", default: false },
+	} as const;
+	const { values, positionals } = parsed(() =>
+		parseArgs({ args, options, allowPositionals: true }),
+	);
+	const [action = "list", ...others] = positionals;
+	if ((action !== "list" && action !== "set" && action !== "unset") || others.length > 0) {
+		throw invalid(
+			`kvferry quota ${positionals.join(" ")}: give set or unset, or nothing to list quotas.`,
+		);
+	}
+	const { salt, cap, guarantee } = values;
+	const idle = action === "set" ? {} : { cap, guarantee };
+	for (const [flag, value] of Object.entries({ ...idle, ...(action === "list" ? { salt } : {}) })) {
+		if (value !== undefined) {
+			throw invalid(
+				`--${flag} ${flag === "salt" ? "" : `${value} `}has no use here: give set first.`,
+			);
+		}
+	}
+	if (action === "set" && (salt === undefined) !== values.default) {
+		throw invalid("kvferry quota set takes --salt SALT or --default: say whose quota.");
+	}
+	if (action !== "set" && values.default) {
+		throw invalid("--default has no use here: kvferry quota set --default takes its bounds away.");
+	}
+	if (action === "unset" && salt === undefined) {
+		throw invalid("kvferry quota unset takes --salt SALT: say whose quota.");
+	}
+	return {
+		action,
+		...(salt === undefined ? {} : { salt: checkSalt(salt) }),
+		...(cap === undefined ? {} : { cap: bytesOrNone("cap", cap) }),
+		...(guarantee === undefined ? {} : { guarantee: bytesOrNone("guarantee", guarantee) }),
+		http: httpUrl(values.http),
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
 		json: values.json,
 	};
@@ -277,6 +349,19 @@ function portOrOff(flag: string, text: string): number {
 		return port;
 	}
 	throw invalid(`--${flag} ${text}: give a port from 0 to 65535, or off.`);
+}
+
+function httpUrl(text: string): URL {
+	const url = URL.canParse(text) ? new URL(text) : undefined;
+	if (url?.protocol !== "http:") {
+		throw invalid(`--http ${text}: give where the server answers HTTP, http://127.0.0.1:8080 say.`);
+	}
+	return url;
+}
+
+/** A size; 0 is one. */
+function bytesOrNone(flag: string, text: string): number {
+	return text === "0" ? 0 : bytes(flag, text);
 }
 
 function bytes(flag: string, text: string): number {

@@ -1,10 +1,11 @@
 //! A store in this process, with or without a socket around it.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode};
-use kvferry_server::HttpOptions;
+use kvferry_server::{HttpOptions, load_quotas};
 use kvferry_store::disk::{DiskOptions, DiskStatus};
 use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
@@ -39,6 +40,8 @@ pub struct ServerOptions {
     pub disk: Option<String>,
     /// Bytes that its files may take.
     pub disk_size: f64,
+    /// The file of the tenants' quotas; absent: they end with the server.
+    pub quotas: Option<String>,
     /// Tokens of one chunk.
     pub chunk_size: u32,
     /// Milliseconds that a session may be idle.
@@ -186,6 +189,7 @@ impl Server {
 
 fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
     let ServerOptions { host, port, http_port, shm_name, .. } = options;
+    let quotas = options.quotas.map(PathBuf::from);
     let policy = options.policy.as_deref().map_or(Ok(Policy::default()), Policy::from_name)?;
     let disk = match options.disk {
         Some(dir) => Some(DiskOptions::new(dir, whole(options.disk_size, "diskSize")?)),
@@ -204,11 +208,17 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
         },
     };
     let (store, listening) = match host {
-        None => (Store::new(private)?, None),
+        None => {
+            let store = Store::new(private)?;
+            if let Some(file) = &quotas {
+                load_quotas(file, &store)?;
+            }
+            (store, None)
+        }
         Some(host) => {
             let mut made = None;
             let http = http_port.map(|port| HttpOptions { host: host.clone(), port });
-            let listen = kvferry_server::ServerOptions { host, port, http };
+            let listen = kvferry_server::ServerOptions { host, port, http, quotas };
             let server = kvferry_server::Server::start(&listen, |address| {
                 let name = shm_name.unwrap_or_else(|| address.port().to_string());
                 let store = Store::new(StoreOptions { shared_name: Some(name), ..private })?;

@@ -3,7 +3,10 @@
 mod connection;
 mod figures;
 mod http;
+mod json;
+mod quotas;
 mod server;
 mod service;
 
+pub use quotas::load_quotas;
 pub use server::{HttpOptions, Server, ServerOptions};

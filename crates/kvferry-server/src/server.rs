@@ -1,6 +1,7 @@
 //! The listening side: a thread of its own, with a task for each connection.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::connection::serve;
 use crate::figures::Figures;
 use crate::http::{Http, JOBS_MAX, Job};
+use crate::quotas::QuotaBook;
 use crate::service::{Peer, Service};
 
 /// Connections at most; one more is closed at once.
@@ -30,6 +32,8 @@ pub struct ServerOptions {
     pub port: u16,
     /// Health, metrics and a page for operators; `None`: no HTTP.
     pub http: Option<HttpOptions>,
+    /// The file that keeps the quotas of tenants; it need not be there yet. `None`: they end with the server.
+    pub quotas: Option<PathBuf>,
 }
 
 /// Where a server answers HTTP.
@@ -58,7 +62,7 @@ pub struct Server {
 impl Server {
     /// Binds the address, then makes the store (told the address, whose port is then known), then serves
     /// it. Errors: the address is in use, is not
-    /// loopback, or whatever `store` says.
+    /// loopback, the quotas' file is broken, or whatever `store` says.
     pub fn start(
         options: &ServerOptions,
         store: impl FnOnce(SocketAddr) -> Result<Store>,
@@ -69,6 +73,7 @@ impl Server {
         let cannot = |error: std::io::Error| Error::system("cannot serve", &error);
         let address = listener.local_addr().map_err(cannot)?;
         let store = store(address)?;
+        let book = QuotaBook::open(options.quotas.as_deref(), &store)?;
         let boot_token = store.boot_token();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
@@ -104,7 +109,7 @@ impl Server {
         };
         if let Some(listener) = http {
             let (store, figures) = (server.store.clone(), Arc::clone(&server.figures));
-            server.http = Some(Http::start(listener, store, figures, jobs)?);
+            server.http = Some(Http::start(listener, store, figures, book, jobs)?);
         }
         Ok(server)
     }
@@ -250,7 +255,7 @@ mod tests {
     }
 
     fn start(host: &str, port: u16) -> Result<Server> {
-        let options = ServerOptions { host: host.into(), port, http: None };
+        let options = ServerOptions { host: host.into(), port, http: None, quotas: None };
         Server::start(&options, |_| Ok(store()))
     }
 
@@ -314,7 +319,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_whose_data_thread_is_stuck_is_neither_healthy_nor_ready() {
         let http = Some(HttpOptions { host: "localhost".into(), port: 0 });
-        let options = ServerOptions { host: "localhost".into(), port: 0, http };
+        let options = ServerOptions { host: "localhost".into(), port: 0, http, quotas: None };
         let server = Server::start(&options, |_| Ok(store())).unwrap();
         assert_eq!(get(&server, "/healthz").await, (200, r#"{"healthy":true}"#.into()));
         let (go_on, held) = std::sync::mpsc::channel::<()>();
@@ -338,7 +343,7 @@ mod tests {
     fn http_is_served_on_loopback_only_and_on_a_port_of_its_own() {
         let start = |host: &str, port| {
             let http = Some(HttpOptions { host: host.into(), port });
-            let options = ServerOptions { host: "localhost".into(), port: 0, http };
+            let options = ServerOptions { host: "localhost".into(), port: 0, http, quotas: None };
             Server::start(&options, |_| Ok(store()))
         };
         let error = start("0.0.0.0", 0).err().map(|error| error.code);

@@ -258,7 +258,7 @@ mod tests {
                 limits,
             };
             let store = Store::new(options).unwrap();
-            let service = Service::new(store.clone(), [0; 16]);
+            let service = Service::new(store.clone(), [0; 16], Arc::new(Figures::new()));
             let peer = Peer::new(store.connect());
             let layout = Layout {
                 model_name: "m".into(),

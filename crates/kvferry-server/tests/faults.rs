@@ -294,13 +294,17 @@ fn a_port_and_a_segment_have_one_server() {
     engine.register(INSTANCE, layout("m"));
     assert_eq!(engine.store(key("r", 0, 2), INSTANCE), 2);
 
-    let address =
-        ServerOptions { host: "127.0.0.1".into(), port: server.address().port(), http: None };
+    let address = ServerOptions {
+        host: "127.0.0.1".into(),
+        port: server.address().port(),
+        http: None,
+        quotas: None,
+    };
     let error = Server::start(&address, |_| panic!("the port comes first")).err().unwrap();
     assert_eq!(error.code, ErrorCode::AddressInUse);
     assert!(error.message.contains(&server.address().to_string()), "{error}");
 
-    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None };
+    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
     let error = Server::start(&elsewhere, |_| Store::new(options.clone())).err().unwrap();
     assert_eq!(error.code, ErrorCode::PoolInUse);
     assert!(error.message.contains(options.shared_name.as_ref().unwrap()), "{error}");
@@ -314,7 +318,7 @@ fn a_port_and_a_segment_have_one_server() {
 #[test]
 fn more_memory_than_there_is_is_refused_with_both_sizes() {
     let options = StoreOptions { memory: 1 << 43, ..store_options(16, PAGE) };
-    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None };
+    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
     let error = Server::start(&elsewhere, |_| Store::new(options)).err().unwrap();
     assert_eq!(error.code, ErrorCode::PoolTooLarge);
     assert!(error.message.contains(&(1u64 << 43).to_string()), "{error}");
@@ -348,7 +352,7 @@ fn a_killed_peer_gives_everything_back() {
             engine.wait_for(name, 0);
         }
         let used = 3 * PAGE;
-        assert_eq!(engine.status("used_bytes"), used.try_into().unwrap());
+        assert_eq!(engine.status("used_bytes"), i64::try_from(used).unwrap());
         assert_eq!(engine.store(key("again", 1000, 2), INSTANCE), 2, "others may store it");
         assert_eq!(engine.call(&Request::Clear { force: true }), Reply::None);
         assert_eq!(engine.status("objects"), 0, "and nothing is pinned");
@@ -372,7 +376,7 @@ fn a_peer_that_we_cut_keeps_its_slots_apart_until_it_says_that_it_is_done() {
     assert_eq!(engine.call(&Request::Clear { force: true }), Reply::None);
     assert_eq!(engine.status("objects"), 1);
     let apart = 2 * PAGE;
-    assert_eq!(engine.status("slots_apart_bytes"), apart.try_into().unwrap());
+    assert_eq!(engine.status("slots_apart_bytes"), i64::try_from(apart).unwrap());
     let all: Vec<_> = engine.prepare_store(key("all", 5000, 8), INSTANCE).slots.slots;
     assert_eq!(all.len(), 5, "of 8 slots, 2 are apart and 1 is read");
 
@@ -649,7 +653,7 @@ fn the_largest_prompts_are_answered_within_a_message() {
     assert_eq!(granted.refused, Some(CHUNKS - fits));
     assert!(engine.commit_store(of("r", CHUNKS), INSTANCE));
     assert_eq!(engine.store(of("s", CHUNKS), INSTANCE), (CHUNKS - fits) as usize, "the rest");
-    assert_eq!(engine.lookup(of("t", CHUNKS)), CHUNKS.into());
+    assert_eq!(engine.lookup(of("t", CHUNKS)), u64::from(CHUNKS));
     assert_eq!(engine.prepare_retrieve(of("t", CHUNKS), INSTANCE), None);
     let slots = engine.prepare_retrieve(of("t", fits), INSTANCE).unwrap();
     assert_eq!(slots.slots.len(), fits as usize);

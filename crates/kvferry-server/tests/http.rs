@@ -7,12 +7,14 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{Client, connect_raw, key, layout, store_options, wait_until_cut};
 use kvferry_core::key::Key;
 use kvferry_server::{HttpOptions, Server, ServerOptions};
-use kvferry_store::{Departure, Store};
+use kvferry_store::disk::DiskOptions;
+use kvferry_store::{Departure, Quota, Quotas, Store, StoreOptions};
 use kvferry_wire::{Reply, Request};
 use serde_json::{Value, json};
 
@@ -23,13 +25,63 @@ const CONFIRMED: &str = r#"{"confirm":true}"#;
 /// A server with HTTP around a store of so many pages that `prepare` had before anybody else.
 fn start_with(pages: u64, prepare: impl FnOnce(&Store)) -> Server {
     let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
-    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http };
+    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas: None };
     Server::start(&options, |_| {
         let store = Store::new(store_options(16, pages * PAGE))?;
         prepare(&store);
         Ok(store)
     })
     .unwrap()
+}
+
+/// A directory that is gone with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kvferry-http-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A server whose store has a disk as well.
+fn start_with_disk(pages: u64, directory: &Directory) -> (Server, SocketAddr) {
+    let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
+    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas: None };
+    let disk = Some(DiskOptions::new(directory.0.join("disk"), 1 << 20));
+    let server = Server::start(&options, |_| {
+        Store::new(StoreOptions { disk, ..store_options(16, pages * PAGE) })
+    });
+    let server = server.unwrap();
+    let address = server.http_address().unwrap();
+    (server, address)
+}
+
+/// Asks until the answer is as it should be.
+fn ask_until(address: SocketAddr, path: &str, good: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let answer = get(address, path);
+        let value = answer.json();
+        if good(&value) {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.body);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A cap for one tenant.
+fn quotas_of(salt: &str) -> Quotas {
+    let quota = Quota { cap: Some(PAGE), guarantee: 0 };
+    Quotas { named: BTreeMap::from([(salt.to_owned(), quota)]), default: Quota::default() }
 }
 
 fn start(pages: u64) -> (Server, SocketAddr) {
@@ -195,7 +247,8 @@ fn check(value: &Value, schema: &Value, description: &Value) -> Result<(), Strin
 
 #[test]
 fn every_operation_of_the_description_answers_as_it_says() {
-    let (server, address) = start(8);
+    let server = start_with(8, |store| store.set_quotas(quotas_of("leaving")).unwrap());
+    let address = server.http_address().unwrap();
     let _engine = exercise(&server);
     wait_until_ready(address);
     let description = get(address, "/openapi.json").json();
@@ -203,7 +256,14 @@ fn every_operation_of_the_description_answers_as_it_says() {
     let mut seen = 0;
     for (path, item) in description["paths"].as_object().unwrap() {
         for (method, operation) in item.as_object().unwrap() {
-            let body = if method == "post" { CONFIRMED } else { "" };
+            let body = match (method.as_str(), path.as_str()) {
+                ("post", _) => CONFIRMED,
+                ("delete", _) => r#"{"salt":"leaving"}"#,
+                ("put", "/quotas") => r#"{"tenants":{"leaving":{"cap":"1MiB"}}}"#,
+                ("put", "/quotas/tenant") => r#"{"salt":"new","guarantee":"4KiB"}"#,
+                ("put", _) => r#"{"cap":null}"#,
+                _ => "",
+            };
             let answer = ask(address, &method.to_uppercase(), path, &[JSON], body);
             assert_eq!(answer.status, 200, "{method} {path}: {}", answer.body);
             seen += 1;
@@ -231,7 +291,7 @@ fn every_operation_of_the_description_answers_as_it_says() {
             }
         }
     }
-    assert_eq!(seen, 13);
+    assert_eq!(seen, 19);
 }
 
 #[test]
@@ -273,6 +333,14 @@ fn unknown_paths_and_methods_without_use_are_named() {
         let answer = ask(address, method, "/healthz", &[JSON], "{}");
         assert_eq!((answer.status, answer.code()), (405, "METHOD_NOT_ALLOWED".into()), "{method}");
         assert_eq!(answer.header("allow"), "GET, HEAD");
+    }
+    for (path, method, allow) in [
+        ("/quotas", "POST", "GET, HEAD, PUT"),
+        ("/quotas/tenant", "GET", "PUT, DELETE"),
+        ("/quotas/default", "DELETE", "PUT"),
+    ] {
+        let answer = ask(address, method, path, &[JSON], "{}");
+        assert_eq!((answer.status, answer.header("allow")), (405, allow), "{path}");
     }
     for method in ["GET", "HEAD", "PUT"] {
         let answer = ask(address, method, "/clear", &[JSON], "");
@@ -513,8 +581,64 @@ fn the_status_has_the_figures_of_the_wire() {
 }
 
 #[test]
+fn a_disk_is_a_tier_of_its_own_and_what_its_probes_do_is_counted_nowhere() {
+    let directory = Directory::new("tier");
+    let (server, address) = start_with_disk(64, &directory);
+    let ready = ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    assert!(ready["tiers"]["disk"]["ms"].as_f64().unwrap() > 0.0);
+    let fresh = ask_until(address, "/status", |it| it["disk_used_bytes"] == 0);
+    for name in ["disk_saves", "disk_loads", "disk_written_bytes", "disk_read_bytes"] {
+        assert_eq!(fresh[name], 0, "{name}");
+    }
+    let _engine = exercise(&server);
+    let status = ask_until(address, "/status", |it| it["disk_saves"] == 3);
+    let description = get(address, "/openapi.json").json();
+    let schemas = &description["components"]["schemas"];
+    check(&status, &schemas["Status"], &description).unwrap();
+    check(&get(address, "/readyz").json(), &schemas["Readiness"], &description).unwrap();
+    let disk = &status["tiers"]["disk"];
+    assert_eq!((&disk["capacity_bytes"], &disk["objects"]), (&json!(1 << 20), &json!(3)));
+    assert_eq!((&disk["failed"], &disk["failure"]), (&json!(false), &Value::Null));
+    assert_eq!(status["disk_failure"], "");
+    let (metrics, _) = parse_metrics(&get(address, "/metrics").body);
+    let value = |name: &str| metrics[&(format!("kvferry_{name}"), "tier=\"disk\"".to_owned())];
+    assert_eq!((value("saves_total"), value("tier_objects")), (3.0, 3.0));
+    assert_eq!((value("tier_ready"), value("tier_failed")), (1.0, 0.0));
+    assert!(value("written_bytes_total") >= 3.0 * 8192.0);
+}
+
+#[test]
+fn a_server_whose_disk_fails_stays_ready_and_says_so() {
+    let directory = Directory::new("failing");
+    let (_server, address) = start_with_disk(8, &directory);
+    let disk = directory.0.join("disk");
+    ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    std::fs::rename(&disk, directory.0.join("away")).unwrap();
+    std::fs::write(&disk, "no directory").unwrap();
+    let ready = ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == false);
+    assert_eq!(ready["ready"], true);
+    let reason = ready["tiers"]["disk"]["reason"].as_str().unwrap();
+    assert!(reason.contains(disk.to_str().unwrap()), "{reason}");
+    assert_eq!(get(address, "/readyz").status, 200);
+    let status = get(address, "/status").json();
+    assert_eq!(
+        (&status["disk_failure"], &status["tiers"]["disk"]["failed"]),
+        (&json!(reason), &json!(true))
+    );
+    assert_eq!(status["disk_dropped_failed"], 0, "nobody stored anything");
+    let metrics = get(address, "/metrics").body;
+    for line in ["tier_ready{tier=\"disk\"} 0", "tier_failed{tier=\"disk\"} 1"] {
+        assert!(metrics.contains(&format!("\nkvferry_{line}\n")), "{metrics}");
+    }
+    std::fs::remove_file(&disk).unwrap();
+    ask_until(address, "/readyz", |it| it["tiers"]["disk"]["ok"] == true);
+    assert_eq!(get(address, "/status").json()["disk_failure"], "", "a probe was the trial");
+}
+
+#[test]
 fn the_page_shows_no_figure_that_the_status_lacks() {
-    let (_server, address) = start(8);
+    let directory = Directory::new("page");
+    let (_server, address) = start_with_disk(8, &directory);
     let status = get(address, "/status").json();
     let page = get(address, "/").body;
     let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
@@ -539,6 +663,211 @@ fn the_boot_token_is_told_to_peers_only() {
     for path in ["/", "/healthz", "/readyz", "/metrics", "/status", "/openapi.json"] {
         assert!(!get(address, path).body.to_lowercase().contains(&token), "{path}");
     }
+}
+
+/// A server whose quotas are in a file.
+fn start_with_quotas(file: &Path) -> kvferry_core::Result<(Server, SocketAddr)> {
+    let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
+    let quotas = Some(file.to_owned());
+    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas };
+    let server = Server::start(&options, |_| Store::new(store_options(16, 8 * PAGE)))?;
+    let address = server.http_address().unwrap();
+    Ok((server, address))
+}
+
+fn change(address: SocketAddr, method: &str, path: &str, body: &Value) -> Answer {
+    ask(address, method, path, &[JSON], &body.to_string())
+}
+
+/// Stores chunks of a tenant's.
+fn store_of(engine: &mut Client, salt: &str, chunks: u32) {
+    let key = Key { cache_salt: salt.into(), ..key(salt, 0, chunks) };
+    engine.store(key, 7);
+}
+
+#[test]
+fn quotas_are_set_listed_replaced_and_taken_back() {
+    let (server, address) = start(8);
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    let none = json!({ "cap": null, "guarantee": 0 });
+    let fresh = get(address, "/quotas").json();
+    let nobody = json!({
+        "tenants": 0, "used_bytes": 0, "objects": 0, "evicted_objects": 0, "evicted_bytes": 0
+    });
+    let all = json!({
+        "memory_bytes": 8 * PAGE, "persistent": false, "default": none, "tenants": {}, "unnamed": nobody
+    });
+    assert_eq!(fresh, all);
+    let odd = "a\"b c:ü";
+    let set = json!({ "salt": odd, "cap": "8KiB", "guarantee": 4096 });
+    let answer = change(address, "PUT", "/quotas/tenant", &set);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.json()["tenants"][odd]["cap"], 2 * PAGE);
+    change(address, "PUT", "/quotas/default", &json!({ "cap": 3 * PAGE }));
+    for salt in [odd, "unnamed 1", "unnamed 2"] {
+        store_of(&mut engine, salt, 3);
+    }
+    let told = get(address, "/quotas");
+    assert!(!told.body.contains("unnamed 1"), "{}", told.body);
+    let told = told.json();
+    assert_eq!(told["default"], json!({ "cap": 3 * PAGE, "guarantee": 0 }));
+    let one = &told["tenants"][odd];
+    assert_eq!((&one["guarantee"], &one["used_bytes"]), (&json!(PAGE), &json!(2 * PAGE)));
+    assert_eq!((&told["unnamed"]["tenants"], &told["unnamed"]["objects"]), (&json!(2), &json!(6)));
+    let replaced = json!({ "tenants": { "other": { "guarantee": "4 KiB" } } });
+    let told = change(address, "PUT", "/quotas", &replaced).json();
+    let names: Vec<_> = told["tenants"].as_object().unwrap().keys().collect();
+    assert_eq!((names, &told["default"]), (vec![&"other".to_owned()], &none));
+    let answer = change(address, "DELETE", "/quotas/tenant", &json!({ "salt": odd }));
+    assert_eq!((answer.status, answer.code()), (404, "NOT_FOUND".into()));
+    let told = change(address, "DELETE", "/quotas/tenant", &json!({ "salt": "other" })).json();
+    assert_eq!(told["tenants"], json!({}));
+}
+
+#[test]
+fn quotas_that_cannot_be_kept_are_refused_and_change_nothing() {
+    let directory = Directory::new("refused");
+    let file = directory.0.join("quotas.json");
+    let (_server, address) = start_with_quotas(&file).unwrap();
+    let kept =
+        json!({ "default": { "cap": "8KiB" }, "tenants": { "a": { "guarantee": 5 * PAGE } } });
+    let before = change(address, "PUT", "/quotas", &kept).json();
+    let written = std::fs::read(&file).unwrap();
+    let refused = [
+        ("PUT", "/quotas/tenant", json!({ "salt": "b", "guarantee": 4 * PAGE }), "are guaranteed"),
+        (
+            "PUT",
+            "/quotas",
+            json!({ "tenants": { "b": { "guarantee": "1GiB" } } }),
+            "are guaranteed",
+        ),
+        (
+            "PUT",
+            "/quotas/tenant",
+            json!({ "salt": "b", "cap": 1, "guarantee": 2 }),
+            "below its guarantee",
+        ),
+        ("PUT", "/quotas/tenant", json!({ "salt": "b/c" }), "a salt must not contain '/'"),
+        ("PUT", "/quotas/tenant", json!({ "cap": 1 }), "salt is missing"),
+        ("PUT", "/quotas/tenant", json!({ "salt": 1 }), "salt is missing"),
+        ("PUT", "/quotas/default", json!({ "gurantee": 1 }), "did you mean \"guarantee\"?"),
+        ("PUT", "/quotas/default", json!({ "salt": "a" }), "has a key \"salt\""),
+        ("PUT", "/quotas", json!([]), "is no object"),
+        ("DELETE", "/quotas/tenant", json!({ "salt": "a", "cap": 1 }), "did you mean \"salt\"?"),
+    ];
+    for (method, path, body, part) in refused {
+        let answer = change(address, method, path, &body);
+        let code = if part.starts_with("a salt") { "INVALID_SALT" } else { "INVALID_ARGUMENT" };
+        assert_eq!((answer.status, answer.code()), (400, code.into()), "{}", answer.body);
+        let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    for headers in [&["content-type: text/plain"][..], &[JSON, "origin: http://example.org"]] {
+        let answer = ask(address, "PUT", "/quotas", headers, "{}");
+        assert!([403, 415].contains(&answer.status), "{}", answer.body);
+    }
+    assert_eq!(get(address, "/quotas").json(), before);
+    assert_eq!(std::fs::read(&file).unwrap(), written);
+}
+
+#[test]
+fn quotas_and_labels_outlive_the_server_in_a_file_for_its_owner_only() {
+    let directory = Directory::new("kept");
+    let file = directory.0.join("quotas.json");
+    let (server, address) = start_with_quotas(&file).unwrap();
+    assert!(!file.exists(), "nothing was set yet");
+    for salt in ["acme", "blue"] {
+        change(address, "PUT", "/quotas/tenant", &json!({ "salt": salt, "guarantee": "4KiB" }));
+    }
+    let before = get(address, "/quotas").json();
+    assert_eq!(before["persistent"], true);
+    drop(server);
+    let (_server, address) = start_with_quotas(&file).unwrap();
+    assert_eq!(get(address, "/quotas").json(), before, "labels as well");
+    let mut names: Vec<_> = std::fs::read_dir(&directory.0)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["quotas.json", "quotas.json.key"]);
+    #[cfg(unix)]
+    for name in names {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(directory.0.join(&name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    std::fs::remove_dir_all(&directory.0).unwrap();
+    let answer = change(address, "PUT", "/quotas", &json!({}));
+    assert_eq!((answer.status, answer.code()), (500, "SYSTEM".into()));
+    assert_eq!(get(address, "/quotas").json(), before, "what is not kept does not hold");
+}
+
+#[test]
+fn a_broken_file_is_refused_at_the_start_with_its_name_and_the_remedy() {
+    let directory = Directory::new("broken");
+    let file = directory.0.join("quotas.json");
+    for (text, part) in [
+        ("", "no JSON"),
+        (r#"{"tenants":{"s3cret":{"cap":1,"cap":2}}}"#, "a name comes twice"),
+        (
+            r#"{"tenants":{"s3cret":{"cups":1}}}"#,
+            "tenants, number 1 has a key \"cups\": did you mean \"cap\"?",
+        ),
+        (r#"{"tenants":{"s3cret":{"guarantee":"1GiB"}}}"#, "are guaranteed"),
+        (r#"{"default":{"cap":1,"guarantee":2}}"#, "the cap of the default"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let error = start_with_quotas(&file).err().unwrap();
+        assert_eq!(error.code, kvferry_core::ErrorCode::InvalidArgument, "{error}");
+        assert!(error.message.starts_with(file.to_str().unwrap()), "{error}");
+        assert!(
+            error.message.contains(part) && error.message.ends_with("start without it"),
+            "{error}"
+        );
+        assert!(!error.message.contains("s3cret"), "{error}");
+    }
+    let large = std::fs::File::create(&file).unwrap();
+    large.set_len((16 << 20) + 1).unwrap();
+    let error = start_with_quotas(&file).err().unwrap();
+    assert!(error.message.contains("more than 16777216 bytes"), "{error}");
+    let error = start_with_quotas(&directory.0).err().unwrap();
+    assert!(error.message.contains("is no file"), "{error}");
+    let error = start_with_quotas(&directory.0.join("none/quotas.json")).err().unwrap();
+    assert!(error.message.contains("make its directory"), "{error}");
+    std::fs::remove_file(&file).unwrap();
+    std::fs::write(directory.0.join("quotas.json.key"), "short").unwrap();
+    let error = start_with_quotas(&file).err().unwrap();
+    assert!(error.message.contains("no key of 64 hex digits"), "{error}");
+}
+
+#[test]
+fn metrics_tell_tenants_apart_and_never_their_salts() {
+    let (server, address) = start(8);
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    let set = json!({ "salt": "s3cret-acme", "cap": 4 * PAGE, "guarantee": PAGE });
+    let told = change(address, "PUT", "/quotas/tenant", &set).json();
+    let label = told["tenants"]["s3cret-acme"]["label"].as_str().unwrap().to_owned();
+    for (salt, chunks) in [("s3cret-acme", 5), ("s3cret-blue", 2), ("", 1)] {
+        store_of(&mut engine, salt, chunks);
+    }
+    for path in ["/", "/healthz", "/readyz", "/metrics", "/status"] {
+        assert!(!get(address, path).body.contains("s3cret"), "{path}");
+    }
+    let (metrics, _) = parse_metrics(&get(address, "/metrics").body);
+    let value = |name: &str, label: &str| {
+        metrics[&(format!("kvferry_tenant_{name}"), format!("tenant=\"{label}\""))]
+    };
+    assert_eq!(value("used_bytes", &label), 4.0 * 4096.0);
+    assert_eq!(value("objects", &label), 4.0);
+    assert_eq!(value("cap_bytes", &label), 4.0 * 4096.0);
+    assert_eq!(value("guarantee_bytes", &label), 4096.0);
+    assert_eq!(value("evicted_bytes_total", &label), 0.0);
+    assert_eq!(value("objects", "none"), 1.0);
+    assert_eq!(value("cap_bytes", "none"), f64::INFINITY);
+    let tenants = metrics.keys().filter(|(name, _)| name == "kvferry_tenant_objects");
+    assert_eq!(tenants.count(), 3);
 }
 
 /// The series of a text in Prometheus' format, by name and labels, and the kind of each metric.

@@ -22,6 +22,6 @@ mod tiers;
 pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;
-pub use probe::PROBE_MODEL;
+pub use probe::{DiskProbe, PROBE_MODEL};
 pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};
 pub use tenants::{Quota, Quotas, TenantStatus};

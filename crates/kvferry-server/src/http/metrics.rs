@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use super::Snapshot;
 use crate::figures::BOUNDS;
+use crate::quotas::Shown;
 
 /// The format's media type.
 pub(super) const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -58,15 +59,21 @@ const fn tokens(
 }
 
 const MEMORY: &str = "tier=\"memory\"";
+const DISK: &str = "tier=\"disk\"";
 
-/// Every figure of the store. A test refuses one that is missing.
+/// Every figure of the store and of its disk. A test refuses one that is missing.
 #[rustfmt::skip]
 const STORE: &[Series] = &[
     gauge("chunk_size", "chunk_size_tokens", "", "Tokens of one chunk."),
     gauge("pool_bytes", "tier_capacity_bytes", MEMORY, "Bytes that the tier may hold."),
+    gauge("disk_bytes", "tier_capacity_bytes", DISK, ""),
     gauge("reserved_bytes", "tier_reserved_bytes", MEMORY, "Bytes that the tier has of the system by now."),
     gauge("used_bytes", "tier_used_bytes", MEMORY, "Bytes that objects and slots being written take."),
+    gauge("disk_used_bytes", "tier_used_bytes", DISK, ""),
     gauge("objects", "tier_objects", MEMORY, "Objects that readers may see."),
+    gauge("disk_objects", "tier_objects", DISK, ""),
+    gauge("disk_queue_bytes", "tier_queue_bytes", DISK, "Bytes that wait to be saved, or are being saved."),
+    gauge("disk_queue_loads", "tier_queue_loads", DISK, "Loads that wait or run."),
     gauge("growth_failed", "tier_growth_failed", MEMORY, "1 while the system refuses more memory."),
     gauge("instances", "instances", "", "Registered engines' workers."),
     gauge("sessions", "sessions", "", "Requests that the server remembers something of."),
@@ -82,7 +89,18 @@ const STORE: &[Series] = &[
     tokens("hit_chunks", "hit_tokens_total", MEMORY, "Tokens of the chunks that lookups found."),
     counter("stored_chunks", "stored_chunks_total", MEMORY, "Chunks that became visible, each KV rank's by itself."),
     counter("stored_bytes", "stored_bytes_total", MEMORY, "Bytes of the chunks that became visible."),
-    counter("promoted_chunks", "promoted_chunks_total", "tier=\"disk\"", "Chunks that lookups brought back to memory."),
+    counter("promoted_chunks", "promoted_chunks_total", DISK, "Chunks that lookups brought back to memory."),
+    counter("disk_saves", "saves_total", DISK, "Objects that were written to the tier."),
+    counter("disk_written_bytes", "written_bytes_total", DISK, "Bytes of files that were written."),
+    counter("disk_save_failures", "dropped_saves_total", "tier=\"disk\",reason=\"error\"", "Objects that the tier did not take: the system failed, it had failed before, the queue was full, too large for it."),
+    counter("disk_dropped_failed", "dropped_saves_total", "tier=\"disk\",reason=\"failed\"", ""),
+    counter("disk_dropped_full", "dropped_saves_total", "tier=\"disk\",reason=\"full\"", ""),
+    counter("disk_dropped_large", "dropped_saves_total", "tier=\"disk\",reason=\"large\"", ""),
+    counter("disk_loads", "loads_total", DISK, "Objects that were loaded from the tier."),
+    counter("disk_read_bytes", "read_bytes_total", DISK, "Bytes of files that were read."),
+    counter("disk_load_failures", "failed_loads_total", "tier=\"disk\",reason=\"error\"", "Objects that did not come back: the system failed, too many waited, not what was written."),
+    counter("disk_refused_loads", "failed_loads_total", "tier=\"disk\",reason=\"full\"", ""),
+    counter("disk_damaged", "failed_loads_total", "tier=\"disk\",reason=\"damaged\"", ""),
     counter("retrieved_chunks", "retrieved_chunks_total", MEMORY, "Chunks that readers were handed, each KV rank's by itself."),
     counter("retrieved_bytes", "retrieved_bytes_total", MEMORY, "Bytes of the chunks that readers were handed."),
     counter("failed_retrievals", "failed_retrievals_total", "", "Retrievals of what was gone or not leased."),
@@ -90,7 +108,9 @@ const STORE: &[Series] = &[
     counter("abandoned_chunks", "dropped_chunks_total", "reason=\"abandoned\"", ""),
     counter("damaged_chunks", "dropped_chunks_total", "reason=\"damaged\"", ""),
     counter("evicted_objects", "evicted_objects_total", MEMORY, "Objects that made room for others."),
+    counter("disk_evicted_objects", "evicted_objects_total", DISK, ""),
     counter("evicted_bytes", "evicted_bytes_total", MEMORY, "Bytes of the objects that made room for others."),
+    counter("disk_evicted_bytes", "evicted_bytes_total", DISK, ""),
     counter("expired_sessions", "expired_sessions_total", "", "Requests that were forgotten: idle for too long, or one too many."),
 ];
 
@@ -135,8 +155,8 @@ pub(super) fn text(now: &Snapshot) -> String {
     text.one("uptime_seconds", Kind::Gauge, "Since the server's start.", now.uptime.as_secs_f64());
     let chunk_size = now.figure("chunk_size");
     for series in STORE {
+        let Some(value) = now.find(series.figure) else { continue }; // there is no disk
         text.metric(series.metric, series.kind, series.help);
-        let value = now.figure(series.figure);
         let scale = if series.in_tokens { chunk_size } else { 1 };
         text.sample("", series.labels, value.saturating_mul(scale));
     }
@@ -145,11 +165,20 @@ pub(super) fn text(now: &Snapshot) -> String {
         let labels = format!("tier=\"{}\"", tier.name);
         text.sample("", &labels, u8::from(tier.failure.is_none()));
     }
+    if let Some(failure) = &now.disk_failure {
+        text.metric(
+            "tier_failed",
+            Kind::Gauge,
+            "1 while the tier takes nothing: the system failed it.",
+        );
+        text.sample("", DISK, u8::from(!failure.is_empty()));
+    }
     text.metric("tier_probe_seconds", Kind::Gauge, "What the latest store and load took.");
     for tier in &now.tiers {
         let took = tier.took.map_or(f64::NAN, |took| took.as_secs_f64());
         text.sample("", &format!("tier=\"{}\"", tier.name), took);
     }
+    tenants(&mut text, &now.tenants);
     text.metric("connections", Kind::Gauge, "Open connections.");
     let data = now.figures.connections.load(Ordering::Relaxed);
     text.sample("", "protocol=\"zmtp\"", data);
@@ -186,6 +215,46 @@ pub(super) fn text(now: &Snapshot) -> String {
     text.text
 }
 
+/// Those of each tenant.
+fn tenants(text: &mut Exposition, tenants: &[Shown]) {
+    type Figure = fn(&Shown) -> Option<String>;
+    let figures: [(&str, Kind, &str, Figure); 5] = [
+        (
+            "tenant_used_bytes",
+            Kind::Gauge,
+            "Bytes of memory by tenant: a hash of its salt, none without one, other for all but the largest.",
+            |tenant| Some(tenant.used_bytes.to_string()),
+        ),
+        ("tenant_objects", Kind::Gauge, "Objects in memory by tenant.", |tenant| {
+            Some(tenant.objects.to_string())
+        }),
+        (
+            "tenant_evicted_bytes_total",
+            Kind::Counter,
+            "Bytes that made room since the tenant has some.",
+            |tenant| Some(tenant.evicted_bytes.to_string()),
+        ),
+        ("tenant_cap_bytes", Kind::Gauge, "Bytes that the tenant has at most.", |tenant| {
+            let cap = tenant.quota?.cap;
+            Some(cap.map_or_else(|| "+Inf".to_owned(), |cap| cap.to_string()))
+        }),
+        (
+            "tenant_guarantee_bytes",
+            Kind::Gauge,
+            "Bytes below which no other tenant's chunks take its place.",
+            |tenant| Some(tenant.quota?.guarantee.to_string()),
+        ),
+    ];
+    for (name, kind, help, figure) in figures {
+        text.metric(name, kind, help);
+        for tenant in tenants {
+            if let Some(value) = figure(tenant) {
+                text.sample("", &format!("tenant=\"{}\"", tenant.label), value);
+            }
+        }
+    }
+}
+
 #[expect(clippy::cast_precision_loss, reason = "2^53 nanoseconds are 104 days")]
 pub(super) fn seconds(nanos: u64) -> f64 {
     nanos as f64 / 1e9
@@ -196,6 +265,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::time::Instant;
 
+    use kvferry_store::disk::DiskStatus;
     use kvferry_store::{Limits, Store, StoreOptions};
 
     use super::*;
@@ -211,7 +281,8 @@ mod tests {
             limits: Limits::default(),
         };
         let status = Store::new(options).unwrap().status(Instant::now());
-        let known: BTreeSet<_> = status.iter().map(|(name, _)| *name).collect();
+        let disk = DiskStatus::default().figures();
+        let known: BTreeSet<_> = status.iter().chain(&disk).map(|(name, _)| *name).collect();
         let shown: BTreeSet<_> = STORE.iter().map(|series| series.figure).collect();
         assert_eq!(known, shown);
     }

@@ -3,8 +3,8 @@
 //!
 //! One request for each connection: then each of its deadlines is the connection's.
 
-mod json;
 mod metrics;
+mod quotas;
 mod readiness;
 mod socket;
 mod status;
@@ -28,15 +28,17 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
 use kvferry_store::Store;
+use kvferry_store::disk::DiskStatus;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use self::json::{Object, is_confirmation};
 use self::readiness::{Readiness, Tier};
 use self::socket::Socket;
 use crate::figures::Figures;
+use crate::json::{Object, is_confirmation};
+use crate::quotas::{QuotaBook, Shown};
 
 /// Connections at most; one more is closed at once.
 const CONNECTIONS_MAX: usize = 64;
@@ -63,7 +65,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-BvquPmKDP0gcnrejnc9nlhghfh0UDSMixHFyPkMXKnc='; \
+    script-src 'sha256-eogEgzs0UNhOQLal3H+VO4JlnK0+931AV8agx51eAw0='; \
     style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
@@ -86,6 +88,7 @@ impl Http {
         listener: TcpListener,
         store: Store,
         figures: Arc<Figures>,
+        book: QuotaBook,
         jobs: mpsc::Sender<Job>,
     ) -> Result<Self> {
         let cannot = |error: std::io::Error| Error::system("cannot serve HTTP", &error);
@@ -98,7 +101,7 @@ impl Http {
             .map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();
         let serve = move || {
-            let desk = Rc::new(Desk::new(store, figures, jobs));
+            let desk = Rc::new(Desk::new(store, figures, book, jobs));
             let tasks = tokio::task::LocalSet::new();
             tasks.block_on(&runtime, async {
                 tokio::select! {
@@ -213,6 +216,7 @@ async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
 struct Desk {
     store: Store,
     figures: Arc<Figures>,
+    book: Arc<QuotaBook>,
     jobs: mpsc::Sender<Job>,
     readiness: Readiness,
     questions: Arc<Semaphore>,
@@ -221,7 +225,11 @@ struct Desk {
 
 /// The figures of one moment.
 struct Snapshot {
+    /// The disk's figures follow where there is one.
     store: Vec<(&'static str, u64)>,
+    /// Why it takes nothing; "" while it does.
+    disk_failure: Option<String>,
+    tenants: Vec<Shown>,
     dropped: BTreeMap<&'static str, u64>,
     uptime: Duration,
     tiers: Vec<Tier>,
@@ -230,9 +238,14 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    /// One of the store's figures; 0 for one that it has not.
+    /// One of the store's figures; `None` for one that it has not.
+    fn find(&self, name: &str) -> Option<u64> {
+        self.store.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+    }
+
+    /// The same; 0 for one that it has not.
     fn figure(&self, name: &str) -> u64 {
-        self.store.iter().find(|(known, _)| *known == name).map_or(0, |(_, value)| *value)
+        self.find(name).unwrap_or(0)
     }
 }
 
@@ -246,9 +259,12 @@ enum Route {
     Status,
     OpenApi,
     Clear,
+    Quotas,
+    QuotaDefault,
+    QuotaTenant,
 }
 
-const ROUTES: [(&str, Route); 7] = [
+const ROUTES: [(&str, Route); 10] = [
     ("/", Route::Page),
     ("/healthz", Route::Health),
     ("/readyz", Route::Ready),
@@ -256,12 +272,21 @@ const ROUTES: [(&str, Route); 7] = [
     ("/status", Route::Status),
     ("/openapi.json", Route::OpenApi),
     ("/clear", Route::Clear),
+    ("/quotas", Route::Quotas),
+    ("/quotas/default", Route::QuotaDefault),
+    ("/quotas/tenant", Route::QuotaTenant),
 ];
 
 impl Route {
-    /// Those that change something are POST; the others change nothing.
-    fn changes(self) -> bool {
-        self == Self::Clear
+    /// The methods that it takes; those other than GET and HEAD change something.
+    fn methods(self) -> &'static str {
+        match self {
+            Self::Clear => "POST",
+            Self::Quotas => "GET, HEAD, PUT",
+            Self::QuotaDefault => "PUT",
+            Self::QuotaTenant => "PUT, DELETE",
+            _ => "GET, HEAD",
+        }
     }
 }
 
@@ -279,15 +304,20 @@ impl Refusal {
     }
 }
 
+/// How quotas are changed by a request's body.
+type Change = fn(&QuotaBook, &Store, &[u8]) -> Answered<()>;
+
 type Answered<T = Response<Whole>> = Result<T, Refusal>;
 
 impl Desk {
-    fn new(store: Store, figures: Arc<Figures>, jobs: mpsc::Sender<Job>) -> Self {
+    fn new(store: Store, figures: Arc<Figures>, book: QuotaBook, jobs: mpsc::Sender<Job>) -> Self {
+        let readiness = Readiness::new(&store);
         Self {
             store,
             figures,
+            book: Arc::new(book),
             jobs,
-            readiness: Readiness::default(),
+            readiness,
             questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
             connections: Cell::new(0),
         }
@@ -323,17 +353,15 @@ impl Desk {
             let message = "there is nothing at this path; /openapi.json lists those that there are";
             return Err(Refusal::new(StatusCode::NOT_FOUND, "NOT_FOUND", message));
         };
-        let (allowed, allow) = match (route.changes(), request.method()) {
-            (true, method) => (method == Method::POST, "POST"),
-            (false, method) => (matches!(*method, Method::GET | Method::HEAD), "GET, HEAD"),
-        };
-        if !allowed {
-            let message = format!("{} has no use at this path; it takes {allow}", request.method());
+        let (method, allow) = (request.method().clone(), route.methods());
+        if !allow.split(", ").any(|known| known == method.as_str()) {
+            let message = format!("{method} has no use at this path; it takes {allow}");
             let refusal =
                 Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", message);
             return Err(Refusal { allow: Some(allow), ..refusal });
         }
-        if route.changes() {
+        let changes = !matches!(method, Method::GET | Method::HEAD);
+        if changes {
             check_origin(request.headers(), &host)?;
         }
         match route {
@@ -371,6 +399,27 @@ impl Desk {
                 let cleared = self.ask(Store::clear).await?;
                 Ok(json(StatusCode::OK, Object::new().raw("cleared", cleared).end()))
             }
+            Route::Quotas | Route::QuotaDefault | Route::QuotaTenant => {
+                let change = match (route, method) {
+                    (Route::Quotas, Method::PUT) => Some(quotas::put_all as Change),
+                    (Route::QuotaDefault, _) => Some(quotas::put_default as Change),
+                    (Route::QuotaTenant, Method::DELETE) => Some(quotas::delete_tenant as Change),
+                    (Route::QuotaTenant, _) => Some(quotas::put_tenant as Change),
+                    _ => None,
+                };
+                let body = match change {
+                    Some(_) => read_body(request.into_body()).await?,
+                    None => Bytes::new(),
+                };
+                let book = Arc::clone(&self.book);
+                let told = self.ask(move |store| {
+                    if let Some(change) = change {
+                        change(&book, store, &body)?;
+                    }
+                    Ok(quotas::tell(&book, store))
+                });
+                Ok(json(StatusCode::OK, told.await??))
+            }
         }
     }
 
@@ -394,9 +443,20 @@ impl Desk {
     async fn snapshot(&self) -> Answered<Snapshot> {
         let now = std::time::Instant::now();
         let figures = Arc::clone(&self.figures);
-        let store = self.ask(move |store| figures.store(store, now)).await?;
+        let book = Arc::clone(&self.book);
+        let ask = move |store: &Store| {
+            let tenants = {
+                let _no_probe = figures.probing(); // it would be somebody's object
+                store.tenants()
+            };
+            (figures.store(store, now), store.disk_status(), book.shown(tenants))
+        };
+        let (mut store, disk, tenants) = self.ask(ask).await?;
+        store.extend(disk.iter().flat_map(DiskStatus::figures));
         Ok(Snapshot {
             store,
+            tenants,
+            disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),
             tiers: self.readiness.tiers(now),
@@ -572,7 +632,9 @@ mod tests {
             limits: Limits::default(),
         };
         let (jobs, _) = mpsc::channel(1);
-        Rc::new(Desk::new(Store::new(options).unwrap(), Arc::new(Figures::new()), jobs))
+        let store = Store::new(options).unwrap();
+        let book = QuotaBook::open(None, &store).unwrap();
+        Rc::new(Desk::new(store, Arc::new(Figures::new()), book, jobs))
     }
 
     /// Serves a client that does `what`; after how long the connection is given up.
@@ -718,10 +780,10 @@ mod tests {
             })
             .collect();
         let routes = ROUTES.iter().flat_map(|(path, route)| {
-            let methods: &[&str] = if route.changes() { &["post"] } else { &["get", "head"] };
-            methods.iter().map(|method| (*path, *method))
+            route.methods().split(", ").map(|method| (*path, method.to_ascii_lowercase()))
         });
-        assert_eq!(described, routes.collect());
+        let described = described.into_iter().map(|(path, method)| (path, method.to_owned()));
+        assert_eq!(described.collect::<BTreeSet<_>>(), routes.collect());
     }
 
     #[test]

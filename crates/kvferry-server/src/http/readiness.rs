@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 use kvferry_core::cache::Slot;
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_store::disk::Loaded;
 use kvferry_store::{Departure, Owner, PROBE_MODEL, Store};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout_at;
 
-use super::json::Object;
 use crate::figures::Figures;
+use crate::json::Object;
 
 /// From the end of a probe to the next one.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -23,8 +25,11 @@ const AGE_MAX: Duration = Duration::from_secs(15);
 const ROOM_RETRY: Duration = Duration::from_millis(20);
 /// Bytes of the probe's object.
 const OBJECT: u32 = 64;
-/// The only tier that there is.
+/// A probe of the disk has failed after this long: it waits for what is to be saved before it.
+const DISK_DEADLINE: Duration = Duration::from_secs(5);
 const MEMORY: &str = "memory";
+/// Without it the server goes on.
+const DISK: &str = "disk";
 
 /// How a tier's latest probe ended.
 #[derive(Debug, Clone)]
@@ -46,6 +51,11 @@ pub(super) struct Tier {
 }
 
 impl Tier {
+    /// Whether the server is of no use while it fails.
+    pub(super) fn is_needed(&self) -> bool {
+        self.name != DISK
+    }
+
     pub(super) fn json(&self) -> String {
         let ms = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
         let mut tier = Object::new().raw("ok", self.failure.is_none());
@@ -60,32 +70,91 @@ impl Tier {
 }
 
 /// The latest probe of each tier.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Readiness {
     memory: Mutex<Option<Probe>>,
+    /// `None` without one.
+    disk: Option<Mutex<Option<Probe>>>,
 }
 
 impl Readiness {
-    /// Probes at once and then again and again. To be dropped when the server ends.
-    pub(super) async fn keep(&self, store: &Store, figures: &Arc<Figures>) {
-        let mut stuck = None;
-        loop {
-            let begun = Instant::now();
-            let result = probe(store, figures, &mut stuck).await;
-            self.put(Probe { ended: Instant::now(), took: begun.elapsed(), result });
-            tokio::time::sleep(PERIOD).await;
-        }
+    pub(super) fn new(store: &Store) -> Self {
+        Self { memory: Mutex::default(), disk: store.has_disk().then(Mutex::default) }
     }
 
-    fn put(&self, probe: Probe) {
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(probe);
+    /// Probes at once and then again and again. To be dropped when the server ends.
+    pub(super) async fn keep(&self, store: &Store, figures: &Arc<Figures>) {
+        let memory = async {
+            let mut stuck = None;
+            loop {
+                let begun = Instant::now();
+                put(&self.memory, begun, probe(store, figures, &mut stuck).await);
+                tokio::time::sleep(PERIOD).await;
+            }
+        };
+        let disk = async {
+            let Some(disk) = &self.disk else { return };
+            loop {
+                let begun = Instant::now();
+                put(disk, begun, probe_disk(store).await);
+                tokio::time::sleep(PERIOD).await;
+            }
+        };
+        tokio::join!(memory, disk);
     }
 
     /// Every tier.
     pub(super) fn tiers(&self, now: Instant) -> Vec<Tier> {
-        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        vec![tier(MEMORY, memory, now)]
+        let latest = |probe: &Mutex<Option<Probe>>| {
+            probe.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        };
+        let disk = self.disk.iter().map(|disk| tier(DISK, latest(disk), now));
+        std::iter::once(tier(MEMORY, latest(&self.memory), now)).chain(disk).collect()
     }
+}
+
+fn put(latest: &Mutex<Option<Probe>>, begun: Instant, result: Result<()>) {
+    let probe = Probe { ended: Instant::now(), took: begun.elapsed(), result };
+    *latest.lock().unwrap_or_else(PoisonError::into_inner) = Some(probe);
+}
+
+/// Saves fresh bytes on the disk, loads them, and removes them. The disk takes its time on threads of its own, and
+/// what has not begun by the deadline never does.
+async fn probe_disk(store: &Store) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + DISK_DEADLINE;
+    let saved_and_loaded = async {
+        // Twice, as somebody may clear the cache in between.
+        Ok(round_trip(store).await? || round_trip(store).await?)
+    };
+    match timeout_at(deadline, saved_and_loaded).await {
+        Ok(Ok(true)) => Ok(()),
+        Ok(Ok(false)) => Err(broken("what was saved on the disk does not come back from it")),
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            let message = format!("the disk has not answered within {} s", DISK_DEADLINE.as_secs());
+            Err(Error::new(ErrorCode::Timeout, message))
+        }
+    }
+}
+
+/// `false`: it is not there, or not the same.
+async fn round_trip(store: &Store) -> Result<bool> {
+    let probe = store.disk_probe()?;
+    let (done, saved) = oneshot::channel();
+    probe.save(Box::new(move |result| {
+        let _ = done.send(result); // we may have stopped waiting
+    }))?;
+    match saved.await {
+        Ok(Err(error)) if error.code == ErrorCode::Aborted => return Ok(false),
+        Ok(saved) => saved?,
+        Err(_) => return Err(broken("the disk's probe ended abruptly")),
+    }
+    let (done, loaded) = oneshot::channel();
+    probe.load(Box::new(move |result: Result<Option<Loaded>>| {
+        let _ = done.send(result); // as above
+    }))?;
+    let loaded = loaded.await.map_err(|_| broken("the disk's probe ended abruptly"))??;
+    Ok(loaded.is_some() && probe.is_same()?)
 }
 
 fn tier(name: &'static str, probe: Option<Probe>, now: Instant) -> Tier {
@@ -325,11 +394,12 @@ mod tests {
 
     #[test]
     fn results_are_for_a_short_while_only() {
-        let readiness = Readiness::default();
+        let readiness = Readiness::new(&store(1));
         let start = Instant::now();
         let failure = |at| readiness.tiers(at)[0].failure.clone();
         assert_eq!(failure(start).as_deref(), Some("nothing was stored and loaded yet"));
-        readiness.put(Probe { ended: start, took: Duration::from_millis(3), result: Ok(()) });
+        let probe = Probe { ended: start, took: Duration::from_millis(3), result: Ok(()) };
+        *readiness.memory.lock().unwrap() = Some(probe);
         assert_eq!(failure(start + AGE_MAX), None);
         let late = start + AGE_MAX + Duration::from_secs(1);
         assert_eq!(failure(late).as_deref(), Some("nothing was stored and loaded for 16 s"));

@@ -1,13 +1,14 @@
 //! `/status`: the figures of the wire's status, tiers, readiness and operations, for pages and scripts.
 
 use super::Snapshot;
-use super::json::Object;
 use super::metrics::seconds;
 use super::readiness::Tier;
+use crate::json::Object;
 
 /// Readiness, as `/readyz` tells it.
 pub(super) fn readiness(tiers: &[Tier], data: Result<(), &str>) -> (bool, String) {
-    let ready = data.is_ok() && tiers.iter().all(|tier| tier.failure.is_none());
+    let works = |tier: &Tier| tier.failure.is_none() || !tier.is_needed();
+    let ready = data.is_ok() && tiers.iter().all(works);
     let mut answer = Object::new().raw("ready", ready);
     if let Err(reason) = data {
         answer = answer.text("reason", reason);
@@ -25,6 +26,9 @@ pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
     for (name, value) in &now.store {
         status = status.raw(name, value);
     }
+    if let Some(failure) = &now.disk_failure {
+        status = status.text("disk_failure", failure);
+    }
     status = status.raw("dropped_messages", now.dropped.values().sum::<u64>());
     for (reason, count) in &now.dropped {
         status = status.raw(&format!("dropped_{}", reason.to_lowercase()), count);
@@ -38,11 +42,27 @@ pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
         ("retrieved_bytes", "retrieved_bytes"),
         ("evicted_bytes", "evicted_bytes"),
     ];
-    let memory = memory
-        .into_iter()
-        .fold(Object::new(), |tier, (name, figure)| tier.raw(name, now.figure(figure)));
+    let disk = [
+        ("capacity_bytes", "disk_bytes"),
+        ("used_bytes", "disk_used_bytes"),
+        ("objects", "disk_objects"),
+        ("queue_bytes", "disk_queue_bytes"),
+        ("written_bytes", "disk_written_bytes"),
+        ("read_bytes", "disk_read_bytes"),
+        ("evicted_bytes", "disk_evicted_bytes"),
+    ];
+    let tier = |figures: [(&str, &str); 7]| {
+        let put = |tier: Object, (name, figure)| tier.raw(name, now.figure(figure));
+        figures.into_iter().fold(Object::new(), put)
+    };
+    let mut tiers = Object::new().raw("memory", tier(memory).end());
+    if let Some(failure) = &now.disk_failure {
+        let disk = tier(disk).raw("failed", !failure.is_empty());
+        let disk = if failure.is_empty() { disk } else { disk.text("failure", failure) };
+        tiers = tiers.raw("disk", disk.end());
+    }
     status
-        .raw("tiers", Object::new().raw("memory", memory.end()).end())
+        .raw("tiers", tiers.end())
         .raw("readiness", readiness(&now.tiers, data).1)
         .raw("operations", operations(now))
         .end()

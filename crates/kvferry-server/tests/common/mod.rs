@@ -35,7 +35,7 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
 
 /// A server on a free port of loopback.
 pub(crate) fn start(options: StoreOptions) -> Server {
-    let address = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None };
+    let address = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
     Server::start(&address, |_| Store::new(options)).unwrap()
 }
 

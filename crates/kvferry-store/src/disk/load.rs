@@ -12,6 +12,7 @@ use super::format::{self, Header};
 use super::index::{Object, Victim};
 use super::shared::{LoadTask, Shared, closed};
 use super::{Loaded, PART, STEP, Saved};
+use crate::probe::is_probe;
 
 pub(crate) fn run(shared: &Shared) {
     std::thread::scope(|scope| {
@@ -88,8 +89,10 @@ impl Loader<'_> {
         let (unloaded, forget) = match self.read(task, object) {
             Ok(loaded) => {
                 let mut state = shared.lock();
-                state.status.loads += 1;
-                state.status.read_bytes += object.bytes;
+                if !is_probe(&task.id) {
+                    state.status.loads += 1;
+                    state.status.read_bytes += object.bytes;
+                }
                 return Ok(Some(loaded));
             }
             Err(Unloaded::Memory(error)) => return Err(error),

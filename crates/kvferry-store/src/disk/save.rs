@@ -15,6 +15,7 @@ use super::format::{self, HEADER_MAX, Named};
 use super::index::Victim;
 use super::shared::{SaveTask, Shared, State, closed};
 use super::{PART, STEP, Saved};
+use crate::probe::is_probe;
 
 /// Objects that one thread writes before it syncs.
 const BATCH: usize = 64;
@@ -300,8 +301,10 @@ impl Saver<'_> {
         let state = &mut *guard;
         for Written { task, named, bytes } in renamed {
             state.reserved -= bytes;
-            state.status.saves += 1;
-            state.status.written_bytes += bytes;
+            if !is_probe(&task.saved.id()) {
+                state.status.saves += 1;
+                state.status.written_bytes += bytes;
+            }
             if task.trial {
                 state.health.recover();
             }

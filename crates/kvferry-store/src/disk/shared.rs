@@ -16,6 +16,7 @@ use super::health::{Health, Leave};
 use super::index::{Index, Object, Victim};
 use super::{DiskOptions, DiskStatus, LoadDone, Loaded, Saved, SummedDone, Times};
 use crate::index::ObjectId;
+use crate::probe::is_probe;
 
 /// Saves that may wait, however small.
 const SAVES_MAX: usize = 65_536;
@@ -222,25 +223,26 @@ impl Shared {
     pub(crate) fn accept_save(&self, mut task: SaveTask, done: SummedDone) -> bool {
         let header = format::header_bytes(&task.saved).unwrap_or(format::HEADER_MAX) as u64;
         let bytes = format::padded(task.length).and_then(|bytes| bytes.checked_add(header));
+        let counted = u64::from(!is_probe(&task.saved.id()));
         let mut state = self.lock();
         if state.closing {
             return false;
         }
         if bytes.is_none_or(|bytes| bytes > self.bound) {
-            state.status.dropped_large += 1;
+            state.status.dropped_large += counted;
             return false;
         }
         // One that is larger than the queue waits alone: else it would never be on the disk.
         let full = state.queue_bytes > 0 && state.queue_bytes + task.length > self.queue_bytes;
         if full || state.saves.len() >= SAVES_MAX {
-            state.status.dropped_full += 1;
+            state.status.dropped_full += counted;
             return false;
         }
         match state.health.ask(Instant::now()) {
             Leave::Granted => {}
             Leave::Trial => task.trial = true,
             Leave::Refused => {
-                state.status.dropped_failed += 1;
+                state.status.dropped_failed += counted;
                 return false;
             }
         }
