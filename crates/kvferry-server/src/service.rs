@@ -235,7 +235,9 @@ fn ranks(tp_size: u64) -> Result<u32> {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use std::os::unix::fs::OpenOptionsExt;
     use std::process::Command;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use kvferry_core::key::{Dtype, Layout};
     use kvferry_store::disk::DiskOptions;
@@ -306,8 +308,22 @@ mod tests {
             }
             assert!(Instant::now() < give_up, "it waits for as long as the disk does");
         }
-        drop(std::fs::File::options().write(true).open(file.path()).unwrap());
-        store.close_disk(soon()).unwrap();
+        // However often the disk opens the pipe, somebody comes and goes.
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let over = &over;
+            let mut options = std::fs::File::options();
+            options.write(true).custom_flags(0o4000); // O_NONBLOCK: without a reader it is an error
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    drop(options.open(file.path()));
+                    std::thread::yield_now();
+                }
+            });
+            let closed = store.close_disk(soon());
+            over.store(true, Ordering::Relaxed);
+            closed.unwrap();
+        });
         std::fs::remove_dir_all(directory).unwrap();
     }
 }

@@ -96,6 +96,7 @@ const STORE: &[Series] = &[
     counter("disk_dropped_failed", "dropped_saves_total", "tier=\"disk\",reason=\"failed\"", ""),
     counter("disk_dropped_full", "dropped_saves_total", "tier=\"disk\",reason=\"full\"", ""),
     counter("disk_dropped_large", "dropped_saves_total", "tier=\"disk\",reason=\"large\"", ""),
+    counter("disk_dropped_damaged", "dropped_saves_total", "tier=\"disk\",reason=\"damaged\"", ""),
     counter("disk_loads", "loads_total", DISK, "Objects that were loaded from the tier."),
     counter("disk_read_bytes", "read_bytes_total", DISK, "Bytes of files that were read."),
     counter("disk_load_failures", "failed_loads_total", "tier=\"disk\",reason=\"error\"", "Objects that did not come back: the system failed, too many waited, not what was written."),
