@@ -145,7 +145,7 @@ impl Pool {
 
     /// Whether the slot at `offset` is still in the use that `generation` counts.
     pub(crate) fn holds(&self, offset: u64, generation: u64) -> bool {
-        let page = u32::try_from(offset / PAGE).ok().filter(|_| offset % PAGE == 0);
+        let page = u32::try_from(offset / PAGE).ok().filter(|_| offset.is_multiple_of(PAGE));
         page.and_then(|page| self.allocator.stamp(page)) == Some(generation)
     }
 }
