@@ -888,8 +888,8 @@ fn a_failing_disk_says_so_serves_what_it_can_and_recovers() {
                 })
             };
             let times = Times {
-                retry: Duration::from_millis(40),
-                retry_most: Duration::from_millis(80),
+                retry: Duration::from_millis(200),
+                retry_most: Duration::from_millis(400),
                 ..Times::default()
             };
             let disk = Disk::open_on(&directory.options(MIB), faulty, times).unwrap();
@@ -904,12 +904,12 @@ fn a_failing_disk_says_so_serves_what_it_can_and_recovers() {
             assert_eq!(disk.status().dropped_failed, 1, "{step}");
             assert!(load_page(&disk, 0), "{step}: loads go on");
             assert_eq!(found(&disk, 0..9), [0], "{step}");
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(250));
             assert!(save_page(&disk, 1).is_err(), "{step}: a trial");
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(250));
             assert!(begin_save(&disk, saved(2, ""), b"kv").is_none(), "{step}: it waits longer");
             failing.store(0, Ordering::Relaxed);
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(250));
             save_page(&disk, 1).unwrap();
             assert_eq!(disk.status().failed, None, "{step}");
             save_page(&disk, 2).unwrap();
