@@ -159,9 +159,9 @@ impl Store {
             Error::new(ErrorCode::System, format!("no random numbers: {error}"))
         })?;
         let mut pool = Pool::new(memory)?;
-        // What waits to be saved must not take all of the memory.
+        // What waits to be saved stays in memory, and must not take all of it: a prompt of half the memory is saved whole.
         let disk = disk.map(|options| {
-            let queue_bytes = options.queue_bytes.min(memory / 4).max(PAGE);
+            let queue_bytes = (memory / 2).max(PAGE);
             open(&DiskOptions { queue_bytes, ..options })
         });
         let disk = disk.transpose()?;

@@ -358,7 +358,17 @@ fn prompts_beyond_the_memory_are_all_found_again_with_every_policy() {
 }
 
 #[test]
-fn an_object_larger_than_a_quarter_of_the_memory_is_saved_too() {
+fn a_prompt_of_half_the_memory_is_saved_whole() {
+    let directory = Directory::new();
+    let engine = directory.start_with(directory.options(64));
+    engine.register(1, layout("m", 1));
+    engine.save(&key(0, 32));
+    engine.close();
+    assert_eq!(directory.start().read(&key(0, 32)), 32);
+}
+
+#[test]
+fn an_object_larger_than_half_of_the_memory_is_saved_too() {
     let directory = Directory::new();
     let engine = directory.start_with(directory.options(2));
     engine.register(1, layout("m", 1));

@@ -52,7 +52,8 @@ pub struct DiskOptions {
     pub dir: PathBuf,
     /// Bytes that its files may take, headers included; 8192 or more.
     pub bytes: u64,
-    /// Bytes of saves that may wait; one object may, however large. Default 256 MiB.
+    /// Bytes of saves that may wait; one object may, however large. Default 256 MiB; a store takes half of
+    /// its memory instead.
     pub queue_bytes: u64,
 }
 

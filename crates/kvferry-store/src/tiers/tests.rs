@@ -91,7 +91,7 @@ impl Slow {
             limits,
         };
         let store = Store::on(options, |options| {
-            // More than a quarter of so little memory: what is put is saved.
+            // More than a half of so little memory: what is put is saved.
             let options = DiskOptions { queue_bytes: QUEUE, ..options.clone() };
             Disk::open_on(&options, files, Times::default())
         });
