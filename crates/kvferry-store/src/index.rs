@@ -21,7 +21,7 @@ use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;
 use crate::space::Space;
 use crate::table::Table;
-use crate::tenants::{Quotas, Tenants};
+use crate::tenants::{Quotas, Tenants, tenant_of};
 
 const NONE: u32 = u32::MAX;
 
@@ -68,6 +68,8 @@ struct Object {
     free: bool,
     /// The policy wanted it to go, and its tenant's guarantee keeps it.
     parked: bool,
+    /// It is among those that are doomed.
+    doomed: bool,
 }
 
 impl Object {
@@ -185,9 +187,11 @@ impl Index {
     ) -> Handle {
         let generation = grant.count();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
-        let tenant = self.tenants.number(&origin.space.event.cache_salt);
+        let event = &origin.space.event;
+        let whose = tenant_of(&event.model_name, &event.cache_salt);
+        let tenant = self.tenants.number(whose);
         self.tenants.charge(tenant, grant.bytes());
-        self.unpark(tenant);
+        self.unpark(tenant, grant.bytes());
         let object = Object {
             chunk: id.chunk,
             rank: id.rank,
@@ -201,6 +205,7 @@ impl Index {
             tenant,
             free: false,
             parked: false,
+            doomed: false,
         };
         let index = match self.unused.pop() {
             Some(index) => {
@@ -294,7 +299,7 @@ impl Index {
             if object.pins == 0 {
                 next = object.parent;
                 match object.discarded {
-                    true => self.doomed.push_back(handle),
+                    true => self.doom(handle),
                     false => self.release(handle.index),
                 }
             }
@@ -320,7 +325,7 @@ impl Index {
             self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
             if pins == 0 {
                 self.hold(*index);
-                self.doomed.push_back(handle);
+                self.doom(handle);
             }
         }
         found.into_iter().map(|(_, id)| id).collect()
@@ -334,7 +339,8 @@ impl Index {
 
     /// Takes the object out that the tenant used longest ago.
     pub(crate) fn evict_own(&mut self, cause: RemovalCause, tenant: u32) -> Option<Grant> {
-        let index = self.tenants.first(tenant)?;
+        // What is damaged counts for its tenant until it goes.
+        let index = self.next_doomed().or_else(|| self.tenants.first(tenant))?;
         self.remove(index, cause)
     }
 
@@ -357,7 +363,14 @@ impl Index {
         }
         while let Some(index) = self.eviction.victim() {
             let object = self.objects.get_mut(index as usize)?.as_mut()?;
-            let own = demand == Demand::All || demand == Demand::Tenant(object.tenant);
+            // Who has less than its guarantee takes from others before it replaces its own.
+            let own = match demand {
+                Demand::All => true,
+                Demand::Tenant(tenant) => {
+                    tenant == object.tenant && self.tenants.may_lose(tenant, 0)
+                }
+                Demand::Nobody => false,
+            };
             if own || self.tenants.may_lose(object.tenant, object.grant.bytes()) {
                 return Some(index);
             }
@@ -376,34 +389,35 @@ impl Index {
                 });
             }
         }
-        // All that is left is guaranteed: one's own, then what is guaranteed by default, goes all the same.
+        // All that is left is guaranteed: what is so by default, then one's own, goes all the same.
         loop {
-            let own = match demand {
+            let unnamed = self.tenants.next_parked_unnamed();
+            let handle = unnamed.or_else(|| match demand {
                 Demand::Tenant(tenant) => self.tenants.next_parked(tenant),
                 _ => None,
-            };
-            let handle = own.or_else(|| self.tenants.next_parked_unnamed())?;
+            })?;
             if self.object(handle).is_some_and(|object| object.parked) {
                 return Some(handle.index);
             }
         }
     }
 
-    /// The tenant has more than before: so many more of its objects may go.
-    fn unpark(&mut self, tenant: u32) {
-        if self.tenants.may_lose(tenant, 0) {
-            for _ in 0..2 {
-                let Some(handle) = self.tenants.next_parked(tenant) else { return };
-                self.end_parking(handle);
-            }
+    /// The tenant has so many bytes more than before: as many of those above its guarantee may go.
+    fn unpark(&mut self, tenant: u32, bytes: u64) {
+        let mut left = self.tenants.above(tenant).min(bytes);
+        while left > 0 {
+            let Some(handle) = self.tenants.next_parked(tenant) else { return };
+            left = left.saturating_sub(self.end_parking(handle));
         }
     }
 
-    fn end_parking(&mut self, handle: Handle) {
-        if let Some(object) = self.object_mut(handle).filter(|object| object.parked) {
-            object.parked = false;
-            self.eviction.release(handle.index);
-        }
+    /// How many bytes may go now that could not.
+    fn end_parking(&mut self, handle: Handle) -> u64 {
+        let Some(object) = self.object_mut(handle).filter(|object| object.parked) else { return 0 };
+        object.parked = false;
+        let bytes = object.grant.bytes();
+        self.eviction.release(handle.index);
+        bytes
     }
 
     /// Other quotas, from now on.
@@ -437,11 +451,23 @@ impl Index {
     /// A discarded object that nothing keeps.
     fn next_doomed(&mut self) -> Option<u32> {
         while let Some(handle) = self.doomed.pop_front() {
-            if self.object(handle).is_some_and(|object| object.pins == 0) {
-                return Some(handle.index);
+            if let Some(object) = self.object_mut(handle) {
+                object.doomed = false;
+                if object.pins == 0 {
+                    return Some(handle.index);
+                }
             }
         }
         None
+    }
+
+    /// A discarded object that nothing keeps goes first.
+    fn doom(&mut self, handle: Handle) {
+        if let Some(object) = self.object_mut(handle)
+            && !std::mem::replace(&mut object.doomed, true)
+        {
+            self.doomed.push_back(handle);
+        }
     }
 
     /// Shows objects of this chunk, whosever they are, among those in the places of `range`; the place
@@ -475,6 +501,20 @@ impl Index {
             self.tenants.forget_idle(object.tenant);
         }
         object.map(|object| object.grant)
+    }
+
+    /// The same; its tenant, who is told, has it on its account until [`Index::discharge`].
+    pub(crate) fn set_apart(&mut self, handle: Handle) -> Option<(Grant, u32)> {
+        let object = self.object(handle).filter(|object| !object.visible)?;
+        let (tenant, bytes) = (object.tenant, object.grant.bytes());
+        self.tenants.charge(tenant, bytes);
+        self.remove_reserved(handle).map(|grant| (grant, tenant))
+    }
+
+    /// The tenant has something less.
+    pub(crate) fn discharge(&mut self, tenant: u32, bytes: u64) {
+        self.tenants.discharge(tenant, bytes);
+        self.tenants.forget_idle(tenant);
     }
 
     fn take(&mut self, index: u32) -> Option<Object> {

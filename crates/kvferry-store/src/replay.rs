@@ -96,7 +96,9 @@ impl Replay {
     pub fn request(&mut self, request: &Request) -> Result<()> {
         let Self { store, owner, instance, .. } = self;
         self.now = self.now.max(request.at);
-        let now = self.started + self.now;
+        let now = self.started.checked_add(self.now).ok_or_else(|| {
+            Error::invalid(format!("a request comes {:?} after the first one", self.now))
+        })?;
         let blocks = request.blocks.len() as u64;
         let key = Key {
             model_name: MODEL.to_owned(),

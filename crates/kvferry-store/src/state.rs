@@ -117,7 +117,18 @@ pub(crate) struct Instance {
 pub(crate) struct Apart {
     pub(crate) owner: Owner,
     pub(crate) range: Range,
-    pub(crate) grants: Vec<Grant>,
+    /// Each with the tenant that it counts for.
+    pub(crate) grants: Vec<(Grant, u32)>,
+}
+
+impl Apart {
+    /// Its slots come back.
+    fn give_back(self, pool: &mut Pool, index: &mut Index) {
+        for (grant, tenant) in self.grants {
+            index.discharge(tenant, grant.bytes());
+            pool.give_back(grant);
+        }
+    }
 }
 
 /// Pairs a prepare with its commit: the tokens up to `end` by their last hash. Unlike LMCache's, the
@@ -217,11 +228,11 @@ impl State {
 
     /// A slot, for which objects make room as the policy says, unless more memory is on its way.
     /// A tenant at its cap makes room itself.
-    pub(crate) fn allocate(&mut self, bytes: u64, salt: &str) -> Option<Grant> {
+    pub(crate) fn allocate(&mut self, bytes: u64, whose: &str) -> Option<Grant> {
         if bytes > self.pool.bytes() {
             return None;
         }
-        let tenant = self.index.tenants.number(salt);
+        let tenant = self.index.tenants.number(whose);
         let grant = self.make_room(bytes, tenant);
         if grant.is_none() {
             self.index.tenants.forget_idle(tenant);
@@ -442,9 +453,7 @@ impl State {
     pub(crate) fn take_reservation(&mut self, instance: u64, range: Range) -> Option<Reservation> {
         let known = self.instances.get_mut(&instance)?;
         if let Some(position) = known.apart.iter().position(|apart| apart.range == range) {
-            for grant in known.apart.remove(position).grants {
-                self.pool.give_back(grant);
-            }
+            known.apart.remove(position).give_back(&mut self.pool, &mut self.index);
             return None;
         }
         let reservations = known.stores.get_mut(&range)?;
@@ -473,13 +482,14 @@ impl State {
             self.reservations_by_age.remove(&reservation.age);
             let objects = reservation.objects.iter().rev();
             let grants: Vec<_> =
-                objects.filter_map(|handle| self.index.remove_reserved(*handle)).collect();
+                objects.filter_map(|handle| self.index.set_apart(*handle)).collect();
             self.counters.abandoned_chunks += grants.len() as u64;
+            let apart = Apart { owner: reservation.owner, range, grants };
             if is_active(Defect::LateSlotReused) {
-                grants.into_iter().for_each(|grant| self.pool.give_back(grant));
+                apart.give_back(&mut self.pool, &mut self.index);
                 continue;
             }
-            known.apart.push(Apart { owner: reservation.owner, range, grants });
+            known.apart.push(apart);
         }
     }
 
@@ -502,8 +512,8 @@ impl State {
         for retrieval in gone.retrievals.into_values().flatten() {
             self.unpin(&retrieval.objects);
         }
-        for grant in gone.apart.into_iter().flat_map(|apart| apart.grants) {
-            self.pool.give_back(grant);
+        for apart in gone.apart {
+            apart.give_back(&mut self.pool, &mut self.index);
         }
         let is_gone = |known: &Arc<Registered>| Arc::ptr_eq(known, &gone.registered);
         if !self.instances.values().any(|other| is_gone(&other.registered)) {
@@ -558,9 +568,7 @@ impl State {
         let stores = extract(&mut known.stores, |reservation| reservation.owner == owner);
         let retrievals = extract(&mut known.retrievals, |retrieval| retrieval.owner == owner);
         for apart in known.apart.extract_if(.., |apart| apart.owner == owner) {
-            for grant in apart.grants {
-                self.pool.give_back(grant);
-            }
+            apart.give_back(&mut self.pool, &mut self.index);
         }
         for (_, retrieval) in retrievals {
             self.unpin(&retrieval.objects);

@@ -24,7 +24,7 @@ use crate::prompt::Prompt;
 use crate::state::{
     Belongings, Instance, Locked, Range, Registered, Reservation, Retrieval, State,
 };
-use crate::tenants::{Quotas, TenantStatus};
+use crate::tenants::{PROBES, Quotas, TenantStatus, tenant_of};
 use crate::tiers::Wanted;
 
 /// Readers of one object that a lookup may announce at most.
@@ -486,7 +486,8 @@ impl Store {
                 continue;
             }
             let room = objects.len() < SLOTS_MAX;
-            let grant = room.then(|| state.allocate(registered.object_bytes, &key.cache_salt));
+            let whose = tenant_of(&key.model_name, &key.cache_salt);
+            let grant = room.then(|| state.allocate(registered.object_bytes, whose));
             let grant = grant.flatten();
             let Some(grant) = grant else {
                 let rest = chunks.clone().skip(position as usize);
@@ -542,8 +543,7 @@ impl Store {
         let bytes = grants.map(|grant| grant.slot().length).sum::<u64>();
         state.counters.stored_chunks += reservation.objects.len() as u64;
         state.counters.stored_bytes += bytes;
-        drop(state);
-        self.save(saves);
+        self.save(&mut state, saves);
         Ok(true)
     }
 
@@ -703,7 +703,9 @@ impl Store {
 
     /// How those tenants stand that have objects or are named, by their salts.
     pub fn tenants(&self) -> Vec<TenantStatus> {
-        let mut tenants: Vec<_> = self.lock().index.tenants.all().cloned().collect();
+        let state = self.lock();
+        let tenants = state.index.tenants.all().filter(|tenant| tenant.cache_salt != PROBES);
+        let mut tenants: Vec<_> = tenants.cloned().collect();
         tenants.sort_unstable_by(|a, b| a.cache_salt.cmp(&b.cache_salt));
         tenants
     }
@@ -721,7 +723,7 @@ impl Store {
         let mut apart = (0, 0);
         let mut granted = (0, 0);
         for instance in state.instances.values() {
-            for grant in instance.apart.iter().flat_map(|apart| &apart.grants) {
+            for (grant, _) in instance.apart.iter().flat_map(|apart| &apart.grants) {
                 apart = (apart.0 + 1, apart.1 + grant.bytes());
             }
             let stores = instance.stores.values().flatten();

@@ -7,9 +7,18 @@ use kvferry_core::{Error, Result};
 
 use crate::eviction::links::{Links, List, NONE};
 use crate::index::Handle;
+use crate::probe::PROBE_MODEL;
 
 /// Tenants that may be named.
 const NAMED_MAX: usize = 65_536;
+
+/// The tenant of what is stored to see whether storing works: no salt has a NUL. No quota holds for it.
+pub(crate) const PROBES: &str = "\0probes";
+
+/// Whose objects of this model and salt are.
+pub(crate) fn tenant_of<'a>(model_name: &str, cache_salt: &'a str) -> &'a str {
+    if model_name == PROBE_MODEL { PROBES } else { cache_salt }
+}
 
 /// What a tenant may have of the memory, and what it keeps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -61,6 +70,7 @@ impl Quotas {
     fn of(&self, salt: &str) -> (Quota, bool) {
         match self.named.get(salt) {
             Some(quota) => (*quota, true),
+            None if salt == PROBES => (Quota::default(), false),
             None => (self.default, false),
         }
     }
@@ -103,7 +113,7 @@ struct Tenant {
     /// Its objects that may go, those that became so first first.
     free: List,
     /// Objects that the policy wanted to go, and that the guarantee keeps.
-    parked: VecDeque<Handle>,
+    parked: VecDeque<(u64, Handle)>,
 }
 
 /// All tenants, by number.
@@ -115,6 +125,8 @@ pub(crate) struct Tenants {
     quotas: Quotas,
     /// Of the lists of what may go, by places in the index.
     links: Links,
+    /// Objects parked so far: the order among tenants.
+    parkings: u64,
 }
 
 impl Tenants {
@@ -207,6 +219,12 @@ impl Tenants {
         })
     }
 
+    /// Bytes that it has above its guarantee.
+    pub(crate) fn above(&self, number: u32) -> u64 {
+        self.status(number)
+            .map_or(0, |status| status.used_bytes.saturating_sub(status.quota.guarantee))
+    }
+
     pub(crate) fn charge(&mut self, number: u32, bytes: u64) {
         if let Some(tenant) = self.get(number) {
             tenant.status.used_bytes += bytes;
@@ -250,8 +268,10 @@ impl Tenants {
     }
 
     pub(crate) fn park(&mut self, number: u32, handle: Handle) {
+        self.parkings += 1;
+        let order = self.parkings;
         if let Some(tenant) = self.get(number) {
-            tenant.parked.push_back(handle);
+            tenant.parked.push_back((order, handle));
         }
     }
 
@@ -265,23 +285,30 @@ impl Tenants {
     pub(crate) fn tidy(&mut self, number: u32, mut is_parked: impl FnMut(&Handle) -> bool) {
         if let Some(tenant) = self.get(number) {
             let mut seen = HashSet::new();
-            tenant.parked.retain(|handle| is_parked(handle) && seen.insert(*handle));
+            tenant.parked.retain(|(_, handle)| is_parked(handle) && seen.insert(*handle));
         }
     }
 
     /// What was parked first; it may have been used since.
     pub(crate) fn next_parked(&mut self, number: u32) -> Option<Handle> {
-        self.get(number)?.parked.pop_front()
+        self.get(number)?.parked.pop_front().map(|(_, handle)| handle)
     }
 
-    /// The same of any tenant that is not named.
+    /// The same among all tenants that are not named.
     pub(crate) fn next_parked_unnamed(&mut self) -> Option<Handle> {
         let unnamed = self.all.iter_mut().flatten().filter(|tenant| !tenant.status.named);
-        unnamed.flat_map(|tenant| tenant.parked.pop_front()).next()
+        let parked = unnamed.filter(|tenant| !tenant.parked.is_empty());
+        let oldest = parked.min_by_key(|tenant| tenant.parked.front().map(|(order, _)| *order))?;
+        oldest.parked.pop_front().map(|(_, handle)| handle)
     }
 
     /// All that is parked.
     pub(crate) fn take_parked(&mut self) -> Vec<Handle> {
-        self.all.iter_mut().flatten().flat_map(|tenant| tenant.parked.drain(..)).collect()
+        self.all
+            .iter_mut()
+            .flatten()
+            .flat_map(|tenant| tenant.parked.drain(..))
+            .map(|(_, handle)| handle)
+            .collect()
     }
 }

@@ -322,8 +322,9 @@ impl State {
 }
 
 impl Store {
-    /// Begins to save what was committed.
-    pub(crate) fn save(&self, saves: Vec<Save>) {
+    /// Begins to save what was committed, under the lock of the commit: what is cleared or discarded after it was
+    /// queued before.
+    pub(crate) fn save(&self, committed: &mut State, saves: Vec<Save>) {
         let Some(disk) = self.disk() else { return };
         let mut refused = Vec::new();
         for Save { handle, saved, slot } in saves {
@@ -338,10 +339,7 @@ impl Store {
                 refused.push(handle);
             }
         }
-        if !refused.is_empty() {
-            let mut state = self.lock();
-            refused.into_iter().rev().for_each(|handle| state.saved(handle, true));
-        }
+        refused.into_iter().rev().for_each(|handle| committed.saved(handle, true));
     }
 
     /// Begins to load what a lookup reserved room for.

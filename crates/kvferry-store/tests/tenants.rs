@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::{Engine, OBJECT, key, layout};
 use kvferry_core::ErrorCode;
 use kvferry_core::key::Key;
-use kvferry_store::{Policy, Quota, Quotas, TenantStatus};
+use kvferry_store::{Departure, Policy, Quota, Quotas, TenantStatus};
 use proptest::prelude::*;
 
 fn of(salt: &str, first: u32, chunks: u64) -> Key {
@@ -196,6 +196,73 @@ fn default_guarantees_hold_among_tenants_and_do_not_shut_new_ones_out() {
         assert_eq!(tenants.use_it(&of("new", 0, 4)).1, 4, "{policy}");
         assert_eq!(tenants.hits(&of("named", 0, 4)), 4, "{policy}: a name's guarantee is hard");
         assert_eq!(tenants.objects("new"), 4);
+    }
+}
+
+#[test]
+fn a_named_tenant_reaches_its_guarantee_at_the_cost_of_default_ones_the_oldest_first() {
+    for policy in Policy::ALL {
+        let tenants = Tenants::new(12, policy);
+        tenants.set(quotas([("named", quota(None, 5))], quota(None, 12)));
+        for (salt, first) in [("a", 0), ("b", 10_000), ("c", 20_000)] {
+            assert_eq!(tenants.use_it(&of(salt, first, 4)).1, 4);
+        }
+        for prompt in 0..5 {
+            assert_eq!(tenants.use_it(&of("named", 50_000 + 10_000 * prompt, 1)).1, 1, "{policy}");
+            assert_eq!(tenants.objects("named"), u64::from(prompt) + 1, "{policy}");
+        }
+        let rest: u64 = ["a", "b", "c"].map(|salt| tenants.objects(salt)).iter().sum();
+        assert_eq!(rest, 7, "{policy}");
+        if policy == Policy::Lru {
+            assert_eq!(["a", "b", "c"].map(|salt| tenants.objects(salt)), [0, 3, 4]);
+        }
+    }
+}
+
+#[test]
+fn damaged_chunks_of_a_tenant_at_its_cap_make_room() {
+    for policy in Policy::ALL {
+        let tenants = Tenants::new(64, policy);
+        tenants.set(quotas([("a", quota(Some(4), 0))], Quota::default()));
+        let prompt = of("a", 0, 4);
+        tenants.use_it(&prompt);
+        assert_eq!(tenants.0.discard(&prompt), 4);
+        assert_eq!(tenants.use_it(&prompt), (0, 4), "{policy}");
+    }
+}
+
+#[test]
+fn slots_that_a_silent_writer_keeps_count_for_its_tenant() {
+    let tenants = Tenants::new(64, Policy::Default);
+    tenants.set(quotas([("a", quota(Some(4), 0))], Quota::default()));
+    let engine = &tenants.0;
+    assert_eq!(engine.reserve(&of("a", 0, 4), 1), 4);
+    engine.store.disconnect(engine.owner, Departure::GivenUp);
+    let status = engine.store.status(engine.now);
+    assert!(status.contains(&("slots_apart", 4)), "{status:?}");
+    assert_eq!(tenants.objects("a"), 4, "its writer may still write to them");
+    assert_eq!(engine.reserve(&of("a", 10_000, 1), 1), 0);
+    engine.store.unregister(1);
+    assert_eq!(tenants.status()["a"].used_bytes, 0);
+}
+
+#[test]
+fn what_grows_above_a_guarantee_may_go_byte_for_byte() {
+    for policy in Policy::ALL {
+        let tenants = Tenants::new(20, policy);
+        tenants.set(quotas([("a", quota(None, 10))], Quota::default()));
+        tenants.use_it(&of("a", 0, 10));
+        // Others have the rest, and the policy looks at all of a's.
+        for flood in 0..20 {
+            tenants.use_it(&of("b", 100_000 + 10_000 * flood, 5));
+        }
+        assert_eq!(tenants.objects("a"), 10, "{policy}");
+        let large = of("a", 500_000, 8);
+        assert_eq!(tenants.use_it(&large).1, 8, "{policy}");
+        assert_eq!(tenants.0.lookup(&large), 8); // leased
+        // Eight of the first ten may go now.
+        assert_eq!(tenants.use_it(&of("b", 900_000, 10)).1, 10, "{policy}");
+        assert_eq!(tenants.objects("a"), 10, "{policy}");
     }
 }
 
