@@ -673,7 +673,7 @@ impl Store {
     }
 
     /// Evicts everything that is neither leased nor reserved, and all that is on the disk; says how many objects went
-    /// from memory.
+    /// from memory. What is on its way from the disk arrives all the same.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         let cleared = state.clear();
