@@ -189,21 +189,4 @@ mod tests {
         histogram.observe(Duration::from_secs(2));
         assert_eq!(histogram.read().bound(1.0), None);
     }
-
-    #[test]
-    #[ignore = "a figure for the docs: cargo test --release -- --ignored --nocapture"]
-    fn what_an_observation_costs() {
-        let figures = Figures::new();
-        let count = 10_000_000u32;
-        let begun = Instant::now();
-        for _ in 0..count {
-            let now = std::hint::black_box(Instant::now());
-            figures.observe(Operation::Lookup, now.elapsed());
-        }
-        let nanos = begun.elapsed().as_nanos() / u128::from(count);
-        #[expect(clippy::print_stderr, reason = "it is asked for")]
-        {
-            eprintln!("{nanos} ns an observation, both looks at the clock included");
-        }
-    }
 }
