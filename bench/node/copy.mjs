@@ -13,13 +13,13 @@ import { buildProgram, load, median } from "./rows.mjs";
 const PAIRS = 51;
 /** Operations before those that are timed: an engine's JavaScript has been compiled long ago. */
 const WARM_UP = 300;
-const CHUNK = 256;
-const BLOCK = 16;
-const BLOCKS = 256;
+export const CHUNK = 256;
+export const BLOCK = 16;
+export const BLOCKS = 256;
 const LAYERS = 32;
-const BLOCK_BYTES = BLOCK * 8 * 128 * 2;
-const OBJECT = 2 * LAYERS * CHUNK * 8 * 128 * 2;
-const POOL = 512 * 2 ** 20;
+export const BLOCK_BYTES = BLOCK * 8 * 128 * 2;
+export const OBJECT = 2 * LAYERS * CHUNK * 8 * 128 * 2;
+export const POOL = 512 * 2 ** 20;
 const layout = {
 	numBlocks: BLOCKS,
 	blockSize: BLOCK,
@@ -43,12 +43,22 @@ export default async function copy() {
 	return rows;
 }
 
+/** Each layer's array. @template T @param {() => T} make @returns {Record<string, T>} */
+export function arrays(make) {
+	const layers = Array.from({ length: LAYERS }, (_, layer) => `layer.${layer}`);
+	return Object.fromEntries(layers.map((layer) => [layer, make()]));
+}
+
 /** An engine before a server of its own process. */
-class Stack {
+export class Stack {
 	#requests = 0;
 
-	static async open(/** @type {"never" | "always"} */ verify) {
-		const kvferry = await load();
+	/**
+	 * @param {"never" | "always"} verify
+	 * @param {{ kvferry: typeof import("../../ts/index.js"), kv: any, place: any }} [engine] Whose KV memory is not the host's.
+	 */
+	static async open(verify, engine) {
+		const kvferry = engine?.kvferry ?? (await load());
 		const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 		const ports = ["--port", "0", "--http-port", "off"];
 		const args = ["serve", ...ports, "--memory", String(POOL), "--chunk-size", String(CHUNK)];
@@ -59,12 +69,8 @@ class Stack {
 		const client = await kvferry.Client.connect({
 			url: /** @type {string} */ (/tcp:\S+/.exec(line)?.[0]),
 		});
-		const kv = Object.fromEntries(
-			Array.from({ length: LAYERS }, (_, layer) => [
-				`layer.${layer}`,
-				new Uint32Array(new SharedArrayBuffer(2 * BLOCKS * BLOCK_BYTES)),
-			]),
-		);
+		const kv =
+			engine?.kv ?? arrays(() => new Uint32Array(new SharedArrayBuffer(2 * BLOCKS * BLOCK_BYTES)));
 		const options = {
 			via: client,
 			modelName: "bench",
@@ -73,7 +79,7 @@ class Stack {
 			verify,
 		};
 		const adapter = kvferry.createWorkerAdapter(options);
-		await adapter.registerKvCaches(kv, layout);
+		await adapter.registerKvCaches(kv, { ...layout, ...engine?.place });
 		while (Number((await client.status()).reserved_bytes) < POOL) {
 			await new Promise((resolve) => setTimeout(resolve, 20)); // the pool grows in the background
 		}

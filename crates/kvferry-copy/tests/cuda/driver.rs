@@ -42,6 +42,9 @@ pub(crate) fn on(test: &str, drivers: &[On], needs_fake: bool, body: impl Fn()) 
         }
         return run_child(test, child(test));
     }
+    if drivers.is_empty() {
+        return skip(test, "it needs a GPU");
+    }
     let Some(fake) = fake_library().filter(|fake| fake.exists()) else {
         return skip(test, "there is no libfake_cuda.so: cargo build -p fake-cuda");
     };
@@ -177,6 +180,7 @@ pub(crate) struct Engine {
     pub(crate) device: i32,
     context: CUcontext,
     pub(crate) stream: CUstream,
+    captured: CUstream,
     allocations: Vec<u64>,
 }
 
@@ -189,7 +193,7 @@ impl Engine {
             done(sys::cuCtxPushCurrent_v2(context));
             done(sys::cuStreamCreate(&raw mut stream, 1));
         }
-        Self { device, context, stream, allocations: Vec::new() }
+        Self { device, context, stream, captured: std::ptr::null_mut(), allocations: Vec::new() }
     }
 
     pub(crate) fn stream(&self) -> u64 {
@@ -212,6 +216,52 @@ impl Engine {
     pub(crate) fn compute(&self, address: u64, value: u8, bytes: u64) {
         let bytes = bytes.try_into().unwrap();
         unsafe { done(sys::cuMemsetD8Async(address, value, bytes, self.stream)) };
+    }
+
+    /// Some 10 ms of compute, so that what does not wait for it is early. The fake driver is late at will.
+    pub(crate) fn busy(&mut self) {
+        const BYTES: u64 = 256 << 20;
+        if Fake::here().is_none() {
+            let (from, to) = (self.allocate(BYTES), self.allocate(BYTES));
+            (0..64).for_each(|_| self.copy(to, from, BYTES));
+        }
+    }
+
+    /// Begins to capture a graph in the global mode, on a stream that computes nothing else, or ends it.
+    pub(crate) fn capture(&mut self, on: bool) {
+        if let Some(fake) = Fake::here() {
+            return fake.capture(on);
+        }
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+        if on {
+            unsafe {
+                done(sys::cuStreamCreate(&raw mut self.captured, 1));
+                done(sys::cuStreamBeginCapture_v2(self.captured, mode));
+            }
+            return;
+        }
+        let mut graph = std::ptr::null_mut();
+        unsafe {
+            done(sys::cuStreamEndCapture(self.captured, &raw mut graph));
+            done(sys::cuGraphDestroy(graph));
+            done(sys::cuStreamDestroy_v2(self.captured));
+        }
+    }
+
+    /// A kernel reads where no memory is: the device is lost to this process.
+    pub(crate) fn crash(&self) {
+        let text = concat!(include_str!("../../src/cuda/copy_pieces.ptx"), "\0");
+        let (mut module, mut kernel) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let (mut nowhere, mut count, mut reserved) = (16u64, 1u32, 0u32);
+        let mut parameters: [*mut c_void; 3] =
+            [(&raw mut nowhere).cast(), (&raw mut count).cast(), (&raw mut reserved).cast()];
+        unsafe {
+            done(sys::cuModuleLoadData(&raw mut module, text.as_ptr().cast()));
+            let name = c"kvferry_copy_pieces".as_ptr();
+            done(sys::cuModuleGetFunction(&raw mut kernel, module, name));
+            let (parameters, none) = (parameters.as_mut_ptr(), std::ptr::null_mut());
+            done(sys::cuLaunchKernel(kernel, 1, 1, 1, 32, 1, 1, 0, self.stream, parameters, none));
+        }
     }
 
     /// Reads memory, as compute would, in the engine's stream.

@@ -255,6 +255,7 @@ fn a_store_waits_for_the_compute_that_writes_its_blocks() {
                 fake.schedule(value.into(), 5000);
             }
             kv.memory.set_method(method).unwrap();
+            engine.busy();
             for (address, bytes) in &kv.arrays {
                 engine.compute(*address, value, *bytes);
             }
@@ -285,6 +286,7 @@ fn a_load_waits_for_the_compute_before_it_and_the_compute_after_it_waits_for_the
             let old = engine.read(block, 4096);
             let new = noise(1000 + round, 4096);
             pool.write(8192, &new).unwrap();
+            engine.busy();
             engine.copy(before, block, 4096);
             let fake = Fake::here();
             let waits = fake.as_ref().map_or(0, |fake| fake.calls("cuStreamWaitEvent"));
@@ -672,6 +674,25 @@ fn closing_waits_for_copies_under_way() {
 }
 
 #[test]
+fn an_engine_that_loses_the_device_ends_the_copies() {
+    // The next test loses the fake driver's device, which runs our kernel alone.
+    on("an_engine_that_loses_the_device_ends_the_copies", &[], false, || {
+        let mut engine = Engine::new(0);
+        let kv = Kv::new(&mut engine, flat(8, 2, 1 << 20));
+        let pool = private(POOL_STEP);
+        ends(kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool)).unwrap();
+        engine.crash();
+        for direction in [Direction::Gather, Direction::Scatter] {
+            let ended = ends(kv.copy(direction, &[chunk(&[1], 0)], &pool)).unwrap_err();
+            assert_eq!(ended.code, ErrorCode::CudaFailed, "{ended}");
+            assert!(ended.message.contains("started anew"), "{ended}");
+        }
+        drop(kv);
+        std::mem::forget(engine); // what it has cannot be given back any more
+    });
+}
+
+#[test]
 fn a_lost_device_ends_every_copy_and_later_ones_fail_at_once() {
     on("a_lost_device_ends_every_copy_and_later_ones_fail_at_once", &ALL, true, || {
         let mut engine = Engine::new(0);
@@ -836,14 +857,13 @@ fn a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write() {
 
 #[test]
 fn copies_spoil_no_graph_that_is_captured_meanwhile() {
-    on("copies_spoil_no_graph_that_is_captured_meanwhile", &ALL, true, || {
+    on("copies_spoil_no_graph_that_is_captured_meanwhile", &ALL, false, || {
         let mut engine = Engine::new(0);
-        let fake = Fake::here().unwrap();
         let shape = shape(&flat(3, 4, 4096));
         let bytes = shape.array_bytes();
         let arrays: Vec<_> = (0..3).map(|_| (engine.allocate(bytes), bytes)).collect();
         let pool = private(1 << 20);
-        fake.capture(true);
+        engine.capture(true);
         let memory = open(&engine, &shape, &arrays).unwrap();
         for direction in [Direction::Gather, Direction::Scatter] {
             let plan = shape.plan(direction, &[chunk(&[1], 0)], pool.bytes()).unwrap();
@@ -851,8 +871,8 @@ fn copies_spoil_no_graph_that_is_captured_meanwhile() {
         }
         drop(memory);
         drop(pool);
-        fake.capture(false);
-        assert_eq!(fake.violations(), 0);
+        engine.capture(false);
+        assert_eq!(violations(), 0);
     });
 }
 
