@@ -30,7 +30,8 @@ use kvferry_core::key::Dtype;
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 use rows::Rows;
 
-const BYTES: u64 = 256 << 20;
+/// Enough for bandwidth to count, and one chunk of an 8B model.
+const SIZES: [u64; 2] = [256 << 20, 32 << 20];
 const LAYERS: u64 = 8;
 const TOKENS: u32 = 16;
 const REPETITIONS: usize = 9;
@@ -48,8 +49,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let device = Device::new();
     let mut rows = Rows::default();
-    for piece in [4 << 10, 16 << 10, 64 << 10, 512 << 10, 2 << 20] {
-        let bench = Bench::new(&device, piece)?;
+    let pieces = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 512 << 10, 2 << 20];
+    for (bytes, piece) in SIZES.iter().flat_map(|bytes| pieces.map(|piece| (*bytes, piece))) {
+        let bench = Bench::new(&device, bytes, piece)?;
         for (method, name) in METHODS {
             bench.memory.set_method(method)?;
             bench.check()?;
@@ -65,7 +67,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 };
                 let mut pairs = Vec::new();
                 for _ in 0..REPETITIONS {
-                    pairs.push((bench.ours(way)?, device.large(way)));
+                    pairs.push((bench.ours(way)?, device.large(bytes, way)));
                 }
                 let mut median = |of: fn(&(f64, f64)) -> f64| {
                     pairs.sort_by(|a, b| of(a).total_cmp(&of(b)));
@@ -73,7 +75,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 };
                 let ratio = median(|pair| pair.0 / pair.1);
                 let (ours, large) = (median(|pair| pair.0), median(|pair| pair.1));
-                let name = format!("{name}, pieces of {} KiB, {what} ÷ one copy", piece >> 10);
+                let (size, kib) = (bytes >> 20, piece >> 10);
+                let name = format!("{size} MiB, {name}, pieces of {kib} KiB, {what} ÷ one copy");
                 rows.row(&name, ours, large, "GB/s", ratio);
             }
         }
@@ -108,9 +111,9 @@ impl Device {
             done(sys::cuDriverGetVersion(&raw mut version));
             for way in 0..2 {
                 done(sys::cuStreamCreate(&raw mut device.streams[way], 1));
-                done(sys::cuMemAlloc_v2(&raw mut device.memory[way], BYTES as usize));
+                done(sys::cuMemAlloc_v2(&raw mut device.memory[way], SIZES[0] as usize));
                 let mut host = std::ptr::null_mut();
-                done(sys::cuMemHostAlloc(&raw mut host, BYTES as usize, 0));
+                done(sys::cuMemHostAlloc(&raw mut host, SIZES[0] as usize, 0));
                 device.host[way] = host.cast();
             }
         }
@@ -124,8 +127,8 @@ impl Device {
     }
 
     /// GB/s of one large copy in each direction of `way`, at once.
-    fn large(&self, way: &[Direction]) -> f64 {
-        let bytes = BYTES as usize;
+    fn large(&self, size: u64, way: &[Direction]) -> f64 {
+        let bytes = size as usize;
         let start = Instant::now();
         for direction in way {
             let lane = usize::from(*direction == Direction::Gather);
@@ -139,7 +142,7 @@ impl Device {
             }
         }
         self.streams.iter().for_each(|stream| unsafe { done(sys::cuStreamSynchronize(*stream)) });
-        (BYTES * way.len() as u64) as f64 / start.elapsed().as_nanos() as f64
+        (size * way.len() as u64) as f64 / start.elapsed().as_nanos() as f64
     }
 }
 
@@ -149,13 +152,14 @@ struct Bench {
     memory: CudaMemory,
     arrays: Vec<(u64, u64)>,
     pool: Arc<dyn Memory>,
+    bytes: u64,
     chunks: u64,
     piece: u64,
 }
 
 impl Bench {
-    fn new(device: &Device, piece: u64) -> kvferry_core::Result<Self> {
-        let chunks = BYTES / LAYERS / piece;
+    fn new(device: &Device, bytes: u64, piece: u64) -> kvferry_core::Result<Self> {
+        let chunks = bytes / LAYERS / piece;
         let layout = KvLayout {
             num_layers: LAYERS as u32,
             num_blocks: 2 * chunks as u32,
@@ -169,19 +173,19 @@ impl Bench {
         };
         layout.check(TOKENS)?;
         let shape = Arc::new(layout.copy_shape(TOKENS));
-        let bytes = shape.array_bytes();
+        let array = shape.array_bytes();
         let arrays: Vec<(u64, u64)> = (0..LAYERS)
             .map(|_| {
                 let mut address = 0;
-                unsafe { done(sys::cuMemAlloc_v2(&raw mut address, bytes as usize)) };
-                (address, bytes)
+                unsafe { done(sys::cuMemAlloc_v2(&raw mut address, array as usize)) };
+                (address, array)
             })
             .collect();
         let stream = device.streams[0].addr() as u64;
         // The arrays are freed after the memory is closed, on drop.
         let memory = unsafe { CudaMemory::new(Arc::clone(&shape), 0, stream, &arrays) }?;
-        let pool = Arc::new(PrivateRegion::new(2 * BYTES)?);
-        Ok(Self { shape, memory, arrays, pool, chunks, piece })
+        let pool = Arc::new(PrivateRegion::new(2 * bytes)?);
+        Ok(Self { shape, memory, arrays, pool, bytes, chunks, piece })
     }
 
     /// Every chunk in a block and a slot of its own, in no order, so that no two pieces are one.
@@ -230,7 +234,7 @@ impl Bench {
     /// GB/s of copies in each direction of `way`, at once.
     fn ours(&self, way: &[Direction]) -> kvferry_core::Result<f64> {
         let plans = way.iter().map(|direction| {
-            self.plan(*direction, if *direction == Direction::Gather { BYTES } else { 0 })
+            self.plan(*direction, if *direction == Direction::Gather { self.bytes } else { 0 })
         });
         let plans = plans.collect::<kvferry_core::Result<Vec<_>>>()?;
         let start = Instant::now();
@@ -239,7 +243,7 @@ impl Bench {
         for copying in copies.collect::<kvferry_core::Result<Vec<_>>>()? {
             wait(copying.ended())?;
         }
-        Ok((BYTES * way.len() as u64) as f64 / start.elapsed().as_nanos() as f64)
+        Ok((self.bytes * way.len() as u64) as f64 / start.elapsed().as_nanos() as f64)
     }
 }
 
