@@ -68,8 +68,8 @@ pub struct IpcArray {
 /// The pool of a copy must be a [`PrivateRegion`](crate::PrivateRegion) or `SharedRegion`, behind guards or not. Its
 /// pages are page-locked in steps of [`POOL_STEP`](crate::POOL_STEP), each when it is first used.
 ///
-/// Where the environment has `KVFERRY_CUDA_KERNEL=1`, pieces that are too small for the copy engine are copied by a
-/// kernel ([`Method::KernelForSmall`]). It has not run on a GPU yet, so it is off otherwise.
+/// Pieces that are too small for the copy engine are copied by a kernel ([`Method::KernelForSmall`]), unless the
+/// environment has `KVFERRY_CUDA_KERNEL=0`.
 pub struct CudaMemory {
     shape: Arc<CopyShape>,
     stream: Handle,
@@ -185,7 +185,7 @@ impl CudaMemory {
         Ok(Self { shape, stream, shared, worker: worker.thread().id() })
     }
 
-    /// Chooses how later copies are done, for comparisons. [`Method::Batch`] unless told.
+    /// Chooses how later copies are done, for comparisons. [`Method::KernelForSmall`] unless told.
     ///
     /// # Errors
     /// The driver does not take the kernel; closed.

@@ -17,24 +17,26 @@ use super::driver::{Batch, Handle, check};
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// One call for many pieces (cuMemcpyBatchAsync); [`Method::Single`] where the driver has none, before 12.8.
-    #[default]
     Batch,
     /// One call for each piece.
     Single,
     /// A kernel that copies pieces of any size.
     Kernel,
-    /// A kernel where pieces have fewer than 16 KiB on average, else [`Method::Batch`].
+    /// A kernel where pieces have fewer than 64 KiB on average and the driver takes it, else [`Method::Batch`].
+    #[default]
     KernelForSmall,
 }
 
 /// Pieces of one call at most, so that no call takes long.
 const BATCH_PIECES: usize = 1024;
 /// Pieces that have fewer bytes on average are too small for the copy engine: it takes longer to begin one than
-/// to copy it.
-const SMALL: u64 = 16 << 10;
+/// to copy it. Measured on an H100, docs/benchmarks.md.
+const SMALL: u64 = 64 << 10;
 const THREADS: c_uint = 256;
-/// Blocks of threads at most: few of a GPU's processors saturate its link to the host.
-const BLOCKS: usize = 128;
+const PIECES_OF_BLOCK: usize = THREADS as usize / 32;
+/// Blocks of threads at most: a quarter of such a GPU's processors saturate its link to the host, the others are
+/// the engine's alone.
+const BLOCKS: usize = 32;
 
 /// The kernel's text, with the NUL that the driver wants.
 const PTX: &str = concat!(include_str!("copy_pieces.ptx"), "\0");
@@ -270,7 +272,8 @@ impl Submission<'_> {
         let mut reserved: c_uint = 0;
         let mut parameters: [*mut c_void; 3] =
             [(&raw mut records).cast(), (&raw mut count).cast(), (&raw mut reserved).cast()];
-        let blocks = c_uint::try_from(pieces.len().min(BLOCKS)).unwrap_or(1);
+        let blocks =
+            c_uint::try_from(pieces.len().div_ceil(PIECES_OF_BLOCK).min(BLOCKS)).unwrap_or(1);
         let (stream, none) = (self.stream, std::ptr::null_mut());
         let (function, parameters) = (kernel.function, parameters.as_mut_ptr());
         let driver = self.current.context.driver;

@@ -15,7 +15,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 use super::context::{Context, Current};
 use super::driver::{Failed, Handle};
 use super::pins::PinUse;
-use super::submit::{Kernel, Method, Pieces, Submission, Table};
+use super::submit::{Kernel, Pieces, Submission, Table};
 use super::{IpcArray, Job, Shared, unreachable_pool};
 use crate::{POOL_STEP, pins_of, place_of};
 
@@ -33,7 +33,7 @@ const PAUSE_MAX: Duration = Duration::from_micros(320);
 /// How long the driver may fail to say whether copies are done before all is given up.
 const DOUBT_MAX: Duration = Duration::from_secs(10);
 
-/// Turns a kernel for small pieces on.
+/// Turns the kernel for small pieces off.
 const KERNEL_VARIABLE: &str = "KVFERRY_CUDA_KERNEL";
 
 /// Arrays by address and bytes, or in another process's memory.
@@ -116,13 +116,11 @@ impl Made {
             Ok(Lane { direction, stream, jobs, parts, doubted: None })
         };
         let lanes = [lane(Direction::Scatter)?, lane(Direction::Gather)?];
-        let kernel = std::env::var_os(KERNEL_VARIABLE).is_some_and(|value| value == "1");
-        let kernel = kernel.then(|| Kernel::load(current)).transpose()?;
+        let off = std::env::var_os(KERNEL_VARIABLE).is_some_and(|value| value == "0");
+        // A driver that does not take it still copies, more slowly.
+        let kernel = if off { None } else { Kernel::load(current).ok() };
         let mut state = set_up.shared.lock();
         state.context = Some(Arc::clone(context));
-        if kernel.is_some() {
-            state.method = Method::KernelForSmall;
-        }
         state.kernel = kernel;
         drop(state);
         Ok(Worker {

@@ -603,6 +603,10 @@ fn a_pool_is_registered_step_by_step_once_for_all_and_given_back() {
         let mut engine = Engine::new(0);
         let first = Kv::new(&mut engine, flat(2, 2, 4096));
         let second = Kv::new(&mut engine, flat(2, 2, 4096));
+        // The kernel's tables are page-locked too, and would be counted.
+        for kv in [&first, &second] {
+            kv.memory.set_method(Method::Batch).unwrap();
+        }
         let fake = Fake::here().unwrap();
         let pinned = || fake.alive()[3];
         // Of three steps the server has reserved the second alone: the others must not be touched.
@@ -634,6 +638,7 @@ fn a_pool_is_registered_step_by_step_once_for_all_and_given_back() {
         assert_eq!(pinned(), 0);
         // A pool that cannot be registered is one copy's error.
         let third = Kv::new(&mut engine, flat(2, 2, 4096));
+        third.memory.set_method(Method::Batch).unwrap();
         fake.fail("cuMemHostRegister_v2", 1, 2);
         let error = ends(third.copy(Direction::Gather, &[chunk(&[0], 0)], &pool)).unwrap_err();
         assert_eq!(error.code, ErrorCode::CudaFailed);
@@ -998,6 +1003,7 @@ fn a_driver_without_the_batched_copy_or_the_way_to_find_it_copies_one_by_one() {
         || {
             let mut engine = Engine::new(0);
             let kv = Kv::new(&mut engine, layout(Planes::Separate, Order::Hnd, 0));
+            kv.memory.set_method(Method::Batch).unwrap();
             round_trip(&engine, &kv, &private(4 * kv.shape.object_bytes()), "one by one");
             let fake = Fake::here().unwrap();
             assert_eq!(fake.calls("cuMemcpyBatchAsync") + fake.calls("cuMemcpyBatchAsync_v2"), 0);
@@ -1012,6 +1018,7 @@ fn each_driver_gets_the_form_of_the_batched_copy_that_it_has() {
     on("each_driver_gets_the_form_of_the_batched_copy_that_it_has", &ALL, true, || {
         let mut engine = Engine::new(0);
         let kv = Kv::new(&mut engine, layout(Planes::Separate, Order::Hnd, 0));
+        kv.memory.set_method(Method::Batch).unwrap();
         ends(kv.copy(Direction::Gather, &[chunk(&[0, 1, 2, 3], 0)], &private(1 << 20))).unwrap();
         let fake = Fake::here().unwrap();
         let (cuda_12, cuda_13, single) = (
@@ -1028,17 +1035,22 @@ fn each_driver_gets_the_form_of_the_batched_copy_that_it_has() {
 }
 
 #[test]
-fn the_kernel_is_for_small_pieces_and_only_where_it_is_turned_on() {
-    let both = [On::Fake(&[]), On::Fake(&[("KVFERRY_CUDA_KERNEL", "1")])];
-    on("the_kernel_is_for_small_pieces_and_only_where_it_is_turned_on", &both, true, || {
+fn the_kernel_is_for_small_pieces_unless_it_is_turned_off_or_refused() {
+    let all = [
+        On::Fake(&[]),
+        On::Fake(&[("KVFERRY_CUDA_KERNEL", "0")]),
+        On::Fake(&[("FAKECUDA_FAIL", "cuModuleLoadData:1:218")]),
+    ];
+    on("the_kernel_is_for_small_pieces_unless_it_is_turned_off_or_refused", &all, true, || {
         let mut engine = Engine::new(0);
         let fake = Fake::here().unwrap();
         let pool = private(1 << 20);
-        let expected = u64::from(std::env::var_os("KVFERRY_CUDA_KERNEL").is_some());
-        let small = Kv::new(&mut engine, flat(2, 2, 8192));
+        let without = ["KVFERRY_CUDA_KERNEL", "FAKECUDA_FAIL"].map(std::env::var_os);
+        let expected = u64::from(without == [None, None]);
+        let small = Kv::new(&mut engine, flat(2, 2, 32 << 10));
         round_trip_of_one(&engine, &small, &pool);
         assert_eq!(fake.calls("cuLaunchKernel"), 2 * expected);
-        let large = Kv::new(&mut engine, flat(2, 2, 16384));
+        let large = Kv::new(&mut engine, flat(2, 2, 64 << 10));
         round_trip_of_one(&engine, &large, &pool);
         assert_eq!(fake.calls("cuLaunchKernel"), 2 * expected);
         assert_eq!(fake.violations(), 0);
