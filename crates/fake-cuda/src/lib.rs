@@ -6,8 +6,9 @@
 //! not the order in which things happened to run.
 //!
 //! **Every rule is our reading of NVIDIA's documentation.** The tests that run on both passed on a real driver too
-//! (`npm run test:gpu`), which lets pass most of what is refused here. Each rule names the place that it comes from: *Driver API* is the CUDA Driver API reference, *Guide* the CUDA C++ Programming
-//! Guide. "Our reading" marks what those do not say in so many words; it is then the stricter one.
+//! (`npm run test:gpu`), which lets pass most of what is refused here. Each rule names the place that it comes from:
+//! *Driver API* is the CUDA Driver API reference, *Guide* the CUDA C++ Programming Guide. "Our reading" marks what those
+//! do not say in so many words; it is then the stricter one.
 //!
 //! A misuse is a **violation**: printed to stderr, kept in a list, and answered with the error code that the
 //! reference names, where it names one. Exports beside the driver's own:
