@@ -33,7 +33,7 @@ export interface KvEvent {
 	readonly kind: "stored" | "removed";
 	/** The chunk's chained hash, 32 bytes; {@link chunkHashes} gives those of a prompt. */
 	readonly chunkHash: Uint8Array;
-	/** That of the chunk before it; undefined for a prompt's first. */
+	/** That of the chunk before it; undefined for a prompt's first, and when that one went before this one. */
 	readonly parentChunkHash: Uint8Array | undefined;
 	/** The model, as its engine registered it. */
 	readonly modelName: string;

@@ -36,7 +36,7 @@ pub struct KvEvent {
     pub kind: EventKind,
     /// The chained hash of the chunk.
     pub chunk: [u8; 32],
-    /// That of the chunk before it; `None` for a prompt's first.
+    /// That of the chunk before it; `None` for a prompt's first, and when that one went before this one.
     pub parent: Option<[u8; 32]>,
     /// The KV rank, below the world size.
     pub rank: u32,

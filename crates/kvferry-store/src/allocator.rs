@@ -6,13 +6,10 @@
 //! which a hole of just that size lies is looked at first. Plain TLSF would pass it over, since that
 //! bin also holds smaller holes.
 
-use crate::table::Table;
-
 /// Holes that are looked at in the bin whose sizes straddle the wanted one.
 const EXACT_FIT_TRIES: usize = 8;
 const NONE: u32 = u32::MAX;
-/// Spreads pages over the table of spans (2^64 ÷ the golden ratio).
-const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+const TAKEN: u32 = u32::MAX - 1;
 /// Sizes below 8 have a bin each; above, each power of two is split in 8.
 const BINS: usize = 30 * 8;
 
@@ -23,10 +20,15 @@ struct Span {
     /// Neighbours in the pool, by address.
     before: u32,
     after: u32,
-    /// Neighbours in the bin's list, while free; else the two halves of its stamp.
+    /// Neighbours in the bin's list, while free; else [`TAKEN`].
     previous: u32,
     next: u32,
-    free: bool,
+}
+
+impl Span {
+    fn is_free(&self) -> bool {
+        self.previous != TAKEN
+    }
 }
 
 /// A handle to allocated pages; it is given back exactly once.
@@ -42,8 +44,6 @@ pub(crate) struct Allocation {
 pub(crate) struct Allocator {
     spans: Vec<Span>,
     unused: Vec<u32>,
-    /// Allocated spans, by their first page.
-    allocated: Table,
     heads: [u32; BINS],
     /// Which bins have a hole: one bit each.
     occupied: [u64; BINS.div_ceil(64)],
@@ -58,7 +58,6 @@ impl Allocator {
         Self {
             spans: Vec::new(),
             unused: Vec::new(),
-            allocated: Table::default(),
             heads: [NONE; BINS],
             occupied: [0; BINS.div_ceil(64)],
             last: NONE,
@@ -77,9 +76,8 @@ impl Allocator {
             pages,
             before: self.last,
             after: NONE,
-            previous: NONE,
+            previous: TAKEN,
             next: NONE,
-            free: false,
         });
         if self.last != NONE {
             self.spans[self.last as usize].after = span;
@@ -92,12 +90,12 @@ impl Allocator {
         self.free_pages
     }
 
-    /// `pages` (> 0) contiguous pages, that have `stamp` as long as they are allocated.
-    pub(crate) fn allocate(&mut self, pages: u32, stamp: u64) -> Option<Allocation> {
+    /// `pages` (> 0) contiguous pages.
+    pub(crate) fn allocate(&mut self, pages: u32) -> Option<Allocation> {
         let span = self.exact_fit(pages).or_else(|| self.good_fit(pages))?;
         self.unlink(span);
         let Span { page, pages: found, after, .. } = self.spans[span as usize];
-        self.spans[span as usize].free = false;
+        self.spans[span as usize].previous = TAKEN;
         if found > pages {
             let rest = self.new_span(Span {
                 page: page + pages,
@@ -106,7 +104,6 @@ impl Allocator {
                 after,
                 previous: NONE,
                 next: NONE,
-                free: true,
             });
             self.spans[span as usize].pages = pages;
             self.spans[span as usize].after = rest;
@@ -116,46 +113,28 @@ impl Allocator {
             }
             self.link(rest);
         }
-        #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
-        {
-            self.spans[span as usize].previous = (stamp >> 32) as u32;
-            self.spans[span as usize].next = stamp as u32;
-        }
-        let spans = &self.spans;
-        self.allocated.insert(hash(page), span, |span| hash(spans[span as usize].page));
         Some(Allocation { span, page })
     }
 
     /// Gives pages back; free neighbours become one hole.
     #[expect(clippy::needless_pass_by_value, reason = "an allocation is given back once")]
     pub(crate) fn free(&mut self, allocation: Allocation) {
-        let Allocation { span, page } = allocation;
-        self.allocated.remove(hash(page), span);
-        self.give(span);
-    }
-
-    /// The stamp of what was allocated from `page` on.
-    pub(crate) fn stamp(&self, page: u32) -> Option<u64> {
-        let begins = |span: u32| self.spans[span as usize].page == page;
-        let span = self.allocated.find(hash(page), begins)?;
-        let Span { previous, next, .. } = self.spans[span as usize];
-        Some(u64::from(previous) << 32 | u64::from(next))
+        self.give(allocation.span);
     }
 
     /// The span becomes a hole.
     fn give(&mut self, mut span: u32) {
         let before = self.spans[span as usize].before;
-        if self.spans.get(before as usize).is_some_and(|before| before.free) {
+        if self.spans.get(before as usize).is_some_and(Span::is_free) {
             self.unlink(before);
             self.merge(before, span);
             span = before;
         }
         let after = self.spans[span as usize].after;
-        if self.spans.get(after as usize).is_some_and(|after| after.free) {
+        if self.spans.get(after as usize).is_some_and(Span::is_free) {
             self.unlink(after);
             self.merge(span, after);
         }
-        self.spans[span as usize].free = true;
         self.link(span);
     }
 
@@ -245,10 +224,6 @@ impl Allocator {
     }
 }
 
-fn hash(page: u32) -> u64 {
-    u64::from(page).wrapping_mul(SPREAD)
-}
-
 /// The bin of the largest start that is at most `pages` (> 0).
 fn bin_below(pages: u32) -> usize {
     match pages.ilog2() {
@@ -287,13 +262,13 @@ mod tests {
     fn a_full_pool_of_equal_objects_takes_one_more_after_each_that_is_freed() {
         let mut pool = Allocator::new();
         pool.grow(1441 * 10);
-        let mut objects: Vec<_> = (0..10).map(|_| pool.allocate(1441, 7).unwrap()).collect();
-        assert!(pool.allocate(1, 7).is_none());
+        let mut objects: Vec<_> = (0..10).map(|_| pool.allocate(1441).unwrap()).collect();
+        assert!(pool.allocate(1).is_none());
         for index in [3, 7, 0, 9, 4] {
             let freed = objects.swap_remove(index % objects.len());
             let page = freed.page;
             pool.free(freed);
-            let taken = pool.allocate(1441, 7).expect("the hole has just the size");
+            let taken = pool.allocate(1441).expect("the hole has just the size");
             assert_eq!(taken.page, page);
             objects.push(taken);
         }
@@ -305,10 +280,10 @@ mod tests {
         for _ in 0..4 {
             pool.grow(100);
         }
-        let object = pool.allocate(400, 7).expect("neighbouring steps are one hole");
+        let object = pool.allocate(400).expect("neighbouring steps are one hole");
         assert_eq!(object.page, 0);
         pool.grow(100);
-        assert_eq!(pool.allocate(100, 7).map(|more| more.page), Some(400));
+        assert_eq!(pool.allocate(100).map(|more| more.page), Some(400));
     }
 
     proptest! {
@@ -329,7 +304,7 @@ mod tests {
                     let start = allocation.page as usize;
                     owner[start..start + pages as usize].fill(false);
                     pool.free(allocation);
-                } else if let Some(allocation) = pool.allocate(pages, 7) {
+                } else if let Some(allocation) = pool.allocate(pages) {
                     let start = allocation.page as usize;
                     let range = &mut owner[start..start + pages as usize];
                     prop_assert!(range.iter().all(|taken| !taken));
@@ -342,7 +317,7 @@ mod tests {
             for (allocation, _) in held {
                 pool.free(allocation);
             }
-            prop_assert_eq!(pool.allocate(4096, 7).map(|all| all.page), Some(0));
+            prop_assert_eq!(pool.allocate(4096).map(|all| all.page), Some(0));
         }
     }
 }

@@ -5,10 +5,11 @@
 //! ones goes first, a policy says. An object becomes unpinned after its children, so a policy that takes
 //! what became so first takes children before parents.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::num::NonZeroU64;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvferry_core::cache::Slot;
@@ -18,7 +19,7 @@ mod removal;
 
 use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
-use crate::pool::Grant;
+use crate::pool::{Grant, place_of, use_of};
 use crate::space::Space;
 use crate::table::Table;
 use crate::tenants::{Quotas, Tenants, tenant_of};
@@ -51,30 +52,69 @@ pub(crate) struct Handle {
     index: u32,
 }
 
+/// There may be millions of these.
 struct Object {
     chunk: [u8; 32],
-    rank: u32,
-    origin: Origin,
+    space: Arc<Space>,
     grant: Grant,
-    parent: Option<Handle>,
-    visible: bool,
-    /// Nobody finds it any more; it goes first.
-    discarded: bool,
+    /// The place of the object of the chunk before it, and the number of the use that its slot was in.
+    parent: u32,
+    parent_use: u32,
     pins: u32,
     /// Objects whose parent it is.
     children: u32,
     tenant: u32,
-    /// In its tenant's list of what may go.
-    free: bool,
-    /// The policy wanted it to go, and its tenant's guarantee keeps it.
-    parked: bool,
-    /// It is among those that are doomed.
-    doomed: bool,
+    rank: u16,
+    flags: Flags,
+}
+
+const _: () = assert!(size_of::<Option<Object>>() <= 96);
+
+#[derive(Clone, Copy, Default)]
+struct Flags(u8);
+
+/// Readers find it.
+const VISIBLE: u8 = 1;
+/// Nobody finds it any more; it goes first.
+const DISCARDED: u8 = 2;
+/// In its tenant's list of what may go.
+const FREE: u8 = 4;
+/// The policy wanted it to go, and its tenant's guarantee keeps it.
+const PARKED: u8 = 8;
+/// It is among those that are doomed.
+const DOOMED: u8 = 16;
+
+impl Flags {
+    fn has(self, flag: u8) -> bool {
+        self.0 & flag != 0
+    }
+
+    /// Whether it was set before.
+    fn set(&mut self, flag: u8) -> bool {
+        let before = self.has(flag);
+        self.0 |= flag;
+        before
+    }
+
+    /// Whether it was set before.
+    fn clear(&mut self, flag: u8) -> bool {
+        let before = self.has(flag);
+        self.0 &= !flag;
+        before
+    }
 }
 
 impl Object {
     fn id(&self) -> ObjectId {
-        ObjectId { chunk: self.chunk, space: self.origin.space.id, rank: self.rank }
+        ObjectId { chunk: self.chunk, space: self.space.id, rank: self.rank.into() }
+    }
+
+    fn is_visible(&self) -> bool {
+        self.flags.has(VISIBLE)
+    }
+
+    fn is_discarded(&self) -> bool {
+        self.flags.has(DISCARDED)
     }
 }
 
@@ -97,6 +137,8 @@ pub(crate) struct Index {
     by_id: Table,
     hashes: RandomState,
     eviction: Box<dyn Eviction>,
+    /// The hashes of the chunks before those that are reserved, by place.
+    parents: HashMap<u32, [u8; 32]>,
     /// Discarded ones that nothing keeps.
     doomed: VecDeque<Handle>,
     pub(crate) tenants: Tenants,
@@ -122,6 +164,7 @@ impl Index {
             by_id: Table::default(),
             hashes: RandomState::new(),
             eviction: policy.eviction(),
+            parents: HashMap::new(),
             doomed: VecDeque::new(),
             tenants: Tenants::default(),
             visible: 0,
@@ -140,7 +183,7 @@ impl Index {
 
     /// Whether a request has used it, as far as the policy remembers.
     pub(crate) fn knows(&self, id: &ObjectId) -> bool {
-        self.eviction.knows(id.key())
+        self.get(id).is_some() || self.eviction.knows(id.key())
     }
 
     /// What the policy takes, see [`Eviction::takes`].
@@ -165,7 +208,7 @@ impl Index {
 
     /// The object of this identity if readers may see it.
     pub(crate) fn get_visible(&self, id: &ObjectId) -> Option<Handle> {
-        self.get(id).filter(|handle| self.object(*handle).is_some_and(|object| object.visible))
+        self.get(id).filter(|handle| self.object(*handle).is_some_and(Object::is_visible))
     }
 
     pub(crate) fn grant(&self, handle: Handle) -> Option<&Grant> {
@@ -173,11 +216,39 @@ impl Index {
     }
 
     /// What it is, where from, and where its bytes are.
-    pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, &Origin, Slot)> {
-        self.object(handle).map(|object| (object.id(), &object.origin, object.grant.slot()))
+    pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, Origin, Slot)> {
+        let object = self.object(handle)?;
+        Some((object.id(), self.origin(handle.index, object), object.grant.slot()))
     }
 
-    /// Adds a reserved object: pinned once, seen by nobody.
+    /// What listeners are told. The chunk before one that is not reserved any more is known as long as it is there.
+    fn origin(&self, place: u32, object: &Object) -> Origin {
+        let before = || Some(self.object(self.parent_of(object)?)?.chunk);
+        let parent = self.parents.get(&place).copied().or_else(before);
+        Origin { space: Arc::clone(&object.space), parent }
+    }
+
+    /// The object that this one hangs on, if it is there.
+    fn parent_of(&self, object: &Object) -> Option<Handle> {
+        let parent = self.objects.get(object.parent as usize)?.as_ref()?;
+        let generation = parent.grant.count();
+        let is_same = use_of(generation.get()) == object.parent_use;
+        is_same.then_some(Handle { generation, index: object.parent })
+    }
+
+    /// Whether the slot at `offset` is still in the use of this generation.
+    pub(crate) fn holds(&self, offset: u64, generation: u64) -> bool {
+        let object = self.objects.get(place_of(generation)).and_then(Option::as_ref);
+        let grant = object.map(|object| &object.grant);
+        grant.is_some_and(|it| it.offset() == offset && it.generation() == generation)
+    }
+
+    /// Where the next object that is reserved will be.
+    pub(crate) fn next_place(&self) -> usize {
+        self.unused.last().map_or(self.objects.len(), |index| *index as usize)
+    }
+
+    /// Adds a reserved object: pinned once, seen by nobody. Its slot was allocated for [`Index::next_place`].
     pub(crate) fn reserve(
         &mut self,
         id: ObjectId,
@@ -187,25 +258,23 @@ impl Index {
     ) -> Handle {
         let generation = grant.count();
         let parent = parent.filter(|parent| self.object(*parent).is_some());
-        let event = &origin.space.event;
+        let Origin { space, parent: before } = origin;
+        let event = &space.event;
         let whose = tenant_of(&event.model_name, &event.cache_salt);
         let tenant = self.tenants.number(whose);
         self.tenants.charge(tenant, grant.bytes());
         self.unpark(tenant, grant.bytes());
         let object = Object {
             chunk: id.chunk,
-            rank: id.rank,
-            origin,
+            space,
             grant,
-            parent,
-            visible: false,
-            discarded: false,
+            parent: parent.map_or(NONE, |parent| parent.index),
+            parent_use: parent.map_or(0, |parent| use_of(parent.generation.get())),
             pins: 1,
             children: 0,
             tenant,
-            free: false,
-            parked: false,
-            doomed: false,
+            rank: u16::try_from(id.rank).unwrap_or(u16::MAX), // below WORLD_SIZE_MAX
+            flags: Flags::default(),
         };
         let index = match self.unused.pop() {
             Some(index) => {
@@ -218,6 +287,9 @@ impl Index {
             }
         };
         let handle = Handle { index, generation };
+        if let Some(before) = before {
+            self.parents.insert(index, before);
+        }
         let (objects, hashes) = (&self.objects, &self.hashes);
         let hash = |index: u32| {
             let key = objects[index as usize].as_ref().map_or(0, |object| object.id().key());
@@ -235,7 +307,7 @@ impl Index {
     /// The object's bytes have this checksum. It goes with the object's slot.
     pub(crate) fn keep_checksum(&mut self, handle: Handle, checksum: u64) {
         if let Some(object) = self.object_mut(handle) {
-            object.grant.checksum = Some(checksum);
+            object.grant.keep_checksum(checksum);
         }
     }
 
@@ -244,9 +316,8 @@ impl Index {
         let mut committed = Vec::with_capacity(handles.len());
         for handle in handles.iter().rev() {
             if let Some(object) = self.object_mut(*handle)
-                && !object.visible
+                && !object.flags.set(VISIBLE)
             {
-                object.visible = true;
                 committed.push(*handle);
                 self.visible += 1;
                 self.unpin(*handle);
@@ -255,21 +326,21 @@ impl Index {
         // Listeners hear of parents first.
         for handle in committed.iter().rev() {
             if let Some(object) = self.object(*handle) {
-                let (chunk, rank, origin) = (object.chunk, object.rank, object.origin.clone());
-                self.events.push(chunk, rank, origin, None);
+                let (id, origin) = (object.id(), self.origin(handle.index, object));
+                self.parents.remove(&handle.index);
+                self.events.push(id.chunk, id.rank, origin, None);
             }
         }
     }
 
     /// Hangs `child` under `parent`, when it lost its former one or never had one.
     pub(crate) fn adopt(&mut self, parent: Handle, child: Handle) {
-        let orphan = self
-            .object(child)
-            .is_some_and(|object| object.parent.is_none_or(|parent| self.object(parent).is_none()));
+        let orphan = self.object(child).is_some_and(|object| self.parent_of(object).is_none());
         if orphan && parent != child && self.object(parent).is_some() {
             self.pin(child);
             if let Some(object) = self.object_mut(child) {
-                object.parent = Some(parent);
+                (object.parent, object.parent_use) =
+                    (parent.index, use_of(parent.generation.get()));
             }
             self.add_child(parent);
             self.pin(parent); // as the parent of a pinned child
@@ -284,7 +355,7 @@ impl Index {
             let Some(object) = self.object_mut(handle) else { return };
             object.pins += 1;
             if object.pins == 1 {
-                next = object.parent;
+                next = self.object(handle).and_then(|object| self.parent_of(object));
                 self.hold(handle.index);
             }
         }
@@ -297,8 +368,9 @@ impl Index {
             let Some(object) = self.object_mut(handle) else { return };
             object.pins = object.pins.saturating_sub(1);
             if object.pins == 0 {
-                next = object.parent;
-                match object.discarded {
+                let discarded = object.is_discarded();
+                next = self.object(handle).and_then(|object| self.parent_of(object));
+                match discarded {
                     true => self.doom(handle),
                     false => self.release(handle.index),
                 }
@@ -309,18 +381,24 @@ impl Index {
     /// Makes visible objects of these generations unseen, and room; says which there were. Who reads
     /// them goes on.
     pub(crate) fn discard(&mut self, generations: &HashSet<u64>) -> Vec<ObjectId> {
-        let found: Vec<(u32, ObjectId)> = (0..)
-            .zip(&self.objects)
-            .filter_map(|(index, object)| Some((index, object.as_ref()?)))
-            .filter(|(_, object)| object.visible && !object.discarded)
-            .filter(|(_, object)| generations.contains(&object.grant.generation()))
-            .map(|(index, object)| (index, object.id()))
-            .collect();
+        let at = |generation: &u64| {
+            let place = place_of(*generation);
+            let object = self.objects.get(place)?.as_ref()?;
+            let is_it = object.grant.generation() == *generation;
+            let is_seen = is_it && object.is_visible() && !object.is_discarded();
+            is_seen.then_some((u32::try_from(place).ok()?, object.id()))
+        };
+        let mut found: Vec<(u32, ObjectId)> = generations.iter().filter_map(at).collect();
+        found.sort_unstable_by_key(|(place, _)| *place); // the same order each time
         for (index, id) in &found {
             self.forget(id, *index);
+            let Some(object) = self.objects.get(*index as usize).and_then(Option::as_ref) else {
+                continue;
+            };
+            let origin = self.origin(*index, object);
             let Some(object) = self.at(*index) else { continue };
-            object.discarded = true;
-            let (pins, origin) = (object.pins, object.origin.clone());
+            object.flags.set(DISCARDED);
+            let pins = object.pins;
             let handle = Handle { index: *index, generation: object.grant.count() };
             self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
             if pins == 0 {
@@ -345,11 +423,12 @@ impl Index {
     }
 
     fn remove(&mut self, index: u32, cause: RemovalCause) -> Option<Grant> {
+        let origin = self.origin(index, self.objects.get(index as usize)?.as_ref()?);
         let object = self.take(index)?;
         self.tenants.count_evicted(object.tenant, object.grant.bytes());
         self.tenants.forget_idle(object.tenant);
-        if !object.discarded {
-            self.events.push(object.chunk, object.rank, object.origin, Some(cause));
+        if !object.is_discarded() {
+            self.events.push(object.chunk, object.rank.into(), origin, Some(cause));
         }
         Some(object.grant)
     }
@@ -375,7 +454,7 @@ impl Index {
                 return Some(index);
             }
             // It waits until its tenant has more than its guarantee, or uses it.
-            object.parked = true;
+            object.flags.set(PARKED);
             let (tenant, generation) = (object.tenant, object.grant.count());
             self.tenants.park(tenant, Handle { index, generation });
             self.eviction.hold(index);
@@ -384,7 +463,7 @@ impl Index {
                 self.tenants.tidy(tenant, |handle| {
                     let object = objects.get(handle.index as usize).and_then(Option::as_ref);
                     object.is_some_and(|object| {
-                        object.parked && object.grant.count() == handle.generation
+                        object.flags.has(PARKED) && object.grant.count() == handle.generation
                     })
                 });
             }
@@ -396,7 +475,7 @@ impl Index {
                 Demand::Tenant(tenant) => self.tenants.next_parked(tenant),
                 _ => None,
             })?;
-            if self.object(handle).is_some_and(|object| object.parked) {
+            if self.object(handle).is_some_and(|object| object.flags.has(PARKED)) {
                 return Some(handle.index);
             }
         }
@@ -413,8 +492,10 @@ impl Index {
 
     /// How many bytes may go now that could not.
     fn end_parking(&mut self, handle: Handle) -> u64 {
-        let Some(object) = self.object_mut(handle).filter(|object| object.parked) else { return 0 };
-        object.parked = false;
+        let Some(object) = self.object_mut(handle) else { return 0 };
+        if !object.flags.clear(PARKED) {
+            return 0;
+        }
         let bytes = object.grant.bytes();
         self.eviction.release(handle.index);
         bytes
@@ -431,7 +512,7 @@ impl Index {
     /// Nothing keeps it any more.
     fn release(&mut self, index: u32) {
         if let Some(object) = self.objects.get_mut(index as usize).and_then(Option::as_mut) {
-            object.free = true;
+            object.flags.set(FREE);
             self.tenants.list(object.tenant, index);
         }
         self.eviction.release(index);
@@ -440,8 +521,8 @@ impl Index {
     /// Something keeps it.
     fn hold(&mut self, index: u32) {
         if let Some(object) = self.objects.get_mut(index as usize).and_then(Option::as_mut) {
-            object.parked = false;
-            if std::mem::take(&mut object.free) {
+            object.flags.clear(PARKED);
+            if object.flags.clear(FREE) {
                 self.tenants.unlist(object.tenant, index);
             }
         }
@@ -452,7 +533,7 @@ impl Index {
     fn next_doomed(&mut self) -> Option<u32> {
         while let Some(handle) = self.doomed.pop_front() {
             if let Some(object) = self.object_mut(handle) {
-                object.doomed = false;
+                object.flags.clear(DOOMED);
                 if object.pins == 0 {
                     return Some(handle.index);
                 }
@@ -464,7 +545,7 @@ impl Index {
     /// A discarded object that nothing keeps goes first.
     fn doom(&mut self, handle: Handle) {
         if let Some(object) = self.object_mut(handle)
-            && !std::mem::replace(&mut object.doomed, true)
+            && !object.flags.set(DOOMED)
         {
             self.doomed.push_back(handle);
         }
@@ -481,9 +562,9 @@ impl Index {
         let end = range.end.min(self.objects.len());
         let places = self.objects.get(range.start..end).unwrap_or_default();
         for object in places.iter().flatten() {
-            if object.chunk == *chunk && !object.discarded {
-                let (id, space) = (object.id(), &*object.origin.space);
-                show(Seen { id, space, visible: object.visible });
+            if object.chunk == *chunk && !object.is_discarded() {
+                let (id, space) = (object.id(), &*object.space);
+                show(Seen { id, space, visible: object.is_visible() });
             }
         }
         (end < self.objects.len()).then_some(end)
@@ -491,8 +572,8 @@ impl Index {
 
     /// Takes a reserved object out, whatever else hangs on it.
     pub(crate) fn remove_reserved(&mut self, handle: Handle) -> Option<Grant> {
-        let object = self.object(handle).filter(|object| !object.visible)?;
-        let parent = object.parent;
+        let object = self.object(handle).filter(|object| !object.is_visible())?;
+        let parent = self.parent_of(object);
         let object = self.take(handle.index);
         if let Some(parent) = parent {
             self.unpin(parent);
@@ -505,7 +586,7 @@ impl Index {
 
     /// The same; its tenant, who is told, has it on its account until [`Index::discharge`].
     pub(crate) fn set_apart(&mut self, handle: Handle) -> Option<(Grant, u32)> {
-        let object = self.object(handle).filter(|object| !object.visible)?;
+        let object = self.object(handle).filter(|object| !object.is_visible())?;
         let (tenant, bytes) = (object.tenant, object.grant.bytes());
         self.tenants.charge(tenant, bytes);
         self.remove_reserved(handle).map(|grant| (grant, tenant))
@@ -520,12 +601,13 @@ impl Index {
     fn take(&mut self, index: u32) -> Option<Object> {
         let object = self.objects.get_mut(index as usize)?.take()?;
         self.unused.push(index);
-        if object.free {
+        self.parents.remove(&index);
+        if object.flags.has(FREE) {
             self.tenants.unlist(object.tenant, index);
         }
         self.tenants.discharge(object.tenant, object.grant.bytes());
         self.eviction.remove(index);
-        if let Some(parent) = object.parent
+        if let Some(parent) = self.parent_of(&object)
             && let Some(known) = self.object_mut(parent)
         {
             known.children -= 1;
@@ -533,10 +615,10 @@ impl Index {
                 self.eviction.is_leaf(parent.index, true);
             }
         }
-        if !object.discarded {
+        if !object.is_discarded() {
             self.forget(&object.id(), index); // else another may have the identity
         }
-        self.visible -= u64::from(object.visible);
+        self.visible -= u64::from(object.is_visible());
         Some(object)
     }
 
@@ -591,7 +673,7 @@ mod tests {
 
         fn add(&mut self, name: u8, parent: Option<Handle>) -> Handle {
             let id = ObjectId { chunk: [name; 32], space: [0; 32], rank: 0 };
-            let grant = self.pool.allocate(4096).unwrap();
+            let grant = self.pool.allocate(4096, self.index.next_place()).unwrap();
             let origin = Origin { space: test_space(), parent: None };
             self.index.reserve(id, origin, grant, parent)
         }

@@ -43,14 +43,22 @@ impl Region {
     }
 }
 
-/// What is granted of the pool: a slot that nobody else has until it is given back.
+/// Of [`Grant::length`]: the checksum is one.
+const SUMMED: u64 = 1 << 63;
+/// Bits of a generation that tell the object's place in the index: for more objects than that, each place has those
+/// of another. The other 36 count uses.
+const PLACE_BITS: u32 = 28;
+const PLACES: u64 = 1 << PLACE_BITS;
+
+/// What is granted of the pool: a slot that nobody else has until it is given back. Smaller than a [`Slot`]: there is
+/// one of these for each object.
 #[derive(Debug)]
 pub(crate) struct Grant {
     allocation: Allocation,
+    /// And [`SUMMED`].
     length: u64,
-    /// Smaller than a [`Slot`]: there is one of these for each object.
     generation: NonZeroU64,
-    pub(crate) checksum: Option<u64>,
+    checksum: u64,
 }
 
 impl Grant {
@@ -58,10 +66,21 @@ impl Grant {
     pub(crate) fn slot(&self) -> Slot {
         Slot {
             offset: self.offset(),
-            length: self.length,
+            length: self.length(),
             generation: Some(self.generation()),
-            checksum: self.checksum,
+            checksum: (self.length & SUMMED != 0).then_some(self.checksum),
         }
+    }
+
+    /// Bytes that were asked for.
+    fn length(&self) -> u64 {
+        self.length & !SUMMED
+    }
+
+    /// The bytes have this checksum.
+    pub(crate) fn keep_checksum(&mut self, checksum: u64) {
+        self.checksum = checksum;
+        self.length |= SUMMED;
     }
 
     /// Bytes from the start of the pool.
@@ -71,10 +90,10 @@ impl Grant {
 
     /// Bytes of the pool that the slot takes, whole pages.
     pub(crate) fn bytes(&self) -> u64 {
-        self.length.next_multiple_of(PAGE)
+        self.length().next_multiple_of(PAGE)
     }
 
-    /// The count that tells this use of the slot from every other.
+    /// What tells this use of the slot from every other, and the object's place, see [`place_of`].
     pub(crate) fn generation(&self) -> u64 {
         self.generation.get()
     }
@@ -85,12 +104,23 @@ impl Grant {
     }
 }
 
+/// The place in the index of what is in the use of this generation, if anything is.
+pub(crate) fn place_of(generation: u64) -> usize {
+    usize::try_from(generation % PLACES).unwrap_or_default()
+}
+
+/// The number of the use, of which a wrong one is hit once in 2³².
+#[expect(clippy::cast_possible_truncation, reason = "the lowest bits of the count")]
+pub(crate) fn use_of(generation: u64) -> u32 {
+    (generation >> PLACE_BITS) as u32
+}
+
 /// Which pages of the pool are free, among those that are reserved.
 pub(crate) struct Pool {
     bytes: u64,
     reserved: u64,
     allocator: Allocator,
-    uses: NonZeroU64,
+    uses: u64,
 }
 
 impl Pool {
@@ -101,7 +131,7 @@ impl Pool {
                 "a pool of {bytes} bytes is not in {PAGE} bytes..16 TiB"
             )));
         }
-        Ok(Self { bytes, reserved: 0, allocator: Allocator::new(), uses: NonZeroU64::MIN })
+        Ok(Self { bytes, reserved: 0, allocator: Allocator::new(), uses: 0 })
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -130,22 +160,19 @@ impl Pool {
         }
     }
 
-    /// A slot of `length` bytes; `None` when no hole is large enough.
-    pub(crate) fn allocate(&mut self, length: u64) -> Option<Grant> {
+    /// A slot of `length` bytes for the object that will be in `place` of the index; `None` when no hole is large
+    /// enough.
+    pub(crate) fn allocate(&mut self, length: u64, place: usize) -> Option<Grant> {
         let pages = u32::try_from(length.div_ceil(PAGE)).ok().filter(|pages| *pages > 0)?;
-        self.uses = self.uses.saturating_add(1);
-        let allocation = self.allocator.allocate(pages, self.uses.get())?;
-        Some(Grant { allocation, length, generation: self.uses, checksum: None })
+        let allocation = self.allocator.allocate(pages)?;
+        self.uses += 1;
+        let generation = self.uses << PLACE_BITS | (place as u64 % PLACES);
+        let generation = NonZeroU64::new(generation).unwrap_or(NonZeroU64::MAX);
+        Some(Grant { allocation, length, generation, checksum: 0 })
     }
 
     /// Takes a slot back.
     pub(crate) fn give_back(&mut self, grant: Grant) {
         self.allocator.free(grant.allocation);
-    }
-
-    /// Whether the slot at `offset` is still in the use that `generation` counts.
-    pub(crate) fn holds(&self, offset: u64, generation: u64) -> bool {
-        let page = u32::try_from(offset / PAGE).ok().filter(|_| offset.is_multiple_of(PAGE));
-        page.and_then(|page| self.allocator.stamp(page)) == Some(generation)
     }
 }

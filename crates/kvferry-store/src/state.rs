@@ -35,7 +35,7 @@ pub(crate) struct State {
     pub(crate) sessions_by_age: BTreeMap<(Instant, u64), String>,
     pub(crate) session_bytes: u64,
     /// The instance of each reservation.
-    pub(crate) reservations_by_age: BTreeMap<(Instant, u64), u64>,
+    pub(crate) reservations_by_age: BTreeMap<(Instant, u64), (u64, Range)>,
     pub(crate) sequence: u64,
     pub(crate) limits: Limits,
     pub(crate) headroom: u64,
@@ -111,12 +111,11 @@ pub(crate) struct Instance {
     pub(crate) stores: HashMap<Range, VecDeque<Reservation>>,
     pub(crate) retrievals: HashMap<Range, VecDeque<Retrieval>>,
     /// Reservations that were given up: their objects are gone from the index.
-    pub(crate) apart: Vec<Apart>,
+    pub(crate) apart: HashMap<Range, VecDeque<Apart>>,
 }
 
 pub(crate) struct Apart {
     pub(crate) owner: Owner,
-    pub(crate) range: Range,
     /// Each with the tenant that it counts for.
     pub(crate) grants: Vec<(Grant, u32)>,
 }
@@ -254,7 +253,7 @@ impl State {
         }
         let may_grow = self.should_grow() && self.growth_failed.is_none();
         loop {
-            if let Some(grant) = self.pool.allocate(bytes) {
+            if let Some(grant) = self.pool.allocate(bytes, self.index.next_place()) {
                 return Some(grant);
             }
             if may_grow {
@@ -439,7 +438,7 @@ impl State {
     /// Slots of the reservation that [`State::take_reservation`] would end; 0 for none.
     pub(crate) fn reserved(&self, instance: u64, range: &Range) -> usize {
         let Some(known) = self.instances.get(&instance) else { return 0 };
-        match known.apart.iter().find(|apart| apart.range == *range) {
+        match known.apart.get(range).and_then(VecDeque::front) {
             Some(apart) => apart.grants.len(),
             None => {
                 let oldest = known.stores.get(range).and_then(VecDeque::front);
@@ -452,15 +451,11 @@ impl State {
     /// now, since the writer says that it is done, and nothing else does.
     pub(crate) fn take_reservation(&mut self, instance: u64, range: Range) -> Option<Reservation> {
         let known = self.instances.get_mut(&instance)?;
-        if let Some(position) = known.apart.iter().position(|apart| apart.range == range) {
-            known.apart.remove(position).give_back(&mut self.pool, &mut self.index);
+        if let Some(apart) = take_first(&mut known.apart, &range) {
+            apart.give_back(&mut self.pool, &mut self.index);
             return None;
         }
-        let reservations = known.stores.get_mut(&range)?;
-        let reservation = reservations.pop_front()?;
-        if reservations.is_empty() {
-            known.stores.remove(&range);
-        }
+        let reservation = take_first(&mut known.stores, &range)?;
         self.reservations_by_age.remove(&reservation.age);
         Some(reservation)
     }
@@ -475,21 +470,18 @@ impl State {
         }
     }
 
-    /// Reservations that `which` picks lose their chunks, and their slots stay the writer's.
-    pub(crate) fn set_apart(&mut self, instance: u64, which: impl Fn(&Reservation) -> bool) {
-        let Some(known) = self.instances.get_mut(&instance) else { return };
-        for (range, reservation) in extract(&mut known.stores, which) {
-            self.reservations_by_age.remove(&reservation.age);
-            let objects = reservation.objects.iter().rev();
-            let grants: Vec<_> =
-                objects.filter_map(|handle| self.index.set_apart(*handle)).collect();
-            self.counters.abandoned_chunks += grants.len() as u64;
-            let apart = Apart { owner: reservation.owner, range, grants };
-            if is_active(Defect::LateSlotReused) {
-                apart.give_back(&mut self.pool, &mut self.index);
-                continue;
+    /// A reservation loses its chunks, and its slots stay the writer's.
+    fn set_apart(&mut self, instance: u64, range: Range, reservation: &Reservation) {
+        self.reservations_by_age.remove(&reservation.age);
+        let objects = reservation.objects.iter().rev();
+        let grants: Vec<_> = objects.filter_map(|handle| self.index.set_apart(*handle)).collect();
+        self.counters.abandoned_chunks += grants.len() as u64;
+        let apart = Apart { owner: reservation.owner, grants };
+        match self.instances.get_mut(&instance) {
+            Some(known) if !is_active(Defect::LateSlotReused) => {
+                known.apart.entry(range).or_default().push_back(apart);
             }
-            known.apart.push(apart);
+            _ => apart.give_back(&mut self.pool, &mut self.index),
         }
     }
 
@@ -512,7 +504,7 @@ impl State {
         for retrieval in gone.retrievals.into_values().flatten() {
             self.unpin(&retrieval.objects);
         }
-        for apart in gone.apart {
+        for apart in gone.apart.into_values().flatten() {
             apart.give_back(&mut self.pool, &mut self.index);
         }
         let is_gone = |known: &Arc<Registered>| Arc::ptr_eq(known, &gone.registered);
@@ -555,7 +547,10 @@ impl State {
     /// A peer that was told of this instance's slots is gone.
     pub(crate) fn leave(&mut self, instance: u64, owner: Owner, departure: Departure) {
         if departure == Departure::GivenUp {
-            self.set_apart(instance, |reservation| reservation.owner == owner);
+            let Some(known) = self.instances.get_mut(&instance) else { return };
+            for (range, given_up) in extract(&mut known.stores, |it| it.owner == owner) {
+                self.set_apart(instance, range, &given_up);
+            }
             if let Some(known) = self.instances.get_mut(&instance) {
                 let retrievals = known.retrievals.values_mut().flatten();
                 for retrieval in retrievals.filter(|retrieval| retrieval.owner == owner) {
@@ -567,7 +562,7 @@ impl State {
         let Some(known) = self.instances.get_mut(&instance) else { return };
         let stores = extract(&mut known.stores, |reservation| reservation.owner == owner);
         let retrievals = extract(&mut known.retrievals, |retrieval| retrieval.owner == owner);
-        for apart in known.apart.extract_if(.., |apart| apart.owner == owner) {
+        for (_, apart) in extract(&mut known.apart, |apart| apart.owner == owner) {
             apart.give_back(&mut self.pool, &mut self.index);
         }
         for (_, retrieval) in retrievals {
@@ -591,10 +586,32 @@ impl State {
         while let Some(entry) = self.reservations_by_age.first_entry()
             && entry.key().0 <= now
         {
-            let (age, instance) = entry.remove_entry();
-            self.set_apart(instance, |reservation| reservation.age == age);
+            let (age, (instance, range)) = entry.remove_entry();
+            let known = self.instances.get_mut(&instance);
+            let expired = known.and_then(|known| {
+                let list = known.stores.get_mut(&range)?;
+                let place = list.iter().position(|reservation| reservation.age == age)?;
+                let expired = list.remove(place);
+                if list.is_empty() {
+                    known.stores.remove(&range);
+                }
+                expired
+            });
+            if let Some(reservation) = expired {
+                self.set_apart(instance, range, &reservation);
+            }
         }
     }
+}
+
+/// Takes the first of a list out of a map of lists, and the list if it becomes empty with it.
+fn take_first<T>(map: &mut HashMap<Range, VecDeque<T>>, range: &Range) -> Option<T> {
+    let list = map.get_mut(range)?;
+    let first = list.pop_front();
+    if list.is_empty() {
+        map.remove(range);
+    }
+    first
 }
 
 /// Takes out of a map of lists what `which` picks, and lists that become empty with it.
@@ -625,7 +642,7 @@ mod tests {
         let pool = Pool::new(4 * POOL_STEP).unwrap();
         let mut state = State::new(pool, Limits::default(), Policy::Lru);
         state.pool.grow();
-        let grants: Vec<Grant> = std::iter::from_fn(|| state.pool.allocate(SMALL)).collect();
+        let grants: Vec<Grant> = std::iter::from_fn(|| state.pool.allocate(SMALL, 0)).collect();
         for (number, grant) in (0u8..).zip(grants) {
             if number % 2 == 0 {
                 state.pool.give_back(grant);

@@ -268,7 +268,7 @@ impl Store {
             age,
             stores: HashMap::new(),
             retrievals: HashMap::new(),
-            apart: Vec::new(),
+            apart: HashMap::new(),
         });
         state.belongings(owner).instances.insert(instance);
         self.grow_if_needed(&mut state, Instant::now());
@@ -509,7 +509,7 @@ impl Store {
         state.counters.refused_chunks += u64::from(reserved.refused);
         if !objects.is_empty() {
             let age = (now + state.limits.reservation, state.next());
-            state.reservations_by_age.insert(age, instance);
+            state.reservations_by_age.insert(age, (instance, range));
             let reservation = Reservation { owner, objects, age };
             if let Some(known) = state.instances.get_mut(&instance) {
                 known.stores.entry(range).or_default().push_back(reservation);
@@ -651,15 +651,16 @@ impl Store {
     /// Whether every slot is still in the use that its generation counts.
     pub fn holds(&self, slots: impl IntoIterator<Item = (u64, u64)>) -> bool {
         let state = self.lock();
-        slots.into_iter().all(|(offset, generation)| state.pool.holds(offset, generation))
+        slots.into_iter().all(|(offset, generation)| state.index.holds(offset, generation))
     }
 
     /// Drops the objects in these slots (offset, generation) whose bytes are not what was stored; says how
     /// many it were. A slot that was used anew meanwhile is left alone.
     pub fn discard(&self, slots: impl IntoIterator<Item = (u64, u64)>) -> u64 {
         let mut state = self.lock();
-        let held =
-            slots.into_iter().filter(|(offset, generation)| state.pool.holds(*offset, *generation));
+        let held = slots
+            .into_iter()
+            .filter(|(offset, generation)| state.index.holds(*offset, *generation));
         let generations = held.map(|(_, generation)| generation).collect();
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
@@ -723,7 +724,7 @@ impl Store {
         let mut apart = (0, 0);
         let mut granted = (0, 0);
         for instance in state.instances.values() {
-            for (grant, _) in instance.apart.iter().flat_map(|apart| &apart.grants) {
+            for (grant, _) in instance.apart.values().flatten().flat_map(|apart| &apart.grants) {
                 apart = (apart.0 + 1, apart.1 + grant.bytes());
             }
             let stores = instance.stores.values().flatten();

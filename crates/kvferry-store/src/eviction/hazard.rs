@@ -53,25 +53,62 @@ const GROUPS: usize = 4;
 /// An object that was used: there, or remembered.
 #[derive(Debug, Clone, Copy)]
 struct Known {
-    key: u64,
+    /// In halves, which need not lie at a multiple of 8.
+    key: [u32; 2],
     /// When it was last used.
     used: u32,
     /// Where it is; [`NONE`] when it is only remembered.
     place: u32,
     class: u16,
+    /// The bucket, and [`LISTED`].
     bucket: u8,
     /// Uses, up to 255.
     uses: u8,
-    /// In its cell's list of those that may go, or in the list of what is gone.
-    listed: bool,
 }
 
-/// An object that is there.
+const _: () = assert!(size_of::<Known>() == 20);
+
+/// Of [`Known::bucket`]: in its cell's list of those that may go, or in the list of what is gone.
+const LISTED: u8 = 0x80;
+
+impl Known {
+    fn key(&self) -> u64 {
+        u64::from(self.key[0]) << 32 | u64::from(self.key[1])
+    }
+
+    fn bucket(&self) -> usize {
+        usize::from(self.bucket & !LISTED)
+    }
+
+    fn is_listed(&self) -> bool {
+        self.bucket & LISTED != 0
+    }
+}
+
+/// An object that is there: the number of what is known of it, and two bits.
 #[derive(Debug, Clone, Copy)]
-struct Object {
-    known: u32,
-    free: bool,
-    leaf: bool,
+struct Object(u32);
+
+/// It may go, as far as the index is concerned.
+const FREE: u32 = 1 << 31;
+/// Nothing hangs on it.
+const LEAF: u32 = 1 << 30;
+
+impl Object {
+    fn known(self) -> u32 {
+        self.0 & !(FREE | LEAF)
+    }
+
+    fn may_go(self) -> bool {
+        self.0 & (FREE | LEAF) == FREE | LEAF
+    }
+
+    /// Whether it was set before.
+    fn set(&mut self, bit: u32, on: bool) -> bool {
+        let before = self.0 & bit != 0;
+        self.0 = if on { self.0 | bit } else { self.0 & !bit };
+        before
+    }
 }
 
 /// Objects of one class and age.
@@ -99,6 +136,7 @@ pub(super) struct Hazard {
     objects: Vec<Object>,
     known: Vec<Known>,
     unused: Vec<u32>,
+    /// What is gone; of what is there the index knows the place.
     by_key: Table,
     /// Of each cell's lists of all.
     all: Links,
@@ -210,19 +248,25 @@ fn class_of(at: usize, chunks: usize, known: usize, uses: u8) -> u16 {
 }
 
 impl Hazard {
-    fn find(&self, key: u64) -> Option<u32> {
-        let same = |known: u32| self.known[known as usize].key == key;
+    /// What is known of an object that is gone.
+    fn find_gone(&self, key: u64) -> Option<u32> {
+        let same = |known: u32| self.known[known as usize].key() == key;
         self.by_key.find(key, same)
     }
 
-    fn is_there(&self, number: u32) -> bool {
-        self.known[number as usize].place != NONE
+    /// What is known of an object.
+    fn find(&self, used: &Use) -> Option<u32> {
+        match used.place.and_then(|place| self.objects.get(place as usize)) {
+            Some(object) => Some(object.known()),
+            None => self.find_gone(used.key),
+        }
     }
 
     /// An object that was not known, as it will be after its first use.
     fn remember(&mut self, key: u64, class: u16) -> u32 {
-        let new =
-            Known { key, used: self.now, place: NONE, class, bucket: 0, uses: 1, listed: false };
+        #[expect(clippy::cast_possible_truncation, reason = "the two halves")]
+        let halves = [(key >> 32) as u32, key as u32];
+        let new = Known { key: halves, used: self.now, place: NONE, class, bucket: 0, uses: 1 };
         let number = match self.unused.pop() {
             Some(number) => {
                 self.known[number as usize] = new;
@@ -237,10 +281,7 @@ impl Hazard {
                 u32::try_from(number).unwrap_or(NONE)
             }
         };
-        let known = &self.known;
-        self.by_key.insert(key, number, |number| known[number as usize].key);
         self.enter(number);
-        self.gone_count += 1;
         self.list_gone(number);
         number
     }
@@ -265,14 +306,16 @@ impl Hazard {
 
     /// It leaves its cell: used again, or forgotten.
     fn leave(&mut self, number: u32, is_used: bool) {
-        let Known { class, bucket, used, .. } = self.known[number as usize];
+        let known = self.known[number as usize];
+        let Known { class, used, .. } = known;
+        let bucket = known.bucket();
         // The age counts, not the cell: what has grown older since the last look is still in the one before.
         let age = seconds(self.now.saturating_sub(used));
-        let mut real = usize::from(bucket);
+        let mut real = bucket;
         while real + 1 < BUCKETS && age >= BEGINS[real + 1] {
             real += 1;
         }
-        let cell = &mut self.cells[cell_of(class, usize::from(bucket))];
+        let cell = &mut self.cells[cell_of(class, bucket)];
         self.all.unlink(&mut cell.all, number);
         cell.count -= 1;
         cell.used -= u64::from(used);
@@ -282,48 +325,56 @@ impl Hazard {
         cell.uses += f64::from(u8::from(is_used));
     }
 
+    /// It is not there, and is remembered as long as there is room for that.
     fn list_gone(&mut self, number: u32) {
+        self.gone_count += 1;
+        let known = &self.known;
+        let key = |number: u32| known[number as usize].key();
+        self.by_key.insert(key(number), number, key);
         self.free.push(&mut self.gone, number);
-        self.known[number as usize].listed = true;
+        self.known[number as usize].bucket |= LISTED;
         let most = GONE_MIN + GONE * self.resident;
         while self.gone_count > most {
             let oldest = self.gone.first;
             if oldest == NONE || oldest == number {
                 return;
             }
-            self.unlist(oldest);
+            self.unlist_gone(oldest);
             self.leave(oldest, false);
-            self.gone_count -= 1;
-            let key = self.known[oldest as usize].key;
-            self.by_key.remove(key, oldest);
             self.unused.push(oldest);
         }
     }
 
+    /// Takes it out of what is gone.
+    fn unlist_gone(&mut self, number: u32) {
+        self.gone_count -= 1;
+        let known = &mut self.known[number as usize];
+        known.bucket &= !LISTED;
+        self.by_key.remove(known.key(), number);
+        self.free.unlink(&mut self.gone, number);
+    }
+
     /// Puts it into its cell's list of those that may go, if it may.
     fn list(&mut self, number: u32) {
-        let Known { place, class, bucket, .. } = self.known[number as usize];
-        let Some(Object { free: true, leaf: true, .. }) = self.objects.get(place as usize) else {
+        let known = &mut self.known[number as usize];
+        if !self.objects.get(known.place as usize).is_some_and(|object| object.may_go()) {
             return;
-        };
-        let cell = &mut self.cells[cell_of(class, usize::from(bucket))];
+        }
+        let cell = &mut self.cells[cell_of(known.class, known.bucket())];
+        known.bucket |= LISTED;
         self.free.push(&mut cell.free, number);
         let rank = cell.rank as usize;
         self.occupied[rank / 64] |= 1 << (rank % 64);
-        self.known[number as usize].listed = true;
     }
 
-    /// Takes it out of the list that it is in, if it is in one.
+    /// Takes it out of its cell's list of those that may go, if it is in it.
     fn unlist(&mut self, number: u32) {
         let known = &mut self.known[number as usize];
-        if !std::mem::take(&mut known.listed) {
+        if !known.is_listed() {
             return;
         }
-        if known.place == NONE {
-            self.free.unlink(&mut self.gone, number);
-            return;
-        }
-        let cell = &mut self.cells[cell_of(known.class, usize::from(known.bucket))];
+        known.bucket &= !LISTED;
+        let cell = &mut self.cells[cell_of(known.class, known.bucket())];
         self.free.unlink(&mut cell.free, number);
         if cell.free.first == NONE {
             let rank = cell.rank as usize;
@@ -354,7 +405,7 @@ impl Hazard {
             return false;
         }
         let used = u64::from(known.used);
-        let may_go = known.listed && known.place != NONE;
+        let may_go = known.is_listed() && known.place != NONE;
         if may_go {
             self.unlist(oldest);
         }
@@ -475,26 +526,27 @@ impl Eviction for Hazard {
         self.now = self.now.max(ticks);
         let chunks = uses.len() / ranks.max(1);
         let first = uses.iter().step_by(ranks.max(1));
-        let known = first.take_while(|used| self.find(used.key).is_some()).count();
+        let known = first.take_while(|used| self.find(used).is_some()).count();
         for (number, used) in uses.iter().enumerate().rev() {
             let at = number / ranks.max(1);
-            let Some(found) = self.find(used.key) else {
+            let Some(found) = self.find(used) else {
                 self.remember(used.key, class_of(at, chunks, known, 0));
                 continue;
             };
-            let may_go = self.known[found as usize].listed;
-            self.unlist(found);
+            let is_gone = self.known[found as usize].place == NONE;
+            match is_gone {
+                true => self.unlist_gone(found),
+                false => self.unlist(found),
+            }
             self.leave(found, true);
             let earlier = &mut self.known[found as usize];
             earlier.class = class_of(at, chunks, known, earlier.uses);
             earlier.uses = earlier.uses.saturating_add(1);
             (earlier.used, earlier.bucket) = (self.now, 0);
-            let is_gone = earlier.place == NONE;
             self.enter(found);
             match is_gone {
                 true => self.list_gone(found),
-                false if may_go => self.list(found),
-                false => {}
+                false => self.list(found),
             }
         }
         self.uses_since += uses.len();
@@ -515,22 +567,18 @@ impl Eviction for Hazard {
     }
 
     fn knows(&self, key: u64) -> bool {
-        self.find(key).is_some()
+        self.find_gone(key).is_some()
     }
 
     fn add(&mut self, place: u32, key: u64) {
-        // Another object may have the same 64 bits.
-        let is_free = |key: &u64| self.find(*key).is_none_or(|found| !self.is_there(found));
-        let key = (0..).map(|more| key.wrapping_add(more)).find(is_free).unwrap_or(key);
-        let number = match self.find(key) {
+        let number = match self.find_gone(key) {
             Some(known) => known,
             None => self.remember(key, NEW_TAIL),
         };
-        self.unlist(number);
+        self.unlist_gone(number);
         self.known[number as usize].place = place;
-        self.gone_count -= 1;
         self.resident += 1;
-        let object = Object { known: number, free: false, leaf: true };
+        let object = Object(number | LEAF);
         let places = place as usize + 1;
         if places > self.objects.len() {
             reserve(&mut self.objects, places);
@@ -540,19 +588,24 @@ impl Eviction for Hazard {
     }
 
     fn release(&mut self, place: u32) {
-        self.objects[place as usize].free = true;
-        self.list(self.objects[place as usize].known);
+        let object = &mut self.objects[place as usize];
+        if !object.set(FREE, true) {
+            let known = object.known();
+            self.list(known);
+        }
     }
 
     fn hold(&mut self, place: u32) {
-        self.objects[place as usize].free = false;
-        self.unlist(self.objects[place as usize].known);
+        let object = &mut self.objects[place as usize];
+        object.set(FREE, false);
+        let known = object.known();
+        self.unlist(known);
     }
 
     fn is_leaf(&mut self, place: u32, leaf: bool) {
         let object = &mut self.objects[place as usize];
-        if std::mem::replace(&mut object.leaf, leaf) != leaf {
-            let known = object.known;
+        if object.set(LEAF, leaf) != leaf {
+            let known = object.known();
             match leaf {
                 true => self.list(known),
                 false => self.unlist(known),
@@ -562,10 +615,9 @@ impl Eviction for Hazard {
 
     fn remove(&mut self, place: u32) {
         self.hold(place);
-        let number = self.objects[place as usize].known;
+        let number = self.objects[place as usize].known();
         self.known[number as usize].place = NONE;
         self.resident -= 1;
-        self.gone_count += 1;
         self.list_gone(number);
     }
 
@@ -578,6 +630,7 @@ impl Eviction for Hazard {
 
     fn takes(&self) -> Option<(usize, usize)> {
         let known = self.known.capacity() * size_of::<Known>() + self.unused.capacity() * 4;
+        let known = known + self.objects.capacity() * size_of::<Object>();
         let bytes = self.by_key.bytes() + known + self.all.bytes() + self.free.bytes();
         Some((bytes, self.resident + self.gone_count))
     }
