@@ -53,11 +53,11 @@ describe("kvferry", () => {
 	});
 
 	it("names a command that it does not know, and those it does", () => {
-		const { status, stderr, stdout } = kvferry("evict");
+		const { status, stderr, stdout } = kvferry("statsu");
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, quota, clear, replay, doctor, or --help.\n",
+			"INVALID_ARGUMENT: statsu is no command: did you mean status? There are serve, ping, status, quota, clear, replay, doctor, and --help.\n",
 		);
 	});
 
@@ -65,6 +65,36 @@ describe("kvferry", () => {
 		const { status, stderr } = kvferry("serve", "--host", "0.0.0.0", "--json");
 		expect(status).toBe(1);
 		expect(JSON.parse(stderr)).toMatchObject({ code: "UNSUPPORTED_OPTION" });
+	});
+
+	it("prints the settings of a server with their sources, and starts none", () => {
+		const home = mkdtempSync(join(tmpdir(), "kvferry-settings-"));
+		try {
+			const file = join(home, "kvferry.json");
+			writeFileSync(file, '{"memory": "8MiB", "policy": "lru", "port": 1}');
+			const env = { KVFERRY_SERVE_PORT: "2", KVFERRY_SERVE_CONFIG: file };
+			const ask = (...args: string[]) =>
+				spawnSync(process.execPath, [main, "serve", "--print-config", ...args], {
+					encoding: "utf8",
+					env: { ...process.env, ...env },
+				});
+			const { settings } = JSON.parse(ask("--json", "--policy", "arc").stdout);
+			expect(settings).toMatchObject({
+				policy: { value: "arc", source: "flag", place: "--policy" },
+				port: { value: 2, source: "environment", place: "KVFERRY_SERVE_PORT" },
+				memory: { value: 8 << 20, source: "file", place: file },
+				host: { value: "127.0.0.1", source: "default" },
+				disk: { value: null, source: "default" },
+			});
+			expect(ask().stdout).toMatch(
+				/^setting +value +source\n[\s\S]*^memory +8MiB +\/.*kvferry\.json\n/m,
+			);
+			const wrong = ask("--prot", "1");
+			expect(wrong).toMatchObject({ status: 1, stdout: "" });
+			expect(wrong.stderr).toMatch(/^INVALID_ARGUMENT: .*--port/);
+		} finally {
+			rmSync(home, { recursive: true });
+		}
 	});
 
 	it("says that nobody answers HTTP", () => {

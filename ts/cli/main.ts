@@ -1,6 +1,8 @@
 #!/usr/bin/env node
 import { createRequire } from "node:module";
 import { KvferryError } from "../errors.js";
+import { nearest } from "./nearest.js";
+import { SERVE, settingsHelp } from "./settings.js";
 
 /** A command: what it does with the arguments after its name. */
 type Command = (args: string[]) => Promise<void>;
@@ -9,16 +11,9 @@ const USAGE = `Usage: kvferry COMMAND [OPTIONS]
 
 Commands
   serve    run a cache server until SIGINT or SIGTERM
-             --host HOST        a loopback address (127.0.0.1)
-             --port PORT        0 takes a free one (5555)
-             --http-port PORT   page, /healthz, /readyz, /metrics; off for none (8080)
-             --chunk-size N     tokens in a chunk (256)
-             --memory SIZE      size of the shared-memory pool (4GiB)
-             --shm-name NAME    name of the pool in /dev/shm
-             --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
-             --disk DIR         directory that keeps chunks over restarts and beyond memory (none)
-             --disk-size SIZE   size of what is in it (20GiB)
-             --quotas FILE      file of what tenants may have of the memory, written when that is changed
+${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON object, with these names without --
+             --print-config     print each setting with its source, and start nothing
+             A flag goes before a variable, KVFERRY_SERVE_HTTP_PORT say, and that before the file.
   ping     tell how long a server takes to answer
   status   tell what a server holds
   clear    empty a server's cache, but for what is leased or being written
@@ -80,7 +75,7 @@ async function main([name, ...args]: string[]): Promise<void> {
 	if (load === undefined) {
 		throw new KvferryError(
 			"INVALID_ARGUMENT",
-			`${name} is no command: give one of ${[...COMMANDS.keys()].join(", ")}, or --help.`,
+			`${name} is no command: did you mean ${nearest(name, [...COMMANDS.keys()])}? There are ${[...COMMANDS.keys()].join(", ")}, and --help.`,
 		);
 	}
 	const command = await load();

@@ -1,14 +1,21 @@
 import { Server } from "../server.js";
 import { serveOptions } from "./options.js";
+import { SERVE, settingsJson, settingsTable } from "./settings.js";
 
 /** `kvferry serve`: runs a server until SIGINT or SIGTERM. */
 export async function serve(args: string[]): Promise<void> {
-	const { json, ...options } = serveOptions(args);
-	const server = await Server.start(options);
+	const { found, settings, printConfig, json } = serveOptions(args);
+	if (printConfig) {
+		process.stdout.write(
+			json ? `${JSON.stringify(settingsJson(SERVE, found))}\n` : settingsTable(SERVE, found),
+		);
+		return;
+	}
+	const server = await Server.start(settings);
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
 	const http = httpAddress === undefined ? {} : { httpUrl: `http://${httpAddress}` };
-	const { memory } = options;
+	const { memory } = settings;
 	process.stdout.write(
 		json
 			? `${JSON.stringify({ url, shmName, memory, ...http })}\n`
