@@ -74,7 +74,7 @@ impl Server {
         let address = listener.local_addr().map_err(cannot)?;
         let store = store(address)?;
         let book = QuotaBook::open(options.quotas.as_deref(), &store)?;
-        let boot_token = store.boot_token();
+        let (boot_token, labels) = (store.boot_token(), book.labels());
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();
@@ -85,7 +85,7 @@ impl Server {
             .name("kvferry-server".into())
             .spawn(move || {
                 let (store, figures) = served;
-                let service = Service::new(store.clone(), boot_token, Arc::clone(&figures));
+                let service = Service::new(store.clone(), boot_token, Arc::clone(&figures), labels);
                 let tasks = tokio::task::LocalSet::new();
                 tasks.block_on(&runtime, async move {
                     tokio::select! {
@@ -241,6 +241,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::quotas::Labels;
 
     fn store() -> Store {
         let options = StoreOptions {
@@ -266,7 +267,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let store = store();
         let figures = Arc::new(Figures::new());
-        let service = Rc::new(Service::new(store.clone(), [0; 16], Arc::clone(&figures)));
+        let service =
+            Rc::new(Service::new(store.clone(), [0; 16], Arc::clone(&figures), Labels([0; 32])));
         let clients = async {
             let mut greeting = [0; 64];
             let mut first = TcpStream::connect(address).await.unwrap();

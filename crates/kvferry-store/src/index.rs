@@ -9,13 +9,15 @@ use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use kvferry_core::cache::Slot;
 use kvferry_core::explain::RemovalCause;
 
 mod removal;
 
+use crate::ages::Ages;
 use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::Grant;
@@ -64,6 +66,8 @@ struct Object {
     /// Objects whose parent it is.
     children: u32,
     tenant: u32,
+    /// When it was stored or last looked up, as [`Index::now_ms`].
+    used_ms: u64,
     /// In its tenant's list of what may go.
     free: bool,
     /// The policy wanted it to go, and its tenant's guarantee keeps it.
@@ -103,6 +107,11 @@ pub(crate) struct Index {
     visible: u64,
     /// What became visible and what went.
     pub(crate) events: EventLog,
+    /// From the first [`Index::tick`] to the latest.
+    now_ms: u64,
+    started: Option<Instant>,
+    /// Of what made room.
+    pub(crate) ages: Ages,
 }
 
 /// An object, as [`Index::find`] comes upon it.
@@ -126,7 +135,17 @@ impl Index {
             tenants: Tenants::default(),
             visible: 0,
             events: EventLog::default(),
+            now_ms: 0,
+            started: None,
+            ages: Ages::default(),
         }
+    }
+
+    /// It is so late now. Ages go by what was told last: nobody asks the clock for an eviction.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        let started = *self.started.get_or_insert(now);
+        let passed = now.saturating_duration_since(started).as_millis();
+        self.now_ms = self.now_ms.max(u64::try_from(passed).unwrap_or(u64::MAX));
     }
 
     /// A request uses these, its first chunk first; `ranks` of each chunk.
@@ -135,6 +154,13 @@ impl Index {
             .iter()
             .map(|id| Use { key: id.key(), place: self.get(id).map(|handle| handle.index) });
         let uses: Vec<Use> = uses.collect();
+        self.tick(now);
+        for place in uses.iter().filter_map(|one| one.place) {
+            let now_ms = self.now_ms;
+            if let Some(object) = self.at(place) {
+                object.used_ms = now_ms;
+            }
+        }
         self.eviction.request(&uses, ranks, now);
     }
 
@@ -203,6 +229,7 @@ impl Index {
             pins: 1,
             children: 0,
             tenant,
+            used_ms: self.now_ms,
             free: false,
             parked: false,
             doomed: false,
@@ -256,7 +283,7 @@ impl Index {
         for handle in committed.iter().rev() {
             if let Some(object) = self.object(*handle) {
                 let (chunk, rank, origin) = (object.chunk, object.rank, object.origin.clone());
-                self.events.push(chunk, rank, origin, None);
+                self.events.push(chunk, rank, origin, None, None);
             }
         }
     }
@@ -322,7 +349,7 @@ impl Index {
             object.discarded = true;
             let (pins, origin) = (object.pins, object.origin.clone());
             let handle = Handle { index: *index, generation: object.grant.count() };
-            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
+            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged), None);
             if pins == 0 {
                 self.hold(*index);
                 self.doom(handle);
@@ -334,22 +361,30 @@ impl Index {
     /// Takes the object out that goes first; `None` when nothing may go.
     pub(crate) fn evict(&mut self, cause: RemovalCause, demand: Demand) -> Option<Grant> {
         let index = self.next_doomed().or_else(|| self.victim(demand))?;
-        self.remove(index, cause)
+        let by = match demand {
+            Demand::Tenant(tenant) => self.tenants.name(tenant),
+            Demand::Nobody | Demand::All => None,
+        };
+        self.remove(index, cause, by)
     }
 
     /// Takes the object out that the tenant used longest ago.
     pub(crate) fn evict_own(&mut self, cause: RemovalCause, tenant: u32) -> Option<Grant> {
         // What is damaged counts for its tenant until it goes.
         let index = self.next_doomed().or_else(|| self.tenants.first(tenant))?;
-        self.remove(index, cause)
+        let by = self.tenants.name(tenant);
+        self.remove(index, cause, by)
     }
 
-    fn remove(&mut self, index: u32, cause: RemovalCause) -> Option<Grant> {
+    fn remove(&mut self, index: u32, cause: RemovalCause, by: Option<Arc<str>>) -> Option<Grant> {
         let object = self.take(index)?;
+        if cause == RemovalCause::Evicted {
+            self.ages.count(Duration::from_millis(self.now_ms.saturating_sub(object.used_ms)));
+        }
         self.tenants.count_evicted(object.tenant, object.grant.bytes());
         self.tenants.forget_idle(object.tenant);
         if !object.discarded {
-            self.events.push(object.chunk, object.rank, object.origin, Some(cause));
+            self.events.push(object.chunk, object.rank, object.origin, Some(cause), by);
         }
         Some(object.grant)
     }

@@ -27,8 +27,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
-use kvferry_store::Store;
 use kvferry_store::disk::DiskStatus;
+use kvferry_store::{Ages, Store};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::error::Elapsed;
@@ -65,8 +65,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-eogEgzs0UNhOQLal3H+VO4JlnK0+931AV8agx51eAw0='; \
-    style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
+    script-src 'sha256-YI2niHDI2u+3GunYFsPS5mKSIFcnL4EnWCMnGVmTJPs='; \
+    style-src 'sha256-F9tt2SZZV0E2dGjWgKeyFLXbrMP5O1oc2q3Ski86dOo='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
 
@@ -230,6 +230,8 @@ struct Snapshot {
     /// Why it takes nothing; "" while it does.
     disk_failure: Option<String>,
     tenants: Vec<Shown>,
+    /// Of what made room, by tier.
+    ages: Vec<(&'static str, Ages)>,
     dropped: BTreeMap<&'static str, u64>,
     uptime: Duration,
     tiers: Vec<Tier>,
@@ -449,13 +451,17 @@ impl Desk {
                 let _no_probe = figures.probing(); // it would be somebody's object
                 store.tenants()
             };
-            (figures.store(store, now), store.disk_status(), book.shown(tenants))
+            let (memory, disk) = (store.evicted_ages(), store.disk_status());
+            (figures.store(store, now), memory, disk, book.shown(tenants))
         };
-        let (mut store, disk, tenants) = self.ask(ask).await?;
+        let (mut store, memory, disk, tenants) = self.ask(ask).await?;
+        let of_disk = disk.iter().map(|disk| ("disk", disk.evicted_ages));
+        let ages = std::iter::once(("memory", memory)).chain(of_disk).collect();
         store.extend(disk.iter().flat_map(DiskStatus::figures));
         Ok(Snapshot {
             store,
             tenants,
+            ages,
             disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),
