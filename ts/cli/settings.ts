@@ -2,6 +2,7 @@ import { readFileSync, statSync } from "node:fs";
 import { resolve } from "node:path";
 import { invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
+import { logFormat } from "./log.js";
 import { nearest } from "./nearest.js";
 import { bytes, type Given, integer, loopback, policy, portOrOff } from "./values.js";
 
@@ -78,6 +79,12 @@ export const SERVE = {
 		value: "FILE",
 		help: "file of what tenants may have of the memory, written when that is changed",
 		read: ({ text }) => resolve(text),
+	},
+	log: {
+		value: "FORMAT",
+		help: "what is written to stderr: text, json or off",
+		default: "text",
+		read: logFormat,
 	},
 } as const satisfies Settings;
 

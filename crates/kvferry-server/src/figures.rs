@@ -9,6 +9,7 @@ use kvferry_store::Store;
 use kvferry_wire::Operation;
 
 use crate::connection::Unfinished;
+use crate::notes::{Level, Notes};
 
 /// Upper bounds of the latencies' buckets, in nanoseconds: 10 µs to 1 s.
 pub(crate) const BOUNDS: [u64; 16] = [
@@ -105,6 +106,8 @@ pub(crate) struct Figures {
     slow: Mutex<VecDeque<Slow>>,
     /// Held while a probe is under way, so that nobody sees half of one: a counter would go up and down.
     probed: Mutex<Probed>,
+    /// For a log.
+    pub(crate) notes: Notes,
     /// Connections of peers.
     pub(crate) connections: AtomicUsize,
     /// What they hold of messages that have not arrived whole.
@@ -119,6 +122,7 @@ impl Figures {
             latencies: std::array::from_fn(|_| Histogram::default()),
             slow: Mutex::default(),
             probed: Mutex::default(),
+            notes: Notes::default(),
             connections: AtomicUsize::new(0),
             unfinished: Unfinished::default(),
         }
@@ -131,6 +135,7 @@ impl Figures {
     /// Counts what was dropped, by why.
     pub(crate) fn drop_message(&self, label: &'static str) {
         *self.lock_dropped().entry(label).or_default() += 1;
+        self.notes.add(Level::Warn, "messages_dropped", label, label.to_lowercase());
     }
 
     /// Messages and connections that were dropped, by why.
@@ -144,6 +149,8 @@ impl Figures {
         if took < SLOW {
             return;
         }
+        let detail = format!("{operation} took {} ms", took.as_millis());
+        self.notes.add(Level::Warn, "operation_slow", operation.name(), detail);
         let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
         if slow.len() >= SLOW_MAX {
             slow.pop_front();

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::connection::serve;
 use crate::figures::Figures;
 use crate::http::{Http, JOBS_MAX, Job};
+use crate::notes::Note;
 use crate::quotas::QuotaBook;
 use crate::service::{Peer, Service};
 
@@ -122,6 +123,11 @@ impl Server {
     /// Where it answers HTTP.
     pub fn http_address(&self) -> Option<SocketAddr> {
         self.http.as_ref().map(Http::address)
+    }
+
+    /// What happened since this was asked last, for a log.
+    pub fn take_notes(&self, now: Instant) -> Vec<Note> {
+        self.figures.notes.take(&self.figures(now), self.store.disk_status())
     }
 
     /// The store's figures, without what the server's own probes of it have added.

@@ -11,6 +11,7 @@ use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
 use crate::figures::Figures;
+use crate::notes::Level;
 use crate::quotas::Labels;
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
@@ -144,7 +145,8 @@ impl Service {
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
             Request::Clear { .. } => {
-                store.clear();
+                let detail = format!("{} objects, for a peer", store.clear());
+                self.figures.notes.add(Level::Info, "cleared", "peer", detail);
                 Reply::None
             }
             Request::GetChunkSize => Reply::Integer(store.chunk_size().into()),

@@ -425,6 +425,27 @@ fn clearing_leaves_what_is_leased_and_wants_to_be_meant() {
 }
 
 #[test]
+fn clearing_a_tenant_leaves_the_others_and_what_is_leased() {
+    let directory = Directory::new("clear-tenant");
+    let (server, address) = start_with_disk(16, &directory);
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    store_of(&mut engine, "a", 2);
+    store_of(&mut engine, "b", 3);
+    ask_until(address, "/status", |it| it["disk_objects"] == 5 && it["disk_queue_bytes"] == 0);
+    let clear = |salt: &str| {
+        let body = json!({ "confirm": true, "salt": salt }).to_string();
+        ask(address, "POST", "/clear", &[JSON], &body).json()["cleared"].clone()
+    };
+    assert_eq!(clear("nobody"), 0);
+    assert_eq!(clear("a"), 2);
+    let status = ask_until(address, "/status", |it| it["disk_objects"] == 3);
+    assert_eq!((&status["objects"], &status["evicted_objects"]), (&json!(3), &json!(0)));
+    assert_eq!(clear("a"), 0);
+    assert_eq!(clear("b"), 3);
+}
+
+#[test]
 fn what_is_too_large_is_refused_before_it_is_kept() {
     let (_server, address) = start(8);
     let body = " ".repeat(64 << 10);

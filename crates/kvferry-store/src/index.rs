@@ -376,6 +376,14 @@ impl Index {
         self.remove(index, cause, by)
     }
 
+    /// Takes one of the tenant's objects out that may go.
+    pub(crate) fn clear_one(&mut self, cache_salt: &str) -> Option<(ObjectId, Grant)> {
+        let tenant = self.tenants.find(cache_salt)?;
+        let index = self.tenants.first(tenant)?;
+        let id = self.at(index)?.id();
+        Some((id, self.remove(index, RemovalCause::Cleared, None)?))
+    }
+
     fn remove(&mut self, index: u32, cause: RemovalCause, by: Option<Arc<str>>) -> Option<Grant> {
         let object = self.take(index)?;
         if cause == RemovalCause::Evicted {

@@ -685,6 +685,21 @@ impl Store {
         cleared
     }
 
+    /// Takes the tenant's objects out that are neither leased, reserved nor being saved; says how many it were. They go
+    /// from the disk as well; what is there alone stays until it is evicted.
+    pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
+        let mut state = self.lock();
+        let mut cleared = 0;
+        while let Some((id, grant)) = state.index.clear_one(cache_salt) {
+            state.pool.give_back(grant);
+            if let Some(disk) = self.disk() {
+                disk.remove(&id.chunk, &id.space, id.rank);
+            }
+            cleared += 1;
+        }
+        cleared
+    }
+
     /// What each tenant may have of the memory, from now on. Nothing goes at once: who has more than its cap makes room
     /// as it stores.
     ///

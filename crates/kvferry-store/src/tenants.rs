@@ -183,6 +183,11 @@ impl Tenants {
         number
     }
 
+    /// The same of one that is known.
+    pub(crate) fn find(&self, salt: &str) -> Option<u32> {
+        self.numbers.get(salt).copied()
+    }
+
     /// Forgets who has nothing and is not named.
     pub(crate) fn forget_idle(&mut self, number: u32) {
         let tenant = self.all.get(number as usize).and_then(Option::as_ref);

@@ -37,7 +37,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 use self::readiness::{Readiness, Tier};
 use self::socket::Socket;
 use crate::figures::Figures;
-use crate::json::{Object, is_confirmation};
+use crate::json::{Object, confirmation};
+use crate::notes::Level;
 use crate::quotas::{QuotaBook, Shown};
 
 /// Connections at most; one more is closed at once.
@@ -394,11 +395,18 @@ impl Desk {
             }
             Route::OpenApi => Ok(json(StatusCode::OK, OPENAPI)),
             Route::Clear => {
-                if !is_confirmation(&read_body(request.into_body()).await?) {
-                    let message = "clearing takes the body {\"confirm\":true}";
+                let body = read_body(request.into_body()).await?;
+                let Some(salt) = confirmation(&body) else {
+                    let message = "clearing takes the body {\"confirm\":true}, with a \"salt\" for one tenant";
                     return Err(Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message));
-                }
-                let cleared = self.ask(Store::clear).await?;
+                };
+                let clear = move |store: &Store| match salt {
+                    Some(salt) => store.clear_tenant(&salt),
+                    None => store.clear(),
+                };
+                let cleared = self.ask(clear).await?;
+                let detail = format!("{cleared} objects, over HTTP");
+                self.figures.notes.add(Level::Info, "cleared", "http", detail);
                 Ok(json(StatusCode::OK, Object::new().raw("cleared", cleared).end()))
             }
             Route::Quotas | Route::QuotaDefault | Route::QuotaTenant => {
@@ -414,13 +422,18 @@ impl Desk {
                     None => Bytes::new(),
                 };
                 let book = Arc::clone(&self.book);
+                let changes = change.is_some();
                 let told = self.ask(move |store| {
                     if let Some(change) = change {
                         change(&book, store, &body)?;
                     }
                     Ok(quotas::tell(&book, store))
                 });
-                Ok(json(StatusCode::OK, told.await??))
+                let told = told.await??;
+                if changes {
+                    self.figures.notes.add(Level::Info, "quotas_changed", "", "over HTTP".into());
+                }
+                Ok(json(StatusCode::OK, told))
             }
         }
     }
