@@ -112,7 +112,7 @@ export class Browser implements AsyncDisposable {
 			this.#answers.get(id)?.(answer);
 			this.#answers.delete(id);
 		} else if (method === "Network.requestWillBeSent") {
-			this.requests.push((params?.request as { url: string }).url);
+			this.requests.push((params as { request: { url: string } }).request.url);
 		} else if (method === "Runtime.exceptionThrown" || method === "Log.entryAdded") {
 			this.complaints.push(JSON.stringify(params));
 		} else if (method === "Runtime.consoleAPICalled") {

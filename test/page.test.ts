@@ -9,7 +9,9 @@ import { Browser, findBrowser } from "./browser.js";
 
 const program = findBrowser();
 if (program === undefined) {
-	process.stderr.write("SKIPPED the page in a browser: there is no chromium (apt-get install chromium)\n");
+	process.stderr.write(
+		"SKIPPED the page in a browser: there is no chromium (apt-get install chromium)\n",
+	);
 }
 const CHUNK = 16;
 const BYTES = 4000;

@@ -1,5 +1,6 @@
 import { describe, expect, it } from "vitest";
 import {
+	benchOptions,
 	clientOptions,
 	doctorOptions,
 	quotaOptions,
@@ -20,13 +21,14 @@ describe("kvferry serve", () => {
 			memory: 4 * 2 ** 30,
 			policy: "default",
 			diskSize: 20 * 2 ** 30,
+			log: "text",
 		});
 	});
 
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --quotas /q --json --print-config";
+			"--disk-size 1GiB --quotas /q --log json --json --print-config";
 		expect(serveOptions(flags.split(" "), {})).toMatchObject({ printConfig: true, json: true });
 		expect(settings(...flags.split(" "))).toEqual({
 			host: "localhost",
@@ -39,6 +41,7 @@ describe("kvferry serve", () => {
 			disk: "/d",
 			diskSize: 2 ** 30,
 			quotas: "/q",
+			log: "json",
 		});
 	});
 
@@ -80,6 +83,7 @@ describe("kvferry serve", () => {
 		["--memory", ""],
 		["--disk-size", "lots"],
 		["--policy", "fifo"],
+		["--log", "xml"],
 		["--nonsense", "1"],
 	])("refuses %s %s and names it", (flag, value) => {
 		expect(() => settings(`${flag}=${value}`)).toThrow(
@@ -197,6 +201,41 @@ describe("kvferry quota", () => {
 		["another protocol", ["--http=tcp://127.0.0.1:5555"], "--http"],
 	])("refuses %s", (_, args, named) => {
 		expect(() => quotaOptions(args)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(named),
+			}),
+		);
+	});
+});
+
+describe("kvferry bench", () => {
+	it("takes each flag", () => {
+		expect(benchOptions([])).toEqual({
+			http: new URL("http://127.0.0.1:8080"),
+			bytes: 2 ** 28,
+			chunkBytes: 2 ** 20,
+			timeoutMs: 3000,
+			json: false,
+		});
+		const flags =
+			"--url a:1 --http http://b:2 --size 1GiB --chunk-bytes 4KiB --timeout-ms 9 --json";
+		expect(benchOptions(flags.split(" "))).toEqual({
+			url: "a:1",
+			http: new URL("http://b:2"),
+			bytes: 2 ** 30,
+			chunkBytes: 4096,
+			timeoutMs: 9,
+			json: true,
+		});
+	});
+
+	it.each([
+		["more than is meant", ["--size=5GiB"], "--size 5GiB: give 4GiB at most"],
+		["chunks without room for a prompt", ["--chunk-bytes=17MiB"], "--chunk-bytes 17MiB"],
+		["an HTTP address of no server", ["--http=http://b:2"], "--url"],
+	])("refuses %s", (_, args, named) => {
+		expect(() => benchOptions(args)).toThrow(
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
 				message: expect.stringContaining(named),

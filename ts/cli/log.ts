@@ -14,6 +14,9 @@ export interface Entry {
 	readonly count: number;
 }
 
+/** A stream that tells how much it holds. */
+type Out = NodeJS.WritableStream & { readonly writableLength: number };
+
 const FORMATS: readonly LogFormat[] = ["text", "json", "off"];
 /** What happens again and again is one line in so many milliseconds, with its count. */
 const PERIOD_MS = 1000;
@@ -38,12 +41,12 @@ export function line({ level, event, detail, count }: Entry, format: LogFormat, 
 /** Writes what a server does to stderr. */
 export class Log {
 	readonly #format: LogFormat;
-	readonly #out: NodeJS.WritableStream & { readonly writableLength: number };
+	readonly #out: Out;
 	#timer: NodeJS.Timeout | undefined;
 	#server: Server | undefined;
 	#lost = 0;
 
-	constructor(format: LogFormat, out: Log["#out"] = process.stderr) {
+	constructor(format: LogFormat, out: Out = process.stderr) {
 		this.#format = format;
 		this.#out = out;
 		if (format !== "off") {

@@ -15,7 +15,7 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --print-config     print each setting with its source, and start nothing
              A flag goes before a variable, KVFERRY_SERVE_HTTP_PORT say, and that before the file.
   ping     tell how long a server takes to answer
-  status   tell what a server holds
+  status   tell what a server holds; on a terminal again and again, until Ctrl-C
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
              --timeout-ms N     wait for it at most that long (3000)
@@ -37,6 +37,12 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --chunk-size N     tokens in a chunk, as the engine takes it
              --hash-algorithm NAME, --hash-seed SEED
                                 how the engine hashes chunks
+  bench    store, look up and load through a server, and tell how long it takes
+             --url URL          the server; unless given, one of its own
+             --http URL         where that answers HTTP (http://127.0.0.1:8080)
+             --size SIZE        of all that is stored (256MiB)
+             --chunk-bytes SIZE of one chunk; a prompt has 16 (1MiB)
+             --timeout-ms N     wait for each answer at most that long (3000)
   replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
              (ms) and hash_ids; - is stdin
              --capacity BLOCKS  room for so many
@@ -51,9 +57,10 @@ Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
 const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
-	["status", async () => (await import("./query.js")).status],
+	["status", async () => (await import("./status.js")).status],
 	["quota", async () => (await import("./quota.js")).quota],
 	["clear", async () => (await import("./query.js")).clear],
+	["bench", async () => (await import("./bench.js")).bench],
 	["replay", async () => (await import("./replay.js")).replay],
 	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);

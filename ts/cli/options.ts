@@ -12,7 +12,10 @@ import {
 	type Values,
 	valuesOf,
 } from "./settings.js";
-import { bytesOrNone, flag, httpUrl, integer, policy } from "./values.js";
+import { bytes, bytesOrNone, flag, httpUrl, integer, policy } from "./values.js";
+
+/** Bytes that a benchmark may store. */
+const BENCH_MAX = 4 * 2 ** 30;
 
 /** What `kvferry serve` was asked for. */
 export interface ServeOptions {
@@ -42,6 +45,19 @@ export interface QuotaOptions {
 /** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
+	readonly timeoutMs: number;
+	readonly json: boolean;
+}
+
+/** What `kvferry bench` was asked for. */
+export interface BenchOptions {
+	/** The server; absent: one of its own. */
+	readonly url?: string;
+	/** Where it answers HTTP. */
+	readonly http: URL;
+	/** Of all objects together. */
+	readonly bytes: number;
+	readonly chunkBytes: number;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -115,6 +131,42 @@ export function clientOptions(args: string[]): ClientOptions {
 	});
 	return {
 		url: values.url,
+		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
+		json: values.json,
+	};
+}
+
+/**
+ * Reads the flags of `kvferry bench`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`.
+ */
+export function benchOptions(args: string[]): BenchOptions {
+	const values = parse(args, {
+		url: { type: "string" },
+		http: { type: "string" },
+		size: { type: "string", default: "256MiB" },
+		"chunk-bytes": { type: "string", default: "1MiB" },
+		"timeout-ms": { type: "string", default: "3000" },
+		json: { type: "boolean", default: false },
+	});
+	if (values.http !== undefined && values.url === undefined) {
+		throw invalid(`--http ${values.http} has no use here: give the server's --url too.`);
+	}
+	const [size, chunk] = [flag("size", values.size), flag("chunk-bytes", values["chunk-bytes"])];
+	const total = bytes(size);
+	const chunkBytes = bytes(chunk);
+	if (total > BENCH_MAX) {
+		throw invalid(`${size.says}: give 4GiB at most.`);
+	}
+	if (chunkBytes > total / 16) {
+		throw invalid(`${chunk.says}: 16 of them make a prompt, and have room in --size.`);
+	}
+	return {
+		...(values.url === undefined ? {} : { url: values.url }),
+		http: httpUrl(flag("http", values.http ?? "http://127.0.0.1:8080")),
+		bytes: total,
+		chunkBytes,
 		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		json: values.json,
 	};
