@@ -1,7 +1,6 @@
 // A real browser, driven over a pipe with Chrome's own protocol: JSON that ends with a NUL.
 
 import { type ChildProcess, execFileSync, spawn } from "node:child_process";
-import { once } from "node:events";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -38,12 +37,19 @@ export class Browser implements AsyncDisposable {
 	readonly #child: ChildProcess;
 	readonly #home: string;
 	readonly #answers = new Map<number, (message: Message) => void>();
+	readonly #ended: Promise<unknown>;
 	#next = 0;
 	#session: string | undefined;
 
 	private constructor(child: ChildProcess, home: string) {
 		this.#child = child;
 		this.#home = home;
+		this.#ended = new Promise((resolve) => child.once("exit", resolve).once("error", resolve));
+		this.#ended.then(() => {
+			for (const answer of this.#answers.values()) {
+				answer({ error: { message: "the browser has ended" } });
+			}
+		});
 		let rest = "";
 		(child.stdio[4] as Readable).setEncoding("utf8").on("data", (text: string) => {
 			const messages = (rest + text).split("\0");
@@ -64,13 +70,22 @@ export class Browser implements AsyncDisposable {
 		];
 		const child = spawn(program, flags, { stdio: ["ignore", "ignore", "ignore", "pipe", "pipe"] });
 		const browser = new Browser(child, home);
-		const { targetId } = await browser.#call("Target.createTarget", { url: "about:blank" });
-		const attached = await browser.#call("Target.attachToTarget", { targetId, flatten: true });
-		browser.#session = attached.sessionId as string;
-		for (const domain of ["Network", "Page", "Runtime", "Log"]) {
-			await browser.#call(`${domain}.enable`);
+		try {
+			await browser.#attach();
+		} catch (error) {
+			await browser[Symbol.asyncDispose]();
+			throw error;
 		}
 		return browser;
+	}
+
+	async #attach(): Promise<void> {
+		const { targetId } = await this.#call("Target.createTarget", { url: "about:blank" });
+		const attached = await this.#call("Target.attachToTarget", { targetId, flatten: true });
+		this.#session = attached.sessionId as string;
+		for (const domain of ["Network", "Page", "Runtime", "Log"]) {
+			await this.#call(`${domain}.enable`);
+		}
 	}
 
 	async open(url: string): Promise<void> {
@@ -121,9 +136,8 @@ export class Browser implements AsyncDisposable {
 	}
 
 	async [Symbol.asyncDispose](): Promise<void> {
-		const ended = once(this.#child, "exit");
 		this.#child.kill("SIGKILL");
-		await ended;
+		await this.#ended;
 		rmSync(this.#home, { recursive: true, force: true, maxRetries: 10, retryDelay: 100 });
 	}
 }

@@ -152,6 +152,7 @@ describe("command lines in deploy/", () => {
 		expect(settings(args, {})).toMatchObject({
 			memory: { value: 64 * 2 ** 30 },
 			disk: { value: "/var/cache/kvferry" },
+			quotas: { value: "/var/lib/kvferry/quotas.json" },
 			log: { value: "json" },
 		});
 	});
