@@ -295,6 +295,8 @@ export declare class Server {
   get shmName(): string
   /** Figures by name. */
   status(): Array<[string, number]>
+  /** What happened since this was asked last; nothing without a socket. */
+  takeNotes(): Array<Note>
   /** Events from `cursor` on; 0 is the oldest. */
   events(cursor: number, max: number): Promise<KvEvents>
   /** A prefix cache on this store, no socket between. */
@@ -352,6 +354,14 @@ export interface BlockHasherOptions {
 
 /** Refuses a salt that no key can hold. */
 export declare function checkSalt(salt: string): void
+
+/** The tenant that stored something for which a chunk had to go. */
+export interface Evictor {
+  /** What figures call it. */
+  tenant: string
+  /** It is the one that asks. */
+  own: boolean
+}
 
 /** What there is of a prompt. */
 export interface Explanation {
@@ -505,6 +515,18 @@ export interface NativeStrategy {
   kvRank: number
 }
 
+/** Something for a log, once or more often. */
+export interface Note {
+  /** How much it matters. */
+  level: 'info' | 'warn' | 'error'
+  /** What happened. */
+  event: string
+  /** More of it, in words. */
+  detail: string
+  /** How often. */
+  count: number
+}
+
 /** LMCache's text form of an object's key. */
 export declare function objectKey(modelName: string, worldSize: number, rank: number, group: number, chunkHash: Uint8Array, cacheSalt: string): string
 
@@ -590,6 +612,8 @@ export interface Removal {
   cause: 'evicted' | 'cleared' | 'damaged'
   /** Milliseconds since 1970. */
   atMs: number
+  /** For whose chunk it made room, where that is known. */
+  by?: Evictor
 }
 
 /**

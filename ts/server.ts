@@ -5,6 +5,7 @@ import { native } from "./native.js";
 import type {
 	PrefixCache as NativePrefixCache,
 	Server as NativeServer,
+	Note,
 	PagedLayout,
 	PagedPlace,
 	PagedScheduler,
@@ -187,6 +188,11 @@ export class Server implements AsyncDisposable {
 	/** Figures of the store, by name. */
 	status(): Status {
 		return Object.fromEntries(wrap(() => this.#native.status()));
+	}
+
+	/** @internal What happened since this was asked last, for a log. */
+	takeNotes(): Note[] {
+		return wrap(() => this.#native.takeNotes());
 	}
 
 	/**

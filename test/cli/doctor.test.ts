@@ -2,6 +2,9 @@
 
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
@@ -88,7 +91,12 @@ describe("kvferry doctor", () => {
 			[],
 			/2 of 3 .*chunk 2 \(tokens 32 to 47\)[\s\S]*never stored/,
 		],
-		["what was evicted", prompt(1, 900), [], /0 of 1[\s\S]*evicted at \d{4}-\d\d-\d\dT/],
+		[
+			"what was evicted",
+			prompt(1, 900),
+			[],
+			/0 of 1[\s\S]*evicted at \d{4}-\d\d-\d\dT.* what the same tenant stored/,
+		],
 		["another salt", prompt(2), ["--salt", "x"], /under another salt \(1 of them\)/],
 		["no salt", prompt(1, 500), [], /under another salt \(1 of them\)/],
 		[
@@ -144,6 +152,56 @@ describe("kvferry doctor", () => {
 		const { code, out, err } = await doctor("1 2 x", "--tokens", "-", "--model", "m");
 		expect([code, out]).toEqual([1, ""]);
 		expect(err).toMatch(/^INVALID_TOKEN: .*token 2/);
+	});
+});
+
+describe("kvferry doctor at a server with tenants and a disk", () => {
+	it("tells by whose store a chunk was evicted, as figures call the tenant", async () => {
+		const options = { port: 0, httpPort: 0, memory: 2 * 4096, chunkSize: CHUNK };
+		await using server = await Server.start(options);
+		await using client = await Client.connect({ url: `tcp://${server.address}` });
+		await using cache = await PrefixCache.open({
+			via: client,
+			identity: "mine",
+			bytesPerChunk: BYTES,
+		});
+		await cache.store(prompt(2), () => new Uint8Array(BYTES), { cacheSalt: "victim" });
+		await cache.store(prompt(2), () => new Uint8Array(BYTES), { cacheSalt: "greedy" });
+		const answer = await fetch(`http://${server.httpAddress}/status`);
+		const { tenants } = (await answer.json()) as { tenants: object };
+		const [greedy] = Object.keys(tenants);
+		const of = ["--identity", "mine", "--salt", "victim"];
+		const where = ["--server", `tcp://${server.address}`, "--tokens", "-"];
+		const { code, out } = await doctor([...prompt(2)].join(" "), ...where, ...of);
+		expect(code).toBe(1);
+		expect(out).toMatch(new RegExp(`evicted at .* what the tenant ${greedy} stored`));
+		expect(out).not.toContain("greedy");
+	});
+
+	it("tells which tier failed", async () => {
+		const disk = mkdtempSync(join(tmpdir(), "kvferry-doctor-"));
+		try {
+			const server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: CHUNK, disk });
+			await using _ = server;
+			const where = ["--server", `tcp://${server.address}`];
+			const works = await doctor("", ...where);
+			expect([works.code, works.out]).toEqual([0, expect.stringMatching(/^ok +disk +It works/m)]);
+			rmSync(join(disk, "objects"), { recursive: true });
+			writeFileSync(join(disk, "objects"), "in the way");
+			await using cache = await PrefixCache.open({
+				via: server,
+				identity: "mine",
+				bytesPerChunk: BYTES,
+			});
+			await cache.store(prompt(1), () => new Uint8Array(BYTES));
+			await expect.poll(() => server.status().disk_save_failures).toBeGreaterThan(0);
+			const failed = await doctor("", ...where);
+			expect(failed.out).toMatch(/^finding +disk +The disk tier failed .*objects/m);
+			expect(failed.out).toMatch(/^ok +memory /m);
+			expect(failed.code).toBe(1);
+		} finally {
+			rmSync(disk, { recursive: true, force: true });
+		}
 	});
 });
 

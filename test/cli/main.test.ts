@@ -3,6 +3,7 @@
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
@@ -53,11 +54,11 @@ describe("kvferry", () => {
 	});
 
 	it("names a command that it does not know, and those it does", () => {
-		const { status, stderr, stdout } = kvferry("evict");
+		const { status, stderr, stdout } = kvferry("statsu");
 		expect(status).toBe(1);
 		expect(stdout).toBe("");
 		expect(stderr).toBe(
-			"INVALID_ARGUMENT: evict is no command: give one of serve, ping, status, quota, clear, replay, doctor, or --help.\n",
+			"INVALID_ARGUMENT: statsu is no command: did you mean status? There are serve, ping, status, quota, clear, bench, replay, doctor, and --help.\n",
 		);
 	});
 
@@ -65,6 +66,36 @@ describe("kvferry", () => {
 		const { status, stderr } = kvferry("serve", "--host", "0.0.0.0", "--json");
 		expect(status).toBe(1);
 		expect(JSON.parse(stderr)).toMatchObject({ code: "UNSUPPORTED_OPTION" });
+	});
+
+	it("prints the settings of a server with their sources, and starts none", () => {
+		const home = mkdtempSync(join(tmpdir(), "kvferry-settings-"));
+		try {
+			const file = join(home, "kvferry.json");
+			writeFileSync(file, '{"memory": "8MiB", "policy": "lru", "port": 1}');
+			const env = { KVFERRY_SERVE_PORT: "2", KVFERRY_SERVE_CONFIG: file };
+			const ask = (...args: string[]) =>
+				spawnSync(process.execPath, [main, "serve", "--print-config", ...args], {
+					encoding: "utf8",
+					env: { ...process.env, ...env },
+				});
+			const { settings } = JSON.parse(ask("--json", "--policy", "arc").stdout);
+			expect(settings).toMatchObject({
+				policy: { value: "arc", source: "flag", place: "--policy" },
+				port: { value: 2, source: "environment", place: "KVFERRY_SERVE_PORT" },
+				memory: { value: 8 << 20, source: "file", place: file },
+				host: { value: "127.0.0.1", source: "default" },
+				disk: { value: null, source: "default" },
+			});
+			expect(ask().stdout).toMatch(
+				/^setting +value +source\n[\s\S]*^memory +8MiB +\/.*kvferry\.json\n/m,
+			);
+			const wrong = ask("--prot", "1");
+			expect(wrong).toMatchObject({ status: 1, stdout: "" });
+			expect(wrong.stderr).toMatch(/^INVALID_ARGUMENT: .*--port/);
+		} finally {
+			rmSync(home, { recursive: true });
+		}
 	});
 
 	it("says that nobody answers HTTP", () => {
@@ -90,7 +121,7 @@ describe("a running server", () => {
 
 	beforeAll(async () => {
 		const ports = ["--port", "0", "--http-port", "0"];
-		const flags = [...ports, "--memory", "8MiB", "--shm-name", shmName, "--json"];
+		const flags = [...ports, "--memory", "8MiB", "--shm-name", shmName, "--log", "off", "--json"];
 		server = spawn(process.execPath, [main, "serve", ...flags], {
 			stdio: ["ignore", "pipe", "inherit"],
 		});
@@ -219,7 +250,7 @@ describe("a running server", () => {
 	});
 
 	it("says where it answers HTTP on a line of its own, after the one that was always there", async () => {
-		const flags = ["--port", "0", "--http-port", "0", "--memory", "8MiB"];
+		const flags = ["--port", "0", "--http-port", "0", "--memory", "8MiB", "--log", "off"];
 		const other = spawn(process.execPath, [main, "serve", ...flags], {
 			stdio: ["ignore", "pipe", "inherit"],
 		});
@@ -250,6 +281,47 @@ describe("a running server", () => {
 		const samePool = kvferry("serve", "--port", "0", ...off, "--shm-name", shmName);
 		expect(samePool).toMatchObject({ status: 1, stdout: "" });
 		expect(samePool.stderr).toMatch(/^POOL_IN_USE: /);
+	});
+
+	it("logs what happens as lines of JSON, a storm of one kind as one line, and no salt", async () => {
+		const flags = ["--port", "0", "--http-port", "0", "--memory", "8MiB", "--log", "json"];
+		const other = spawn(process.execPath, [main, "serve", "--json", ...flags], {
+			stdio: ["ignore", "pipe", "pipe"],
+		});
+		const lines: Record<string, unknown>[] = [];
+		createInterface({ input: other.stderr }).on("line", (line) => lines.push(JSON.parse(line)));
+		const exit = once(other, "exit");
+		const [line] = await once(createInterface({ input: other.stdout }), "line");
+		const { httpUrl } = JSON.parse(line);
+		const put = (path: string, body: object, method = "PUT") =>
+			fetch(`${httpUrl}${path}`, {
+				method,
+				headers: { "content-type": "application/json" },
+				body: JSON.stringify(body),
+			});
+		expect((await put("/quotas/tenant", { salt: "s3cret", cap: 4096 })).status).toBe(200);
+		expect((await put("/clear", { confirm: true, salt: "s3cret" }, "POST")).status).toBe(200);
+		const { hostname, port } = new URL(httpUrl);
+		for (let storm = 0; storm < 30; storm++) {
+			const rude = connect(Number(port), hostname);
+			rude.end("no HTTP\r\n\r\n");
+			rude.resume();
+			await once(rude, "close");
+		}
+		other.kill("SIGTERM");
+		expect(await exit).toEqual([0, null]);
+		expect(lines.map(({ event }) => event)).toEqual(
+			expect.arrayContaining(["started", "quotas_changed", "cleared", "stopping", "stopped"]),
+		);
+		const dropped = lines.filter(({ event }) => event === "messages_dropped");
+		expect(dropped.length).toBeLessThan(10);
+		expect(dropped.reduce((sum, { count }) => sum + Number(count), 0)).toBe(30);
+		expect(dropped[0]).toMatchObject({
+			level: "warn",
+			detail: "http_malformed",
+			time: expect.stringMatching(/^\d{4}-\d\d-\d\dT/),
+		});
+		expect(JSON.stringify(lines)).not.toContain("s3cret");
 	});
 
 	it("ends with SIGTERM, and its addresses answer no more", async () => {

@@ -36,6 +36,14 @@ describe("a miss", () => {
 		[{ otherWorldSizes: [2, 8] }, /for a KV world size of 2, 8, not of 4/],
 		[{ otherLayouts: [{ shape: [2, 16], dtype: "half" }] }, /another layout \(2 × 16 half\)/],
 		[{ removed: { cause: "evicted", atMs: 0 } }, /evicted at 1970-01-01T00:00:00.000Z/],
+		[
+			{ removed: { cause: "evicted", atMs: 0, by: { tenant: "2a", own: false } } },
+			/evicted at 1970.* to make room for what the tenant 2a stored/,
+		],
+		[
+			{ removed: { cause: "evicted", atMs: 0, by: { tenant: "2a", own: true } } },
+			/evicted at 1970.* to make room for what the same tenant stored/,
+		],
 		[{ removed: { cause: "cleared", atMs: 0 } }, /at 1970.*cleared/],
 		[{ removed: { cause: "damaged", atMs: 0 } }, /dropped at 1970.*other bytes than were stored/],
 		[{}, /never stored, as far as the server knows: .* back to 1970-01-01T00:00:01.000Z\.$/],

@@ -1,5 +1,6 @@
 import { describe, expect, it } from "vitest";
 import {
+	benchOptions,
 	clientOptions,
 	doctorOptions,
 	quotaOptions,
@@ -8,8 +9,11 @@ import {
 } from "../../ts/cli/options.js";
 
 describe("kvferry serve", () => {
+	const settings = (...args: string[]) => serveOptions(args, {}).settings;
+
 	it("has the documented defaults", () => {
-		expect(serveOptions([])).toEqual({
+		expect(serveOptions([], {})).toMatchObject({ printConfig: false, json: false });
+		expect(settings()).toEqual({
 			host: "127.0.0.1",
 			port: 5555,
 			httpPort: 8080,
@@ -17,15 +21,16 @@ describe("kvferry serve", () => {
 			memory: 4 * 2 ** 30,
 			policy: "default",
 			diskSize: 20 * 2 ** 30,
-			json: false,
+			log: "text",
 		});
 	});
 
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --quotas /q --json";
-		expect(serveOptions(flags.split(" "))).toEqual({
+			"--disk-size 1GiB --quotas /q --log json --json --print-config";
+		expect(serveOptions(flags.split(" "), {})).toMatchObject({ printConfig: true, json: true });
+		expect(settings(...flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
 			httpPort: 0,
@@ -36,37 +41,32 @@ describe("kvferry serve", () => {
 			disk: "/d",
 			diskSize: 2 ** 30,
 			quotas: "/q",
-			json: true,
+			log: "json",
 		});
 	});
 
 	it.each(["127.0.0.1", "127.9.9.9", "::1", "0:0:0:0:0:0:0:1", "localhost"])(
 		"serves on loopback: %s",
 		(host) => {
-			expect(serveOptions(["--host", host]).host).toBe(host);
+			expect(settings("--host", host).host).toBe(host);
 		},
 	);
 
 	it.each(["0.0.0.0", "10.0.0.1", "::", "::2", "127.0.0.1.example.org", ""])(
 		"refuses another host: %j",
 		(host) => {
-			expect(() => serveOptions(["--host", host])).toThrow(
+			expect(() => settings("--host", host)).toThrow(
 				expect.objectContaining({ code: "UNSUPPORTED_OPTION" }),
 			);
 		},
 	);
 
 	it("serves no HTTP where it is off", () => {
-		expect(serveOptions(["--http-port", "off"])).not.toHaveProperty("httpPort");
+		expect(settings("--http-port", "off")).not.toHaveProperty("httpPort");
 	});
 
-	it.each(["remote", "config"])("names the later flag --%s", (flag) => {
-		expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
-			expect.objectContaining({
-				code: "UNSUPPORTED_OPTION",
-				message: expect.stringContaining(`--${flag}`),
-			}),
-		);
+	it("names the flag that was meant", () => {
+		expect(() => settings("--htp-port", "1")).toThrow(/--htp-port .*did you mean --http-port\?/);
 	});
 
 	it.each([
@@ -83,9 +83,10 @@ describe("kvferry serve", () => {
 		["--memory", ""],
 		["--disk-size", "lots"],
 		["--policy", "fifo"],
+		["--log", "xml"],
 		["--nonsense", "1"],
 	])("refuses %s %s and names it", (flag, value) => {
-		expect(() => serveOptions([`${flag}=${value}`])).toThrow(
+		expect(() => settings(`${flag}=${value}`)).toThrow(
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
 				message: expect.stringContaining(flag),
@@ -200,6 +201,41 @@ describe("kvferry quota", () => {
 		["another protocol", ["--http=tcp://127.0.0.1:5555"], "--http"],
 	])("refuses %s", (_, args, named) => {
 		expect(() => quotaOptions(args)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(named),
+			}),
+		);
+	});
+});
+
+describe("kvferry bench", () => {
+	it("takes each flag", () => {
+		expect(benchOptions([])).toEqual({
+			http: new URL("http://127.0.0.1:8080"),
+			bytes: 2 ** 28,
+			chunkBytes: 2 ** 20,
+			timeoutMs: 3000,
+			json: false,
+		});
+		const flags =
+			"--url a:1 --http http://b:2 --size 1GiB --chunk-bytes 4KiB --timeout-ms 9 --json";
+		expect(benchOptions(flags.split(" "))).toEqual({
+			url: "a:1",
+			http: new URL("http://b:2"),
+			bytes: 2 ** 30,
+			chunkBytes: 4096,
+			timeoutMs: 9,
+			json: true,
+		});
+	});
+
+	it.each([
+		["more than is meant", ["--size=5GiB"], "--size 5GiB: give 4GiB at most"],
+		["chunks without room for a prompt", ["--chunk-bytes=17MiB"], "--chunk-bytes 17MiB"],
+		["an HTTP address of no server", ["--http=http://b:2"], "--url"],
+	])("refuses %s", (_, args, named) => {
+		expect(() => benchOptions(args)).toThrow(
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
 				message: expect.stringContaining(named),

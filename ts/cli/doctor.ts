@@ -9,7 +9,7 @@ import { readTokens } from "./tokens.js";
 
 /** What one step of the examination came to. */
 export interface Check {
-	readonly check: "server" | "chunk size" | "hashing" | "memory" | "prompt";
+	readonly check: "server" | "chunk size" | "hashing" | "memory" | "disk" | "prompt";
 	/** `finding`: a reason for misses. `note`: worth knowing, or cannot be known. */
 	readonly result: "ok" | "note" | "finding";
 	readonly message: string;
@@ -53,6 +53,7 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 			checkChunkSize(client.chunkSize, options.chunkSize),
 			checkHashing(status, options),
 			...checkMemory(status),
+			...checkDisk(status),
 		];
 		if (options.prompt === undefined || tokens === undefined) {
 			return { checks };
@@ -159,6 +160,33 @@ function checkMemory(status: Status | undefined): Check[] {
 		`${mebibytes("used_bytes")} used of ${mebibytes("pool_bytes")}; evicted since the start: ` +
 		`${figure("evicted_objects")}, refused for want of room: ${figure("refused_chunks")}.`;
 	return findings.length > 0 ? findings : [{ check: "memory", result: "ok", message }];
+}
+
+/** Nothing of a server without one. */
+function checkDisk(status: Status | undefined): Check[] {
+	if (status?.disk_bytes === undefined) {
+		return [];
+	}
+	const figure = (name: string) => Number(status[name] ?? 0);
+	const check = "disk";
+	if (status.disk_failure) {
+		const message = `The disk tier failed and takes nothing just now: ${status.disk_failure}.`;
+		return [{ check, result: "finding", message }];
+	}
+	const failures = [
+		["disk_damaged", "files were not what was written (misses)"],
+		["disk_load_failures", "loads failed"],
+		["disk_save_failures", "saves failed"],
+		["disk_dropped_failed", "saves came while it had failed"],
+		["disk_dropped_full", "saves were dropped because too many waited"],
+	] as const;
+	const told = failures
+		.filter(([name]) => figure(name) > 0)
+		.map(([name, what]) => `${figure(name)} ${what}`);
+	const message = `It works, with ${figure("disk_objects")} objects`;
+	return told.length === 0
+		? [{ check, result: "ok", message: `${message}.` }]
+		: [{ check, result: "note", message: `${message}; since the start: ${told.join(", ")}.` }];
 }
 
 async function examinePrompt(

@@ -1,6 +1,8 @@
 #!/usr/bin/env node
 import { createRequire } from "node:module";
 import { KvferryError } from "../errors.js";
+import { nearest } from "./nearest.js";
+import { SERVE, settingsHelp } from "./settings.js";
 
 /** A command: what it does with the arguments after its name. */
 type Command = (args: string[]) => Promise<void>;
@@ -9,18 +11,11 @@ const USAGE = `Usage: kvferry COMMAND [OPTIONS]
 
 Commands
   serve    run a cache server until SIGINT or SIGTERM
-             --host HOST        a loopback address (127.0.0.1)
-             --port PORT        0 takes a free one (5555)
-             --http-port PORT   page, /healthz, /readyz, /metrics; off for none (8080)
-             --chunk-size N     tokens in a chunk (256)
-             --memory SIZE      size of the shared-memory pool (4GiB)
-             --shm-name NAME    name of the pool in /dev/shm
-             --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
-             --disk DIR         directory that keeps chunks over restarts and beyond memory (none)
-             --disk-size SIZE   size of what is in it (20GiB)
-             --quotas FILE      file of what tenants may have of the memory, written when that is changed
+${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON object, with these names without --
+             --print-config     print each setting with its source, and start nothing
+             A flag goes before a variable, KVFERRY_SERVE_HTTP_PORT say, and that before the file.
   ping     tell how long a server takes to answer
-  status   tell what a server holds
+  status   tell what a server holds; on a terminal again and again, until Ctrl-C
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
              --timeout-ms N     wait for it at most that long (3000)
@@ -42,6 +37,12 @@ Commands
              --chunk-size N     tokens in a chunk, as the engine takes it
              --hash-algorithm NAME, --hash-seed SEED
                                 how the engine hashes chunks
+  bench    store, look up and load through a server, and tell how long it takes
+             --url URL          the server; unless given, one of its own
+             --http URL         where that answers HTTP (http://127.0.0.1:8080)
+             --size SIZE        of all that is stored (256MiB)
+             --chunk-bytes SIZE of one chunk; a prompt has 16 (1MiB)
+             --timeout-ms N     wait for each answer at most that long (3000)
   replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
              (ms) and hash_ids; - is stdin
              --capacity BLOCKS  room for so many
@@ -56,9 +57,10 @@ Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
 const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
 	["serve", async () => (await import("./serve.js")).serve],
 	["ping", async () => (await import("./query.js")).ping],
-	["status", async () => (await import("./query.js")).status],
+	["status", async () => (await import("./status.js")).status],
 	["quota", async () => (await import("./quota.js")).quota],
 	["clear", async () => (await import("./query.js")).clear],
+	["bench", async () => (await import("./bench.js")).bench],
 	["replay", async () => (await import("./replay.js")).replay],
 	["doctor", async () => (await import("./doctor.js")).doctor],
 ]);
@@ -80,7 +82,7 @@ async function main([name, ...args]: string[]): Promise<void> {
 	if (load === undefined) {
 		throw new KvferryError(
 			"INVALID_ARGUMENT",
-			`${name} is no command: give one of ${[...COMMANDS.keys()].join(", ")}, or --help.`,
+			`${name} is no command: did you mean ${nearest(name, [...COMMANDS.keys()])}? There are ${[...COMMANDS.keys()].join(", ")}, and --help.`,
 		);
 	}
 	const command = await load();

@@ -68,15 +68,24 @@ export function explainMiss(
 	return [what, ...reasons];
 }
 
-function howItWent({ cause, atMs }: Removal): string {
+function howItWent({ cause, atMs, by }: Removal): string {
 	switch (cause) {
 		case "evicted":
-			return `It was evicted at ${time(atMs)}, to make room for others: a server with more --memory keeps more.`;
+			return `It was evicted at ${time(atMs)}, to make room for ${forWhom(by)}: a server with more --memory keeps more.`;
 		case "cleared":
 			return `It went at ${time(atMs)}, when the cache was cleared.`;
 		case "damaged":
 			return `It was dropped at ${time(atMs)}: a reader found other bytes than were stored. It is stored anew once it is computed.`;
 	}
+}
+
+function forWhom(by: Removal["by"]): string {
+	if (by === undefined) {
+		return "others";
+	}
+	return by.own
+		? "what the same tenant stored"
+		: `what the tenant ${by.tenant} stored (as /metrics and kvferry quota --json call it)`;
 }
 
 function time(ms: number): string {

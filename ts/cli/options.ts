@@ -1,30 +1,29 @@
 import { createHash } from "node:crypto";
-import { isIPv4, isIPv6 } from "node:net";
-import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 import type { EvictionPolicy } from "../server.js";
+import { nearest } from "./nearest.js";
+import {
+	type Found,
+	findSettings,
+	SERVE,
+	type Settings,
+	type Values,
+	valuesOf,
+} from "./settings.js";
+import { bytes, bytesOrNone, flag, httpUrl, integer, policy } from "./values.js";
+
+/** Bytes that a benchmark may store. */
+const BENCH_MAX = 4 * 2 ** 30;
 
 /** What `kvferry serve` was asked for. */
 export interface ServeOptions {
-	readonly host: string;
-	readonly port: number;
-	/** Where HTTP is answered; absent: nowhere. */
-	readonly httpPort?: number;
-	/** Tokens in a chunk. */
-	readonly chunkSize: number;
-	/** Size of the pool in bytes. */
-	readonly memory: number;
-	/** Name of the pool in /dev/shm; the server's own choice where absent. */
-	readonly shmName?: string;
-	readonly policy: EvictionPolicy;
-	/** Directory of the disk tier; none where absent. */
-	readonly disk?: string;
-	/** Size of the disk tier in bytes. */
-	readonly diskSize: number;
-	/** File of the tenants' quotas; none where absent. */
-	readonly quotas?: string;
+	/** Where each setting is from. */
+	readonly found: ReadonlyMap<string, Found>;
+	readonly settings: Values<typeof SERVE>;
+	/** Settings are printed, and nothing is started. */
+	readonly printConfig: boolean;
 	readonly json: boolean;
 }
 
@@ -46,6 +45,19 @@ export interface QuotaOptions {
 /** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
+	readonly timeoutMs: number;
+	readonly json: boolean;
+}
+
+/** What `kvferry bench` was asked for. */
+export interface BenchOptions {
+	/** The server; absent: one of its own. */
+	readonly url?: string;
+	/** Where it answers HTTP. */
+	readonly http: URL;
+	/** Of all objects together. */
+	readonly bytes: number;
+	readonly chunkBytes: number;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -76,63 +88,33 @@ export interface ReplayOptions {
 	readonly json: boolean;
 }
 
-/** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["remote", "config"] as const;
-
-const POLICIES: readonly EvictionPolicy[] = ["default", "lru", "arc", "s3fifo"];
-
-const UNITS: Readonly<Record<string, number>> = {
-	"": 1,
-	B: 1,
-	KiB: 2 ** 10,
-	MiB: 2 ** 20,
-	GiB: 2 ** 30,
-	TiB: 2 ** 40,
-};
-
 /**
- * Reads the flags of `kvferry serve`.
+ * Reads the flags of `kvferry serve`, its variables and its file.
  *
- * @throws {@link KvferryError} `INVALID_ARGUMENT`, or `UNSUPPORTED_OPTION` for what a later version
- * takes: its flags, and hosts other than loopback.
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`, `SYSTEM` for a file that cannot be read, or `UNSUPPORTED_OPTION` for
+ * hosts other than loopback.
  */
-export function serveOptions(args: string[]): ServeOptions {
+export function serveOptions(
+	args: string[],
+	env: Readonly<Record<string, string | undefined>> = process.env,
+): ServeOptions {
+	const flags = Object.entries(SERVE satisfies Settings as Settings).map(([name, { value }]) => [
+		name,
+		{ type: value === undefined ? "boolean" : "string" },
+	]);
 	const values = parse(args, {
-		host: { type: "string", default: "127.0.0.1" },
-		port: { type: "string", default: "5555" },
-		"http-port": { type: "string", default: "8080" },
-		"chunk-size": { type: "string", default: "256" },
-		memory: { type: "string", default: "4GiB" },
-		"shm-name": { type: "string" },
-		json: { type: "boolean", default: false },
-		disk: { type: "string" },
-		"disk-size": { type: "string", default: "20GiB" },
-		quotas: { type: "string" },
-		remote: { type: "string" },
-		policy: { type: "string", default: "default" },
+		...(Object.fromEntries(flags) as Record<string, { type: "string" | "boolean" }>),
 		config: { type: "string" },
-	});
-	for (const flag of LATER) {
-		if (values[flag] !== undefined) {
-			throw new KvferryError(
-				"UNSUPPORTED_OPTION",
-				`--${flag} ${values[flag]}: this version has no such flag; leave it out.`,
-			);
-		}
-	}
-	const { "shm-name": shmName, "http-port": httpPort } = values;
+		"print-config": { type: "boolean", default: false },
+		json: { type: "boolean", default: false },
+	}) as Record<string, string | boolean | undefined>;
+	const { config, "print-config": printConfig, json, ...given } = values;
+	const found = findSettings(SERVE, given, env, config as string | undefined);
 	return {
-		host: loopback(values.host),
-		port: integer("port", values.port, 0, 65_535),
-		...(httpPort === "off" ? {} : { httpPort: portOrOff("http-port", httpPort) }),
-		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
-		memory: bytes("memory", values.memory),
-		...(shmName === undefined ? {} : { shmName }),
-		policy: policy(values.policy),
-		...(values.disk === undefined ? {} : { disk: resolve(values.disk) }),
-		diskSize: bytes("disk-size", values["disk-size"]),
-		...(values.quotas === undefined ? {} : { quotas: resolve(values.quotas) }),
-		json: values.json,
+		found,
+		settings: valuesOf<typeof SERVE>(found),
+		printConfig: printConfig === true,
+		json: json === true,
 	};
 }
 
@@ -149,7 +131,43 @@ export function clientOptions(args: string[]): ClientOptions {
 	});
 	return {
 		url: values.url,
-		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
+		json: values.json,
+	};
+}
+
+/**
+ * Reads the flags of `kvferry bench`.
+ *
+ * @throws {@link KvferryError} `INVALID_ARGUMENT`.
+ */
+export function benchOptions(args: string[]): BenchOptions {
+	const values = parse(args, {
+		url: { type: "string" },
+		http: { type: "string" },
+		size: { type: "string", default: "256MiB" },
+		"chunk-bytes": { type: "string", default: "1MiB" },
+		"timeout-ms": { type: "string", default: "3000" },
+		json: { type: "boolean", default: false },
+	});
+	if (values.http !== undefined && values.url === undefined) {
+		throw invalid(`--http ${values.http} has no use here: give the server's --url too.`);
+	}
+	const [size, chunk] = [flag("size", values.size), flag("chunk-bytes", values["chunk-bytes"])];
+	const total = bytes(size);
+	const chunkBytes = bytes(chunk);
+	if (total > BENCH_MAX) {
+		throw invalid(`${size.says}: give 4GiB at most.`);
+	}
+	if (chunkBytes > total / 16) {
+		throw invalid(`${chunk.says}: 16 of them make a prompt, and have room in --size.`);
+	}
+	return {
+		...(values.url === undefined ? {} : { url: values.url }),
+		http: httpUrl(flag("http", values.http ?? "http://127.0.0.1:8080")),
+		bytes: total,
+		chunkBytes,
+		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		json: values.json,
 	};
 }
@@ -169,7 +187,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	} as const;
-	const { values, positionals } = parsed(() =>
+	const { values, positionals } = parsed(options, () =>
 		parseArgs({ args, options, allowPositionals: true }),
 	);
 	const [action = "list", ...others] = positionals;
@@ -199,10 +217,10 @@ export function quotaOptions(args: string[]): QuotaOptions {
 	return {
 		action,
 		...(salt === undefined ? {} : { salt: checkSalt(salt) }),
-		...(cap === undefined ? {} : { cap: bytesOrNone("cap", cap) }),
-		...(guarantee === undefined ? {} : { guarantee: bytesOrNone("guarantee", guarantee) }),
-		http: httpUrl(values.http),
-		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		...(cap === undefined ? {} : { cap: bytesOrNone(flag("cap", cap)) }),
+		...(guarantee === undefined ? {} : { guarantee: bytesOrNone(flag("guarantee", guarantee)) }),
+		http: httpUrl(flag("http", values.http)),
+		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		json: values.json,
 	};
 }
@@ -218,7 +236,7 @@ export function replayOptions(args: string[]): ReplayOptions {
 		policy: { type: "string", default: "default" },
 		json: { type: "boolean", default: false },
 	} as const;
-	const { values, positionals } = parsed(() =>
+	const { values, positionals } = parsed(options, () =>
 		parseArgs({ args, options, allowPositionals: true }),
 	);
 	const [file, ...others] = positionals;
@@ -230,8 +248,8 @@ export function replayOptions(args: string[]): ReplayOptions {
 	}
 	return {
 		file,
-		capacity: integer("capacity", values.capacity, 1, 2 ** 30),
-		policy: policy(values.policy),
+		capacity: integer(flag("capacity", values.capacity), 1, 2 ** 30),
+		policy: policy(flag("policy", values.policy)),
 		json: values.json,
 	};
 }
@@ -279,14 +297,16 @@ export function doctorOptions(args: string[]): DoctorOptions {
 	}
 	const prompt = {
 		modelName: model ?? `kvferry/${sha256(identity ?? "")}`,
-		kvWorldSize: integer("world-size", worldSize ?? "1", 1, 255),
+		kvWorldSize: integer(flag("world-size", worldSize ?? "1"), 1, 255),
 		cacheSalt: checkSalt(salt),
 	};
 	return {
 		url: values.server,
-		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
+		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		...(file === undefined ? {} : { prompt: { file, ...prompt } }),
-		...(chunkSize === undefined ? {} : { chunkSize: integer("chunk-size", chunkSize, 1, 65_536) }),
+		...(chunkSize === undefined
+			? {}
+			: { chunkSize: integer(flag("chunk-size", chunkSize), 1, 65_536) }),
 		...(hashAlgorithm === undefined ? {} : { hashAlgorithm }),
 		...(seed === undefined ? {} : { hashSeed: seed }),
 		json: values.json,
@@ -299,79 +319,22 @@ function sha256(text: string): string {
 }
 
 function parse<T extends NonNullable<ParseArgsConfig["options"]>>(args: string[], options: T) {
-	return parsed(() => parseArgs({ args, options, allowPositionals: false })).values;
+	return parsed(options, () => parseArgs({ args, options, allowPositionals: false })).values;
 }
 
-function parsed<T>(parse: () => T): T {
+function parsed<T>(options: object, parse: () => T): T {
 	try {
 		return parse();
 	} catch (error) {
-		throw new KvferryError("INVALID_ARGUMENT", (error as Error).message, { cause: error });
+		const { message } = error as Error;
+		const [, unknown] = /^Unknown option '(.+?)'/.exec(message) ?? [];
+		const known = Object.keys(options).map((name) => `--${name}`);
+		throw new KvferryError(
+			"INVALID_ARGUMENT",
+			unknown === undefined
+				? message
+				: `${unknown} is no flag here: did you mean ${nearest(unknown, known)}?`,
+			{ cause: error },
+		);
 	}
-}
-
-function policy(name: string): EvictionPolicy {
-	const known = POLICIES.find((policy) => policy === name);
-	if (known === undefined) {
-		throw invalid(`--policy ${name}: give one of ${POLICIES.join(", ")}.`);
-	}
-	return known;
-}
-
-function loopback(host: string): string {
-	if (host === "localhost" || (isIPv4(host) && host.startsWith("127."))) {
-		return host;
-	}
-	if (isIPv6(host) && /^(0*:)+0*1$/.test(host)) {
-		return host;
-	}
-	throw new KvferryError(
-		"UNSUPPORTED_OPTION",
-		`--host ${host} is not a loopback address: this version serves its own machine only; ` +
-			"use 127.0.0.1.",
-	);
-}
-
-function integer(flag: string, text: string, min: number, max: number): number {
-	const value = /^\d+$/.test(text) ? Number(text) : Number.NaN;
-	if (value >= min && value <= max) {
-		return value;
-	}
-	throw new KvferryError(
-		"INVALID_ARGUMENT",
-		`--${flag} ${text}: give an integer from ${min} to ${max}.`,
-	);
-}
-
-function portOrOff(flag: string, text: string): number {
-	const port = /^\d+$/.test(text) ? Number(text) : Number.NaN;
-	if (port <= 65_535) {
-		return port;
-	}
-	throw invalid(`--${flag} ${text}: give a port from 0 to 65535, or off.`);
-}
-
-function httpUrl(text: string): URL {
-	const url = URL.canParse(text) ? new URL(text) : undefined;
-	if (url?.protocol !== "http:") {
-		throw invalid(`--http ${text}: give where the server answers HTTP, http://127.0.0.1:8080 say.`);
-	}
-	return url;
-}
-
-/** A size; 0 is one. */
-function bytesOrNone(flag: string, text: string): number {
-	return text === "0" ? 0 : bytes(flag, text);
-}
-
-function bytes(flag: string, text: string): number {
-	const [, digits = "", unit = "none"] = /^(\d+(?:\.\d+)?)\s*(\w*)$/.exec(text) ?? [];
-	const value = Math.floor(Number(digits) * (UNITS[unit] ?? Number.NaN));
-	if (Number.isSafeInteger(value) && value > 0) {
-		return value;
-	}
-	throw new KvferryError(
-		"INVALID_ARGUMENT",
-		`--${flag} ${text}: give a size such as 512MiB or 4GiB (B, KiB, MiB, GiB, TiB).`,
-	);
 }

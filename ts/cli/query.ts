@@ -11,20 +11,6 @@ export async function ping(args: string[]): Promise<void> {
 	);
 }
 
-/** `kvferry status`: tells what the server says of itself. */
-export async function status(args: string[]): Promise<void> {
-	const options = clientOptions(args);
-	const fields = await query(options, (client) => client.status(options));
-	if (options.json) {
-		process.stdout.write(`${JSON.stringify(fields)}\n`);
-		return;
-	}
-	const width = Math.max(...Object.keys(fields).map((name) => name.length));
-	for (const [name, value] of Object.entries(fields)) {
-		process.stdout.write(`${name.padEnd(width)}  ${value}\n`);
-	}
-}
-
 /** `kvferry clear`: empties the cache. */
 export async function clear(args: string[]): Promise<void> {
 	const options = clientOptions(args);

@@ -1,6 +1,6 @@
-import { checkObject } from "../arguments.js";
-import { type ErrorCode, ErrorCodes, KvferryError } from "../errors.js";
+import { askHttp } from "./http.js";
 import { type QuotaOptions, quotaOptions } from "./options.js";
+import { columns, size } from "./units.js";
 
 /** What a tenant has. */
 interface Held {
@@ -40,64 +40,17 @@ export async function quota(args: string[]): Promise<void> {
 
 /** Asks the server; it answers each request with what holds then. */
 async function ask(options: QuotaOptions): Promise<Quotas> {
-	const { action, salt, cap, guarantee, http, timeoutMs } = options;
+	const { action, salt, cap, guarantee } = options;
 	const path =
 		action === "list" ? "/quotas" : `/quotas/${salt === undefined ? "default" : "tenant"}`;
-	const change = {
-		method: action === "set" ? "PUT" : "DELETE",
-		headers: { "content-type": "application/json" },
-		body: JSON.stringify({ salt, cap, guarantee }),
-	};
-	let answer: Response;
-	let text: string;
-	try {
-		answer = await fetch(new URL(path, http), {
-			...(action === "list" ? {} : change),
-			redirect: "error",
-			signal: AbortSignal.timeout(timeoutMs),
-		});
-		text = await answer.text();
-	} catch (cause) {
-		throw (cause as Error).name === "TimeoutError"
-			? new KvferryError("TIMEOUT", `${http.origin} has not answered within ${timeoutMs} ms`, {
-					cause,
-				})
-			: new KvferryError(
-					"UNREACHABLE",
-					`nobody answers HTTP at ${http.origin}: start kvferry serve, or say where with --http URL`,
-					{ cause },
-				);
-	}
-	const foreign = new KvferryError(
-		"PROTOCOL",
-		`${http.origin} answers ${answer.status}, and not as a kvferry server: give --http URL`,
+	const change = { method: action === "set" ? "PUT" : "DELETE", body: { salt, cap, guarantee } };
+	const quotas = await askHttp(
+		options,
+		path,
+		action === "list" ? undefined : change,
+		"memory_bytes",
 	);
-	const value = parse(text);
-	if (answer.ok) {
-		if (typeof value?.memory_bytes !== "number") {
-			throw foreign;
-		}
-		return value as unknown as Quotas;
-	}
-	const { code, message } = (value?.error ?? {}) as Record<string, unknown>;
-	if (typeof code !== "string" || typeof message !== "string") {
-		throw foreign;
-	}
-	// HTTP's own codes are none of ours.
-	throw new KvferryError(
-		Object.hasOwn(ErrorCodes, code) ? (code as ErrorCode) : "INVALID_ARGUMENT",
-		message,
-	);
-}
-
-function parse(text: string): Record<string, unknown> | undefined {
-	try {
-		const value: unknown = JSON.parse(text);
-		checkObject("the answer", value);
-		return value as Record<string, unknown>;
-	} catch {
-		return undefined;
-	}
+	return quotas as unknown as Quotas;
 }
 
 function table(quotas: Quotas): string {
@@ -115,22 +68,6 @@ function table(quotas: Quotas): string {
 		...Object.entries(quotas.tenants).map(([salt, one]) => line(JSON.stringify(salt), one, one)),
 		line(`each of ${unnamed.tenants} others`, quotas.default, unnamed),
 	];
-	const widths = [0, 1, 2, 3, 4, 5].map((at) =>
-		Math.max(...rows.map((row) => row[at]?.length ?? 0)),
-	);
-	const lines = rows.map((row) =>
-		row
-			.map((cell, at) => (at === 0 ? cell.padEnd(widths[at] ?? 0) : cell.padStart(widths[at] ?? 0)))
-			.join("  "),
-	);
 	const guaranteed = Object.values(quotas.tenants).reduce((sum, one) => sum + one.guarantee, 0);
-	return `${lines.join("\n")}\n${size(guaranteed)} of ${size(memory)} are guaranteed\n`;
-}
-
-/** Bytes as people read them: exact where the unit divides them. */
-function size(bytes: number): string {
-	const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-	const unit = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(bytes, 1)) / 10));
-	const value = bytes / 2 ** (10 * unit);
-	return `${Number.isInteger(value) ? value : value.toFixed(1)} ${units[unit]}`;
+	return `${columns(rows)}${size(guaranteed)} of ${size(memory)} are guaranteed\n`;
 }

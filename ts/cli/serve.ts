@@ -1,10 +1,20 @@
 import { Server } from "../server.js";
+import { Log } from "./log.js";
 import { serveOptions } from "./options.js";
+import { SERVE, settingsJson, settingsTable } from "./settings.js";
 
 /** `kvferry serve`: runs a server until SIGINT or SIGTERM. */
 export async function serve(args: string[]): Promise<void> {
-	const { json, ...options } = serveOptions(args);
+	const { found, settings, printConfig, json } = serveOptions(args);
+	if (printConfig) {
+		process.stdout.write(
+			json ? `${JSON.stringify(settingsJson(SERVE, found))}\n` : settingsTable(SERVE, found),
+		);
+		return;
+	}
+	const { log: format = "text", ...options } = settings;
 	const server = await Server.start(options);
+	const log = new Log(format);
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
 	const http = httpAddress === undefined ? {} : { httpUrl: `http://${httpAddress}` };
@@ -17,13 +27,19 @@ export async function serve(args: string[]): Promise<void> {
 	if (!json && http.httpUrl !== undefined) {
 		process.stdout.write(`its page, health and metrics: ${http.httpUrl}\n`);
 	}
-	await stopSignal();
+	log.info("started", `process ${process.pid} serves ${url}`);
+	log.follow(server);
+	const signal = await stopSignal();
+	log.end();
+	log.info("stopping", `${signal}; what is not on the disk yet is written, for 30 s at most`);
 	await server.close();
+	log.info("stopped", `process ${process.pid}`);
 }
 
-function stopSignal(): Promise<void> {
+/** The signal that ends the server. */
+function stopSignal(): Promise<NodeJS.Signals> {
 	return new Promise((resolve) => {
-		process.once("SIGINT", () => resolve());
-		process.once("SIGTERM", () => resolve());
+		process.once("SIGINT", resolve);
+		process.once("SIGTERM", resolve);
 	});
 }

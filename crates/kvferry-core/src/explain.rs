@@ -57,12 +57,23 @@ pub struct ObjectLayout {
 }
 
 /// The latest removal of a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Removal {
     /// Why.
     pub cause: RemovalCause,
     /// When, in milliseconds since 1970.
     pub at_ms: u64,
+    /// For whose chunk it made room, where that is known.
+    pub by: Option<Evictor>,
+}
+
+/// The tenant that stored something for which something else had to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Evictor {
+    /// What figures call it: never its salt.
+    pub tenant: String,
+    /// It is the one that asks.
+    pub own: bool,
 }
 
 /// Why an object went.

@@ -58,6 +58,17 @@ pub struct Removal {
     pub cause: String,
     /// Milliseconds since 1970.
     pub at_ms: f64,
+    /// For whose chunk it made room, where that is known.
+    pub by: Option<Evictor>,
+}
+
+/// The tenant that stored something for which a chunk had to go.
+#[napi(object)]
+pub struct Evictor {
+    /// What figures call it.
+    pub tenant: String,
+    /// It is the one that asks.
+    pub own: bool,
 }
 
 impl From<explain::Explanation> for Explanation {
@@ -88,6 +99,7 @@ impl From<explain::MissingChunk> for MissingChunk {
             removed: missing.removed.map(|removal| Removal {
                 cause: removal.cause.as_str().to_owned(),
                 at_ms: number(removal.at_ms),
+                by: removal.by.map(|by| Evictor { tenant: by.tenant, own: by.own }),
             }),
             log_since_ms: number(missing.log_since_ms),
         }

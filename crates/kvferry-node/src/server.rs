@@ -50,6 +50,20 @@ pub struct ServerOptions {
     pub reservation_timeout_ms: u32,
 }
 
+/// Something for a log, once or more often.
+#[napi(object)]
+pub struct Note {
+    /// How much it matters.
+    #[napi(ts_type = "'info' | 'warn' | 'error'")]
+    pub level: String,
+    /// What happened.
+    pub event: String,
+    /// More of it, in words.
+    pub detail: String,
+    /// How often.
+    pub count: f64,
+}
+
 /// A running store.
 #[napi]
 pub struct Server {
@@ -108,6 +122,22 @@ impl Server {
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())
+    }
+
+    /// What happened since this was asked last; nothing without a socket.
+    #[napi(catch_unwind)]
+    pub fn take_notes(&self) -> Result<Vec<Note>> {
+        let now = kvferry_store::clock::now();
+        let notes = self.ask(|running| {
+            running.listening.as_ref().map(|server| server.take_notes(now)).unwrap_or_default()
+        })?;
+        let convert = |note: kvferry_server::Note| Note {
+            level: note.level.as_str().to_owned(),
+            event: note.event.to_owned(),
+            detail: note.detail,
+            count: crate::events::number(note.count),
+        };
+        Ok(notes.into_iter().map(convert).collect())
     }
 
     /// Events from `cursor` on; 0 is the oldest.

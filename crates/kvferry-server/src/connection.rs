@@ -197,6 +197,7 @@ mod tests {
 
     use super::*;
     use crate::figures::Figures;
+    use crate::quotas::Labels;
 
     /// The serving side, without a socket.
     struct Host {
@@ -216,7 +217,8 @@ mod tests {
                 limits: Limits::default(),
             };
             let store = Store::new(options).unwrap();
-            let service = Service::new(store.clone(), [0; 16], Figures::new().into());
+            let service =
+                Service::new(store.clone(), [0; 16], Figures::new().into(), Labels([0; 32]));
             Self { store, service, unfinished: Unfinished::default() }
         }
 

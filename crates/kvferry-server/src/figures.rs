@@ -1,6 +1,6 @@
 //! What the server counts and measures of itself, for whoever asks: peers, HTTP, the process around it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use kvferry_store::Store;
 use kvferry_wire::Operation;
 
 use crate::connection::Unfinished;
+use crate::notes::{Level, Notes};
 
 /// Upper bounds of the latencies' buckets, in nanoseconds: 10 µs to 1 s.
 pub(crate) const BOUNDS: [u64; 16] = [
@@ -29,6 +30,19 @@ pub(crate) const BOUNDS: [u64; 16] = [
     500_000_000,
     1_000_000_000,
 ];
+
+/// An operation that took so long is remembered.
+const SLOW: Duration = Duration::from_millis(100);
+/// So many of them.
+const SLOW_MAX: usize = 20;
+
+/// An operation that took long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slow {
+    pub(crate) operation: Operation,
+    pub(crate) took: Duration,
+    pub(crate) ended: Instant,
+}
 
 /// How often something took how long.
 #[derive(Debug, Default)]
@@ -88,8 +102,12 @@ pub(crate) struct Figures {
     started: Instant,
     dropped: Mutex<BTreeMap<&'static str, u64>>,
     latencies: [Histogram; Operation::ALL.len()],
+    /// Latest last.
+    slow: Mutex<VecDeque<Slow>>,
     /// Held while a probe is under way, so that nobody sees half of one: a counter would go up and down.
     probed: Mutex<Probed>,
+    /// For a log.
+    pub(crate) notes: Notes,
     /// Connections of peers.
     pub(crate) connections: AtomicUsize,
     /// What they hold of messages that have not arrived whole.
@@ -102,7 +120,9 @@ impl Figures {
             started: Instant::now(),
             dropped: Mutex::default(),
             latencies: std::array::from_fn(|_| Histogram::default()),
+            slow: Mutex::default(),
             probed: Mutex::default(),
+            notes: Notes::default(),
             connections: AtomicUsize::new(0),
             unfinished: Unfinished::default(),
         }
@@ -115,6 +135,7 @@ impl Figures {
     /// Counts what was dropped, by why.
     pub(crate) fn drop_message(&self, label: &'static str) {
         *self.lock_dropped().entry(label).or_default() += 1;
+        self.notes.add(Level::Warn, "messages_dropped", label, label.to_lowercase());
     }
 
     /// Messages and connections that were dropped, by why.
@@ -122,9 +143,25 @@ impl Figures {
         self.lock_dropped().clone()
     }
 
-    /// An operation was answered. Neither waits nor allocates.
+    /// An operation was answered. Neither waits nor allocates, unless it was slow.
     pub(crate) fn observe(&self, operation: Operation, took: Duration) {
         self.latencies[operation as usize].observe(took);
+        if took < SLOW {
+            return;
+        }
+        let detail = format!("{operation} took {} ms", took.as_millis());
+        self.notes.add(Level::Warn, "operation_slow", operation.name(), detail);
+        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+        if slow.len() >= SLOW_MAX {
+            slow.pop_front();
+        }
+        slow.push_back(Slow { operation, took, ended: Instant::now() });
+    }
+
+    /// The latest operations that took 100 ms or more, latest first.
+    pub(crate) fn slow(&self) -> Vec<Slow> {
+        let slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
+        slow.iter().rev().copied().collect()
     }
 
     /// The latencies of all operations, in the order of [`Operation::ALL`].
@@ -161,6 +198,18 @@ mod tests {
         for (place, operation) in Operation::ALL.into_iter().enumerate() {
             assert_eq!(operation as usize, place, "{operation}");
         }
+    }
+
+    #[test]
+    fn the_latest_slow_operations_are_remembered() {
+        let figures = Figures::new();
+        figures.observe(Operation::Ping, SLOW - Duration::from_nanos(1));
+        assert!(figures.slow().is_empty());
+        for ms in 100..150 {
+            figures.observe(Operation::Lookup, Duration::from_millis(ms));
+        }
+        let took: Vec<_> = figures.slow().iter().map(|one| one.took.as_millis()).collect();
+        assert_eq!(took, (130..150).rev().collect::<Vec<u128>>());
     }
 
     #[test]

@@ -40,6 +40,12 @@ impl Object {
     }
 }
 
+/// A list of values that are JSON already.
+pub(crate) fn array(values: impl IntoIterator<Item = String>) -> String {
+    let values: Vec<String> = values.into_iter().collect();
+    format!("[{}]", values.join(","))
+}
+
 /// A text with its quotation marks.
 pub(crate) fn quoted(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
@@ -144,10 +150,18 @@ impl<'de> Visitor<'de> for Reader {
     }
 }
 
-/// Whether the text says `{"confirm":true}` and nothing else, however it is spaced.
-pub(crate) fn is_confirmation(text: &[u8]) -> bool {
-    let Ok(Value::Object(members)) = parse(text) else { return false };
-    matches!(&*members, [(name, Value::Boolean(true))] if name == "confirm")
+/// Whether the text says `{"confirm":true}` and nothing else but perhaps a `salt`, which is told.
+pub(crate) fn confirmation(text: &[u8]) -> Option<Option<String>> {
+    let Ok(Value::Object(members)) = parse(text) else { return None };
+    let confirmed = |(name, value): &(String, Value)| {
+        name == "confirm" && matches!(value, Value::Boolean(true))
+    };
+    let salt = members.iter().find_map(|(name, value)| match value {
+        Value::Text(salt) if name == "salt" => Some(salt.clone()),
+        _ => None,
+    });
+    let known = 1 + usize::from(salt.is_some());
+    (members.iter().any(confirmed) && members.len() == known).then_some(salt)
 }
 
 #[cfg(test)]
@@ -174,11 +188,15 @@ mod tests {
     #[test]
     fn a_confirmation_says_so_and_nothing_else() {
         for text in [r#"{"confirm":true}"#, " \r\n{\t\"confirm\" : true } \n"] {
-            assert!(is_confirmation(text.as_bytes()), "{text}");
+            assert_eq!(confirmation(text.as_bytes()), Some(None), "{text}");
             assert_eq!(serde_json::from_str::<Value>(text).unwrap(), json!({ "confirm": true }));
         }
+        let salted = confirmation(br#"{"salt":"a","confirm":true}"#);
+        assert_eq!(salted, Some(Some("a".into())));
         for text in [
             "",
+            r#"{"salt":"a"}"#,
+            r#"{"confirm":true,"salt":null}"#,
             "{}",
             "true",
             r#"{"confirm":false}"#,
@@ -191,7 +209,7 @@ mod tests {
             r#"[{"confirm":true}]"#,
             "\u{feff}{\"confirm\":true}",
         ] {
-            assert!(!is_confirmation(text.as_bytes()), "{text}");
+            assert_eq!(confirmation(text.as_bytes()), None, "{text}");
         }
     }
 }

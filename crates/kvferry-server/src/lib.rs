@@ -4,9 +4,11 @@ mod connection;
 mod figures;
 mod http;
 mod json;
+mod notes;
 mod quotas;
 mod server;
 mod service;
 
+pub use notes::{Level, Note};
 pub use quotas::load_quotas;
 pub use server::{HttpOptions, Server, ServerOptions};

@@ -29,7 +29,7 @@ const UNITS: [(&str, u64); 5] =
 pub(crate) struct QuotaBook {
     file: Option<PathBuf>,
     /// Hides salts in figures.
-    key: [u8; 32],
+    labels: Labels,
     /// Held while they are changed, so that the file has what holds.
     changing: Mutex<()>,
 }
@@ -60,6 +60,19 @@ pub fn load_quotas(file: &Path, store: &Store) -> Result<()> {
     store.set_quotas(quotas(&value).map_err(told)?).map_err(told)
 }
 
+/// What tenants are called where their salts are not told.
+#[derive(Clone, Copy)]
+pub(crate) struct Labels(pub(crate) [u8; 32]);
+
+impl Labels {
+    pub(crate) fn of(self, salt: &str) -> String {
+        if salt.is_empty() {
+            return "none".into();
+        }
+        blake3::keyed_hash(&self.0, salt.as_bytes()).to_hex()[..16].to_owned()
+    }
+}
+
 impl QuotaBook {
     /// Sets the quotas of the file, where there is one.
     pub(crate) fn open(file: Option<&Path>, store: &Store) -> Result<Self> {
@@ -71,7 +84,7 @@ impl QuotaBook {
             load_quotas(file, store)?;
             key = kept_key(&beside(file, ".key"), key)?;
         }
-        Ok(Self { file: file.map(Path::to_owned), key, changing: Mutex::default() })
+        Ok(Self { file: file.map(Path::to_owned), labels: Labels(key), changing: Mutex::default() })
     }
 
     /// Whether quotas outlive the server.
@@ -100,11 +113,11 @@ impl QuotaBook {
 
     /// What a tenant is called in figures.
     pub(crate) fn label(&self, salt: &str) -> String {
-        if salt.is_empty() {
-            return "none".into();
-        }
-        let hash = blake3::keyed_hash(&self.key, salt.as_bytes());
-        hash.to_hex()[..16].to_owned()
+        self.labels.of(salt)
+    }
+
+    pub(crate) fn labels(&self) -> Labels {
+        self.labels
     }
 
     /// The largest tenants, and the others together.
@@ -407,7 +420,7 @@ mod tests {
 
     #[test]
     fn the_largest_hundred_are_shown_and_the_others_together() {
-        let book = QuotaBook { file: None, key: [7; 32], changing: Mutex::default() };
+        let book = QuotaBook { file: None, labels: Labels([7; 32]), changing: Mutex::default() };
         let tenant = |used: u64| TenantStatus {
             cache_salt: format!("{used}"),
             quota: Quota::default(),
@@ -430,7 +443,7 @@ mod tests {
         assert_eq!(shown[100], other);
         assert_eq!(book.label(""), "none");
         assert_eq!(book.label("a").len(), 16);
-        let others = QuotaBook { file: None, key: [8; 32], changing: Mutex::default() };
+        let others = QuotaBook { file: None, labels: Labels([8; 32]), changing: Mutex::default() };
         assert_ne!(book.label("a"), others.label("a"));
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::connection::serve;
 use crate::figures::Figures;
 use crate::http::{Http, JOBS_MAX, Job};
+use crate::notes::Note;
 use crate::quotas::QuotaBook;
 use crate::service::{Peer, Service};
 
@@ -74,7 +75,7 @@ impl Server {
         let address = listener.local_addr().map_err(cannot)?;
         let store = store(address)?;
         let book = QuotaBook::open(options.quotas.as_deref(), &store)?;
-        let boot_token = store.boot_token();
+        let (boot_token, labels) = (store.boot_token(), book.labels());
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();
@@ -85,7 +86,7 @@ impl Server {
             .name("kvferry-server".into())
             .spawn(move || {
                 let (store, figures) = served;
-                let service = Service::new(store.clone(), boot_token, Arc::clone(&figures));
+                let service = Service::new(store.clone(), boot_token, Arc::clone(&figures), labels);
                 let tasks = tokio::task::LocalSet::new();
                 tasks.block_on(&runtime, async move {
                     tokio::select! {
@@ -122,6 +123,11 @@ impl Server {
     /// Where it answers HTTP.
     pub fn http_address(&self) -> Option<SocketAddr> {
         self.http.as_ref().map(Http::address)
+    }
+
+    /// What happened since this was asked last, for a log.
+    pub fn take_notes(&self, now: Instant) -> Vec<Note> {
+        self.figures.notes.take(&self.figures(now), self.store.disk_status())
     }
 
     /// The store's figures, without what the server's own probes of it have added.
@@ -241,6 +247,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::quotas::Labels;
 
     fn store() -> Store {
         let options = StoreOptions {
@@ -266,7 +273,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let store = store();
         let figures = Arc::new(Figures::new());
-        let service = Rc::new(Service::new(store.clone(), [0; 16], Arc::clone(&figures)));
+        let service =
+            Rc::new(Service::new(store.clone(), [0; 16], Arc::clone(&figures), Labels([0; 32])));
         let clients = async {
             let mut greeting = [0; 64];
             let mut first = TcpStream::connect(address).await.unwrap();

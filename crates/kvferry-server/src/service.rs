@@ -11,6 +11,8 @@ use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
 use crate::figures::Figures;
+use crate::notes::Level;
+use crate::quotas::Labels;
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
 const WAIT: Duration = Duration::from_millis(50);
@@ -38,13 +40,19 @@ pub(crate) struct Service {
     store: Store,
     hello: Hello,
     figures: Arc<Figures>,
+    labels: Labels,
 }
 
 impl Service {
-    pub(crate) fn new(store: Store, boot_token: [u8; 16], figures: Arc<Figures>) -> Self {
+    pub(crate) fn new(
+        store: Store,
+        boot_token: [u8; 16],
+        figures: Arc<Figures>,
+        labels: Labels,
+    ) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let hello = Hello { boot_token, version, pid: std::process::id() };
-        Self { store, hello, figures }
+        Self { store, hello, figures, labels }
     }
 
     /// The reply to a message; `None` for one that LMCache would not answer either. It is counted.
@@ -137,7 +145,8 @@ impl Service {
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
             Request::Clear { .. } => {
-                store.clear();
+                let detail = format!("{} objects, for a peer", store.clear());
+                self.figures.notes.add(Level::Info, "cleared", "peer", detail);
                 Reply::None
             }
             Request::GetChunkSize => Reply::Integer(store.chunk_size().into()),
@@ -170,7 +179,11 @@ impl Service {
             Request::Status => Reply::Status(self.status(now)),
             Request::Events { cursor, max } => Reply::Events(store.events(cursor, max)),
             // Looks at all objects; other connections are served in between.
-            Request::Explain { key } => Reply::Explanation(store.explain(&key.key)?.await),
+            Request::Explain { key } => {
+                let labels = self.labels;
+                let explaining = store.explain(&key.key, move |salt| labels.of(salt))?;
+                Reply::Explanation(explaining.await)
+            }
         })
     }
 
@@ -260,7 +273,8 @@ mod tests {
                 limits,
             };
             let store = Store::new(options).unwrap();
-            let service = Service::new(store.clone(), [0; 16], Arc::new(Figures::new()));
+            let service =
+                Service::new(store.clone(), [0; 16], Arc::new(Figures::new()), Labels([0; 32]));
             let peer = Peer::new(store.connect());
             let layout = Layout {
                 model_name: "m".into(),

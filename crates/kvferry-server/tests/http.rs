@@ -178,9 +178,10 @@ fn exercise(server: &Server) -> Client {
 
 /// What is wrong with the value by the schema, as far as our description uses schemas.
 fn check(value: &Value, schema: &Value, description: &Value) -> Result<(), String> {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 11] = [
         "$ref",
         "type",
+        "items",
         "required",
         "properties",
         "patternProperties",
@@ -198,6 +199,7 @@ fn check(value: &Value, schema: &Value, description: &Value) -> Result<(), Strin
     }
     let is_of = |name: &str| match name {
         "object" => value.is_object(),
+        "array" => value.is_array(),
         "string" => value.is_string(),
         "boolean" => value.is_boolean(),
         "integer" => value.is_u64() || value.is_i64(),
@@ -223,6 +225,9 @@ fn check(value: &Value, schema: &Value, description: &Value) -> Result<(), Strin
         && number < least
     {
         return refused("is less than in");
+    }
+    for item in value.as_array().into_iter().flatten() {
+        check(item, &schema["items"], description)?;
     }
     let Some(members) = value.as_object() else { return Ok(()) };
     for name in schema["required"].as_array().into_iter().flatten() {
@@ -417,6 +422,27 @@ fn clearing_leaves_what_is_leased_and_wants_to_be_meant() {
         &CONFIRMED[5..]
     );
     assert_eq!(exchange(address, chunked.as_bytes()).json(), json!({ "cleared": 2 }));
+}
+
+#[test]
+fn clearing_a_tenant_leaves_the_others_and_what_is_leased() {
+    let directory = Directory::new("clear-tenant");
+    let (server, address) = start_with_disk(16, &directory);
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    store_of(&mut engine, "a", 2);
+    store_of(&mut engine, "b", 3);
+    ask_until(address, "/status", |it| it["disk_objects"] == 5 && it["disk_queue_bytes"] == 0);
+    let clear = |salt: &str| {
+        let body = json!({ "confirm": true, "salt": salt }).to_string();
+        ask(address, "POST", "/clear", &[JSON], &body).json()["cleared"].clone()
+    };
+    assert_eq!(clear("nobody"), 0);
+    assert_eq!(clear("a"), 2);
+    let status = ask_until(address, "/status", |it| it["disk_objects"] == 3);
+    assert_eq!((&status["objects"], &status["evicted_objects"]), (&json!(3), &json!(0)));
+    assert_eq!(clear("a"), 0);
+    assert_eq!(clear("b"), 3);
 }
 
 #[test]
@@ -868,6 +894,11 @@ fn metrics_tell_tenants_apart_and_never_their_salts() {
     assert_eq!(value("cap_bytes", "none"), f64::INFINITY);
     let tenants = metrics.keys().filter(|(name, _)| name == "kvferry_tenant_objects");
     assert_eq!(tenants.count(), 3);
+    let status = get(address, "/status").json();
+    assert_eq!(status["tenants"].as_object().unwrap().len(), 3);
+    let told = json!({ "cap": 4 * PAGE, "guarantee": PAGE, "used_bytes": 4 * PAGE, "objects": 4,
+        "evicted_bytes": 0 });
+    assert_eq!(status["tenants"][&label], told);
 }
 
 /// The series of a text in Prometheus' format, by name and labels, and the kind of each metric.
@@ -956,7 +987,13 @@ fn metrics_are_well_formed_and_counters_never_go_down() {
     assert_eq!(value("kvferry_hit_chunks_total", memory), 253.0);
     assert_eq!(value("kvferry_hit_tokens_total", memory), 16.0 * 253.0);
     assert_eq!(value("kvferry_stored_bytes_total", memory), 250.0 * 4096.0);
-    assert!(value("kvferry_evicted_objects_total", memory) >= 242.0);
+    let evicted = value("kvferry_evicted_objects_total", memory);
+    assert!(evicted >= 242.0);
+    let aged = |le: &str| {
+        value("kvferry_evicted_age_seconds_bucket", &format!("tier=\"memory\",le=\"{le}\""))
+    };
+    assert_eq!(value("kvferry_evicted_age_seconds_count", memory), evicted);
+    assert_eq!((aged("604800"), aged("+Inf")), (evicted, evicted));
     assert_eq!(value("kvferry_connections", "protocol=\"zmtp\""), 1.0);
     assert_eq!(value("kvferry_operation_seconds_count", "operation=\"prepare_store\""), 51.0);
     let all = value("kvferry_operation_seconds_bucket", "operation=\"lookup\",le=\"+Inf\"");

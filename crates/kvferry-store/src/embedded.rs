@@ -175,6 +175,6 @@ impl Cache for Embedded {
     }
 
     fn explain<'a>(&'a self, key: &'a Key, _deadline: Instant) -> CacheFuture<'a, Explanation> {
-        Box::pin(async move { Ok(self.store.explain(key)?.await) })
+        Box::pin(async move { Ok(self.store.explain(key, |_| "unnamed".into())?.await) })
     }
 }

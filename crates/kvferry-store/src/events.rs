@@ -31,6 +31,8 @@ pub(crate) struct Entry {
     pub(crate) origin: Origin,
     /// `None`: it was stored.
     pub(crate) removed: Option<RemovalCause>,
+    /// For whose chunk it made room.
+    pub(crate) by: Option<Arc<str>>,
     /// Milliseconds since 1970. No deadline depends on them.
     pub(crate) at_ms: u64,
     /// Bytes of names that it counts for.
@@ -60,20 +62,26 @@ impl EventLog {
         rank: u32,
         origin: Origin,
         removed: Option<RemovalCause>,
+        by: Option<Arc<str>>,
     ) {
         if origin.space.event.model_name == PROBE_MODEL {
             return;
         }
         let last = self.entries.back();
         let named = last.is_some_and(|last| Arc::ptr_eq(&last.origin.space, &origin.space));
-        let names = if named { 0 } else { origin.space.bytes() };
+        let same = last.and_then(|last| last.by.as_ref()).zip(by.as_ref());
+        let by_bytes = match same {
+            Some((last, by)) if Arc::ptr_eq(last, by) => 0,
+            _ => by.as_ref().map_or(0, |by| by.len()),
+        };
+        let names = by_bytes + if named { 0 } else { origin.space.bytes() };
         while self.entries.len() >= KEPT_MAX || self.names + names > NAMES_MAX {
             let Some(oldest) = self.entries.pop_front() else { break };
             self.names -= oldest.names;
         }
         self.names += names;
         self.next += 1;
-        self.entries.push_back(Entry { chunk, rank, origin, removed, at_ms: now_ms(), names });
+        self.entries.push_back(Entry { chunk, rank, origin, removed, by, at_ms: now_ms(), names });
     }
 
     /// The sequence of the oldest event that is kept.
@@ -149,7 +157,7 @@ mod tests {
         for number in 0..count {
             let mut chunk = [0; 32];
             chunk[..8].copy_from_slice(&number.to_le_bytes());
-            log.push(chunk, 0, origin.clone(), None);
+            log.push(chunk, 0, origin.clone(), None, None);
         }
         log
     }
@@ -186,7 +194,7 @@ mod tests {
         let mut log = log_of(KEPT_MAX as u64);
         log.started_ms = 7;
         assert_eq!(log.since_ms(), 7);
-        log.push([0; 32], 0, Origin { space: test_space(), parent: None }, None);
+        log.push([0; 32], 0, Origin { space: test_space(), parent: None }, None, None);
         assert_eq!(log.since_ms(), log.entries[0].at_ms);
         assert_ne!(log.since_ms(), 7);
     }
@@ -199,7 +207,7 @@ mod tests {
             layout.model_name = format!("{number:0MODEL_NAME_BYTES_MAX$}");
             let registered = Registered { layout: layout.clone(), object_bytes: 1 };
             let space = Arc::new(Space::new([0; 32], Arc::new(registered), "salt"));
-            log.push([0; 32], 0, Origin { space, parent: None }, None);
+            log.push([0; 32], 0, Origin { space, parent: None }, None, None);
         }
         let held: usize = log.entries.iter().map(|entry| entry.origin.space.bytes()).sum();
         assert!(held <= NAMES_MAX, "{held} bytes");

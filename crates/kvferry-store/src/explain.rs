@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use kvferry_core::Result;
-use kvferry_core::explain::{Explanation, LISTED_MAX, MissingChunk, ObjectLayout, Removal};
+use kvferry_core::explain::{
+    Evictor, Explanation, LISTED_MAX, MissingChunk, ObjectLayout, Removal,
+};
 use kvferry_core::key::Key;
 
 use crate::index::{ObjectId, Seen};
@@ -17,14 +19,19 @@ use crate::prompt::Prompt;
 use crate::space::Space;
 use crate::state::State;
 use crate::store::Store;
+use crate::tenants::PROBES;
 
 /// Objects or events that are looked at under one lock: some tens of microseconds.
 const SLICE: usize = 4_096;
 
 impl Store {
     /// Begins to look for what there is of the key's range, and for what is known of the first chunk
-    /// that not every rank has. Takes no lease and changes nothing.
-    pub fn explain(&self, key: &Key) -> Result<Explaining> {
+    /// that not every rank has. Takes no lease and changes nothing. `label` says what a tenant is called, by its salt.
+    pub fn explain(
+        &self,
+        key: &Key,
+        label: impl Fn(&str) -> String + Send + 'static,
+    ) -> Result<Explaining> {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
         let spaces = self.lock().spaces(key);
@@ -39,7 +46,8 @@ impl Store {
             Some(spaces) => Phase::Hits(Hits::new(vec![spaces.clone()], chunks.start)),
             None => Phase::Layouts { place: 0, found: Vec::new() },
         };
-        Ok(Explaining { store: self.clone(), prompt, chunks, asked, registered, phase })
+        let (store, label) = (self.clone(), Box::new(label));
+        Ok(Explaining { store, prompt, chunks, asked, registered, phase, label })
     }
 }
 
@@ -51,6 +59,7 @@ pub struct Explaining {
     asked: Asked,
     registered: bool,
     phase: Phase,
+    label: Box<dyn Fn(&str) -> String + Send>,
 }
 
 /// Whose objects the question is about.
@@ -287,7 +296,11 @@ impl Explaining {
             let is_there = found.present.get(entry.rank as usize).copied().unwrap_or_default();
             let same = entry.chunk == hash && !is_there && self.asked.is(&entry.origin.space);
             let cause = entry.removed.filter(|_| same)?;
-            Some(Removal { cause, at_ms: entry.at_ms })
+            let by = entry.by.as_deref().map(|salt| Evictor {
+                tenant: if salt == PROBES { "readyz".into() } else { (self.label)(salt) },
+                own: salt == self.asked.cache_salt,
+            });
+            Some(Removal { cause, at_ms: entry.at_ms, by })
         });
         let rest = before.saturating_sub(SLICE as u64);
         if removed.is_none() && rest > log.first() {

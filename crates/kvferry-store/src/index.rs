@@ -10,13 +10,14 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvferry_core::cache::Slot;
 use kvferry_core::explain::RemovalCause;
 
 mod removal;
 
+use crate::ages::Ages;
 use crate::events::{EventLog, Origin};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::{Grant, place_of, use_of};
@@ -25,6 +26,8 @@ use crate::table::Table;
 use crate::tenants::{Quotas, Tenants, tenant_of};
 
 const NONE: u32 = u32::MAX;
+/// How exact ages are.
+const TICK: Duration = Duration::from_millis(100);
 
 /// The identity of an object, 256 bits twice over: what was computed (the chunk's chained hash), for
 /// whom and in which shape (model, salt, layout), and the shard.
@@ -64,11 +67,13 @@ struct Object {
     /// Objects whose parent it is.
     children: u32,
     tenant: u32,
+    /// When it was stored or last looked up, as [`Index::now`] was.
+    used: u32,
     rank: u16,
     flags: Flags,
 }
 
-const _: () = assert!(size_of::<Option<Object>>() <= 96);
+const _: () = assert!(size_of::<Option<Object>>() <= 104);
 
 #[derive(Clone, Copy, Default)]
 struct Flags(u8);
@@ -145,6 +150,11 @@ pub(crate) struct Index {
     visible: u64,
     /// What became visible and what went.
     pub(crate) events: EventLog,
+    /// From the first [`Index::tick`] to the latest, in steps of [`TICK`]; a u32 of them lasts for 13 years.
+    now: u32,
+    started: Option<Instant>,
+    /// Of what made room.
+    pub(crate) ages: Ages,
 }
 
 /// An object, as [`Index::find`] comes upon it.
@@ -169,7 +179,17 @@ impl Index {
             tenants: Tenants::default(),
             visible: 0,
             events: EventLog::default(),
+            now: 0,
+            started: None,
+            ages: Ages::default(),
         }
+    }
+
+    /// It is so late now. Ages go by what was told last: nobody asks the clock for an eviction.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        let started = *self.started.get_or_insert(now);
+        let passed = now.saturating_duration_since(started).as_millis();
+        self.now = self.now.max(u32::try_from(passed / TICK.as_millis()).unwrap_or(u32::MAX));
     }
 
     /// A request uses these, its first chunk first; `ranks` of each chunk.
@@ -178,6 +198,13 @@ impl Index {
             .iter()
             .map(|id| Use { key: id.key(), place: self.get(id).map(|handle| handle.index) });
         let uses: Vec<Use> = uses.collect();
+        self.tick(now);
+        for place in uses.iter().filter_map(|one| one.place) {
+            let now = self.now;
+            if let Some(object) = self.at(place) {
+                object.used = now;
+            }
+        }
         self.eviction.request(&uses, ranks, now);
     }
 
@@ -273,6 +300,7 @@ impl Index {
             pins: 1,
             children: 0,
             tenant,
+            used: self.now,
             rank: u16::try_from(id.rank).unwrap_or(u16::MAX), // below WORLD_SIZE_MAX
             flags: Flags::default(),
         };
@@ -328,7 +356,7 @@ impl Index {
             if let Some(object) = self.object(*handle) {
                 let (id, origin) = (object.id(), self.origin(handle.index, object));
                 self.parents.remove(&handle.index);
-                self.events.push(id.chunk, id.rank, origin, None);
+                self.events.push(id.chunk, id.rank, origin, None, None);
             }
         }
     }
@@ -400,7 +428,7 @@ impl Index {
             object.flags.set(DISCARDED);
             let pins = object.pins;
             let handle = Handle { index: *index, generation: object.grant.count() };
-            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged));
+            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged), None);
             if pins == 0 {
                 self.hold(*index);
                 self.doom(handle);
@@ -412,23 +440,40 @@ impl Index {
     /// Takes the object out that goes first; `None` when nothing may go.
     pub(crate) fn evict(&mut self, cause: RemovalCause, demand: Demand) -> Option<Grant> {
         let index = self.next_doomed().or_else(|| self.victim(demand))?;
-        self.remove(index, cause)
+        let by = match demand {
+            Demand::Tenant(tenant) => self.tenants.name(tenant),
+            Demand::Nobody | Demand::All => None,
+        };
+        self.remove(index, cause, by)
     }
 
     /// Takes the object out that the tenant used longest ago.
     pub(crate) fn evict_own(&mut self, cause: RemovalCause, tenant: u32) -> Option<Grant> {
         // What is damaged counts for its tenant until it goes.
         let index = self.next_doomed().or_else(|| self.tenants.first(tenant))?;
-        self.remove(index, cause)
+        let by = self.tenants.name(tenant);
+        self.remove(index, cause, by)
     }
 
-    fn remove(&mut self, index: u32, cause: RemovalCause) -> Option<Grant> {
+    /// Takes one of the tenant's objects out that may go.
+    pub(crate) fn clear_one(&mut self, cache_salt: &str) -> Option<(ObjectId, Grant)> {
+        let tenant = self.tenants.find(cache_salt)?;
+        let index = self.tenants.first(tenant)?;
+        let id = self.at(index)?.id();
+        Some((id, self.remove(index, RemovalCause::Cleared, None)?))
+    }
+
+    fn remove(&mut self, index: u32, cause: RemovalCause, by: Option<Arc<str>>) -> Option<Grant> {
         let origin = self.origin(index, self.objects.get(index as usize)?.as_ref()?);
         let object = self.take(index)?;
+        if cause == RemovalCause::Evicted {
+            let ticks = self.now.saturating_sub(object.used);
+            self.ages.count(TICK * ticks);
+        }
         self.tenants.count_evicted(object.tenant, object.grant.bytes());
         self.tenants.forget_idle(object.tenant);
         if !object.is_discarded() {
-            self.events.push(object.chunk, object.rank.into(), origin, Some(cause));
+            self.events.push(object.chunk, object.rank.into(), origin, Some(cause), by);
         }
         Some(object.grant)
     }

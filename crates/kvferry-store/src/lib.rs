@@ -1,5 +1,6 @@
 //! The chunk store: pool, index, leases, eviction.
 
+mod ages;
 mod allocator;
 pub mod clock;
 pub mod disk;
@@ -19,6 +20,7 @@ mod table;
 mod tenants;
 mod tiers;
 
+pub use ages::{AGE_BOUNDS, Ages};
 pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;

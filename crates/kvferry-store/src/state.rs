@@ -576,6 +576,7 @@ impl State {
 
     /// Ends what is past its deadline.
     pub(crate) fn expire(&mut self, now: Instant) {
+        self.index.tick(now);
         while let Some(entry) = self.sessions_by_age.first_entry()
             && entry.key().0 <= now
         {

@@ -15,6 +15,7 @@ use kvferry_core::hash::{ChunkAlgorithm, ChunkHasher};
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::ages::Ages;
 use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
@@ -372,7 +373,7 @@ impl Store {
         let first = chunks.start + usize::try_from(hit_chunks).unwrap_or(usize::MAX);
         for chunk in chunks.start..first {
             for (rank, (_, space)) in (0u32..).zip(&spaces) {
-                disk.touch(&prompt.hashes[chunk], space, rank); // it goes with what memory has
+                disk.touch(&prompt.hashes[chunk], space, rank, now); // it goes with what memory has
             }
         }
         let latest = now + state.limits.promotion;
@@ -685,6 +686,21 @@ impl Store {
         cleared
     }
 
+    /// Takes the tenant's objects out that are neither leased, reserved nor being saved; says how many it were. They go
+    /// from the disk as well; what is there alone stays until it is evicted.
+    pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
+        let mut state = self.lock();
+        let mut cleared = 0;
+        while let Some((id, grant)) = state.index.clear_one(cache_salt) {
+            state.pool.give_back(grant);
+            if let Some(disk) = self.disk() {
+                disk.remove(&id.chunk, &id.space, id.rank);
+            }
+            cleared += 1;
+        }
+        cleared
+    }
+
     /// What each tenant may have of the memory, from now on. Nothing goes at once: who has more than its cap makes room
     /// as it stores.
     ///
@@ -715,6 +731,11 @@ impl Store {
     pub(crate) fn trim(&self, objects: u64) {
         let mut state = self.lock();
         while state.index.visible() > objects && state.evict(Demand::Nobody) {}
+    }
+
+    /// For how long what made room in memory had not been looked up or stored.
+    pub fn evicted_ages(&self) -> Ages {
+        self.lock().index.ages
     }
 
     /// Figures for operators, by name.

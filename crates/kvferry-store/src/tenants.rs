@@ -1,6 +1,7 @@
 //! Tenants: how much of the memory each has, how much it may have, and how much nobody takes from it.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use kvferry_core::key::check_salt;
 use kvferry_core::{Error, Result};
@@ -110,6 +111,8 @@ pub struct TenantStatus {
 /// A tenant that has objects, or is named.
 struct Tenant {
     status: TenantStatus,
+    /// Its salt, for the log of events.
+    name: Arc<str>,
     /// Its objects that may go, those that became so first first.
     free: List,
     /// Objects that the policy wanted to go, and that the guarantee keeps.
@@ -164,7 +167,8 @@ impl Tenants {
             evicted_objects: 0,
             evicted_bytes: 0,
         };
-        let tenant = Some(Tenant { status, free: List::default(), parked: VecDeque::new() });
+        let (name, free, parked) = (salt.into(), List::default(), VecDeque::new());
+        let tenant = Some(Tenant { status, name, free, parked });
         let number = match self.unused.pop() {
             Some(number) => {
                 self.all[number as usize] = tenant;
@@ -177,6 +181,11 @@ impl Tenants {
         };
         self.numbers.insert(salt.to_owned(), number);
         number
+    }
+
+    /// The same of one that is known.
+    pub(crate) fn find(&self, salt: &str) -> Option<u32> {
+        self.numbers.get(salt).copied()
     }
 
     /// Forgets who has nothing and is not named.
@@ -201,6 +210,11 @@ impl Tenants {
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &TenantStatus> {
         self.all.iter().flatten().map(|tenant| &tenant.status)
+    }
+
+    /// Its salt.
+    pub(crate) fn name(&self, number: u32) -> Option<Arc<str>> {
+        Some(Arc::clone(&self.all.get(number as usize)?.as_ref()?.name))
     }
 
     pub(crate) fn used(&self, number: u32) -> u64 {

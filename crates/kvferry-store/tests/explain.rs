@@ -4,17 +4,17 @@
 
 mod common;
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use common::{CHUNK, Engine, finish, key, layout};
+use common::{CHUNK, Engine, OBJECT, finish, key, layout};
 use kvferry_core::cache::Cache;
 use kvferry_core::explain::{
-    Explanation, LISTED_MAX, MissingChunk, ObjectLayout, Removal, RemovalCause, count_hits,
-    prompt_key,
+    Evictor, Explanation, LISTED_MAX, MissingChunk, ObjectLayout, Removal, RemovalCause,
+    count_hits, prompt_key,
 };
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_core::{Error, ErrorCode};
-use kvferry_store::Embedded;
+use kvferry_store::{Embedded, Quota, Quotas};
 
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -24,7 +24,7 @@ fn now_ms() -> u64 {
 /// What the store says of all ranks' chunks.
 fn explain(engine: &Engine, key: &Key) -> Explanation {
     let key = Key { worker_id: None, request_id: "doctor".into(), ..key.clone() };
-    finish(engine.store.explain(&key).unwrap())
+    finish(engine.store.explain(&key, str::to_owned).unwrap())
 }
 
 /// The same of the chunk that is missing, and which one it is.
@@ -170,7 +170,7 @@ fn how_a_chunk_went_is_said_with_the_time() {
     engine.put(&key(0, 2));
     engine.put(&key(100, 1));
     let (hits, found) = missing(&engine, &key(0, 2));
-    let removal = found.removed.unwrap();
+    let removal = found.removed.clone().unwrap();
     assert_eq!((hits, removal.cause), (1, RemovalCause::Evicted));
     assert!((before..=now_ms()).contains(&removal.at_ms));
     assert_eq!(found, MissingChunk { removed: Some(removal), ..nothing(&found) });
@@ -187,6 +187,48 @@ fn how_a_chunk_went_is_said_with_the_time() {
     let other = Key { cache_salt: "other".into(), ..key(0, 2) };
     let (_, found) = missing(&engine, &other);
     assert_eq!(found.removed, None, "that was another tenant's");
+}
+
+#[test]
+fn whose_store_a_chunk_made_room_for_is_said_by_its_label_and_whether_it_is_the_one_that_asks() {
+    let engine = Engine::registered(2);
+    let of = |salt: &str, first| Key { cache_salt: salt.into(), ..key(first, 2) };
+    let by = |key: &Key| {
+        let key = Key { request_id: "doctor".into(), ..key.clone() };
+        let told = finish(engine.store.explain(&key, |salt| format!("<{salt}>")).unwrap());
+        told.missing.unwrap().removed.unwrap().by
+    };
+    engine.put(&of("a", 0));
+    engine.put(&of("b", 100));
+    assert_eq!(by(&of("a", 0)), Some(Evictor { tenant: "<b>".into(), own: false }));
+    engine.put(&of("b", 200));
+    assert_eq!(by(&of("b", 100)), Some(Evictor { tenant: "<b>".into(), own: true }));
+    let quota = Quota { cap: Some(2 * OBJECT), guarantee: 0 };
+    engine.store.set_quotas(Quotas { default: quota, ..Quotas::default() }).unwrap();
+    engine.put(&of("b", 300));
+    assert_eq!(by(&of("b", 200)), Some(Evictor { tenant: "<b>".into(), own: true }), "its cap");
+    engine.store.clear();
+    assert_eq!(by(&of("b", 300)), None, "nobody stored anything");
+}
+
+#[test]
+fn what_makes_room_is_counted_by_how_long_it_was_not_used() {
+    let mut engine = Engine::registered(2);
+    let start = engine.now;
+    let ages = |engine: &Engine| engine.store.evicted_ages();
+    engine.put(&key(0, 2));
+    engine.now = start + Duration::from_secs(100);
+    engine.put(&key(100, 1)); // for the second chunk
+    assert_eq!(ages(&engine).sum(), Duration::from_secs(100));
+    assert_eq!(ages(&engine).cumulative()[..5], [0, 0, 0, 1, 1]);
+    assert_eq!(engine.lookup(&key(0, 1)), 1); // the first is used
+    engine.store.end_session("request 0");
+    engine.now = start + Duration::from_secs(105);
+    engine.put(&key(200, 2)); // for all that is there
+    assert_eq!(ages(&engine).sum(), Duration::from_secs(110));
+    assert_eq!(ages(&engine).cumulative()[..5], [0, 2, 2, 3, 3]);
+    engine.store.clear();
+    assert_eq!(ages(&engine).cumulative()[10], 3, "what is cleared makes no room");
 }
 
 #[test]
@@ -245,7 +287,7 @@ fn the_lock_is_let_go_in_between() {
     let engine = Engine::registered(20_000);
     engine.put(&key(0, 19_000));
     let prompt = Key { request_id: "doctor".into(), ..key(50_000, 1) };
-    let mut explaining = std::pin::pin!(engine.store.explain(&prompt).unwrap());
+    let mut explaining = std::pin::pin!(engine.store.explain(&prompt, str::to_owned).unwrap());
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     let mut turns = 0;
     let explanation = loop {
@@ -265,7 +307,8 @@ fn the_lock_is_let_go_in_between() {
 #[test]
 fn impossible_questions_are_refused_by_name() {
     let engine = Engine::registered(4);
-    let code = |key: Key| engine.store.explain(&key).err().map(|Error { code, .. }| code);
+    let code =
+        |key: Key| engine.store.explain(&key, str::to_owned).err().map(|Error { code, .. }| code);
     let salted = Key { cache_salt: "a@b".into(), ..key(0, 1) };
     assert_eq!(code(salted), Some(ErrorCode::InvalidSalt));
     assert_eq!(code(Key { world_size: 0, ..key(0, 1) }), Some(ErrorCode::InvalidArgument));

@@ -47,7 +47,7 @@ fn what_misses_is_explained_by_stage() {
     let engine = pipeline(64, [2, 1]);
     engine.put_as(&stage(0, 2), 1);
     engine.put_as(&stage(1, 1), 2);
-    let explained = finish(engine.store.explain(&stage(0, 2)).unwrap());
+    let explained = finish(engine.store.explain(&stage(0, 2), str::to_owned).unwrap());
     assert_eq!((explained.chunks, explained.hit_chunks), (2, 1));
     assert_eq!(explained.missing.unwrap().missing_ranks, [1]);
 }

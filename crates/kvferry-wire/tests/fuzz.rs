@@ -13,7 +13,9 @@ use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
 use kvferry_core::cache::Slot;
 use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
-use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
+use kvferry_core::explain::{
+    Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
+};
 use kvferry_wire::message::Slots;
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -63,7 +65,11 @@ fn ours() -> Vec<Recorded> {
         other_models: vec!["n".to_owned()],
         other_world_sizes: vec![2],
         other_layouts: vec![ObjectLayout { shape: vec![2, 16], dtype: "half".to_owned() }],
-        removed: Some(Removal { cause: RemovalCause::Evicted, at_ms: 5 }),
+        removed: Some(Removal {
+            cause: RemovalCause::Evicted,
+            at_ms: 5,
+            by: Some(Evictor { tenant: "2a".into(), own: false }),
+        }),
         log_since_ms: 4,
     };
     let explanation =

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
 use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
-use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
+use kvferry_core::explain::{
+    Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
+};
 use kvferry_core::key::Key;
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request, RequestKey};
@@ -246,7 +248,11 @@ fn missing() -> MissingChunk {
         other_models: vec!["n".to_owned(), "o".to_owned()],
         other_world_sizes: vec![2, 8],
         other_layouts: vec![ObjectLayout { shape: vec![2, 16], dtype: "half".to_owned() }],
-        removed: Some(Removal { cause: RemovalCause::Damaged, at_ms: 5 }),
+        removed: Some(Removal {
+            cause: RemovalCause::Damaged,
+            at_ms: 5,
+            by: Some(Evictor { tenant: "2a".into(), own: true }),
+        }),
         log_since_ms: 4,
     }
 }

@@ -3,6 +3,8 @@
 use std::fmt::{Display, Write as _};
 use std::sync::atomic::Ordering;
 
+use kvferry_store::AGE_BOUNDS;
+
 use super::Snapshot;
 use crate::figures::BOUNDS;
 use crate::quotas::Shown;
@@ -73,6 +75,7 @@ const STORE: &[Series] = &[
     gauge("objects", "tier_objects", MEMORY, "Objects that readers may see."),
     gauge("disk_objects", "tier_objects", DISK, ""),
     gauge("disk_queue_bytes", "tier_queue_bytes", DISK, "Bytes that wait to be saved, or are being saved."),
+    gauge("disk_queue_saves", "tier_queue_saves", DISK, "Objects that wait to be saved, or are being saved."),
     gauge("disk_queue_loads", "tier_queue_loads", DISK, "Loads that wait or run."),
     gauge("growth_failed", "tier_growth_failed", MEMORY, "1 while the system refuses more memory."),
     gauge("instances", "instances", "", "Registered engines' workers."),
@@ -178,6 +181,21 @@ pub(super) fn text(now: &Snapshot) -> String {
     for tier in &now.tiers {
         let took = tier.took.map_or(f64::NAN, |took| took.as_secs_f64());
         text.sample("", &format!("tier=\"{}\"", tier.name), took);
+    }
+    text.metric(
+        "evicted_age_seconds",
+        Kind::Histogram,
+        "For how long objects that made room had been neither looked up nor stored.",
+    );
+    for (tier, ages) in &now.ages {
+        let counts = ages.cumulative();
+        for (bound, count) in AGE_BOUNDS.iter().zip(counts) {
+            text.sample("_bucket", &format!("tier=\"{tier}\",le=\"{bound}\""), count);
+        }
+        let (labels, all) = (format!("tier=\"{tier}\""), counts[AGE_BOUNDS.len()]);
+        text.sample("_bucket", &format!("{labels},le=\"+Inf\""), all);
+        text.sample("_sum", &labels, ages.sum().as_secs_f64());
+        text.sample("_count", &labels, all);
     }
     tenants(&mut text, &now.tenants);
     text.metric("connections", Kind::Gauge, "Open connections.");

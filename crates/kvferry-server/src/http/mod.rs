@@ -27,8 +27,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
-use kvferry_store::Store;
 use kvferry_store::disk::DiskStatus;
+use kvferry_store::{Ages, Store};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::error::Elapsed;
@@ -37,7 +37,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 use self::readiness::{Readiness, Tier};
 use self::socket::Socket;
 use crate::figures::Figures;
-use crate::json::{Object, is_confirmation};
+use crate::json::{Object, confirmation};
+use crate::notes::Level;
 use crate::quotas::{QuotaBook, Shown};
 
 /// Connections at most; one more is closed at once.
@@ -65,8 +66,8 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-eogEgzs0UNhOQLal3H+VO4JlnK0+931AV8agx51eAw0='; \
-    style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
+    script-src 'sha256-YI2niHDI2u+3GunYFsPS5mKSIFcnL4EnWCMnGVmTJPs='; \
+    style-src 'sha256-F9tt2SZZV0E2dGjWgKeyFLXbrMP5O1oc2q3Ski86dOo='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
 
@@ -230,6 +231,8 @@ struct Snapshot {
     /// Why it takes nothing; "" while it does.
     disk_failure: Option<String>,
     tenants: Vec<Shown>,
+    /// Of what made room, by tier.
+    ages: Vec<(&'static str, Ages)>,
     dropped: BTreeMap<&'static str, u64>,
     uptime: Duration,
     tiers: Vec<Tier>,
@@ -392,11 +395,18 @@ impl Desk {
             }
             Route::OpenApi => Ok(json(StatusCode::OK, OPENAPI)),
             Route::Clear => {
-                if !is_confirmation(&read_body(request.into_body()).await?) {
-                    let message = "clearing takes the body {\"confirm\":true}";
+                let body = read_body(request.into_body()).await?;
+                let Some(salt) = confirmation(&body) else {
+                    let message = "clearing takes the body {\"confirm\":true}, with a \"salt\" for one tenant";
                     return Err(Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message));
-                }
-                let cleared = self.ask(Store::clear).await?;
+                };
+                let clear = move |store: &Store| match salt {
+                    Some(salt) => store.clear_tenant(&salt),
+                    None => store.clear(),
+                };
+                let cleared = self.ask(clear).await?;
+                let detail = format!("{cleared} objects, over HTTP");
+                self.figures.notes.add(Level::Info, "cleared", "http", detail);
                 Ok(json(StatusCode::OK, Object::new().raw("cleared", cleared).end()))
             }
             Route::Quotas | Route::QuotaDefault | Route::QuotaTenant => {
@@ -412,13 +422,18 @@ impl Desk {
                     None => Bytes::new(),
                 };
                 let book = Arc::clone(&self.book);
+                let changes = change.is_some();
                 let told = self.ask(move |store| {
                     if let Some(change) = change {
                         change(&book, store, &body)?;
                     }
                     Ok(quotas::tell(&book, store))
                 });
-                Ok(json(StatusCode::OK, told.await??))
+                let told = told.await??;
+                if changes {
+                    self.figures.notes.add(Level::Info, "quotas_changed", "", "over HTTP".into());
+                }
+                Ok(json(StatusCode::OK, told))
             }
         }
     }
@@ -449,13 +464,17 @@ impl Desk {
                 let _no_probe = figures.probing(); // it would be somebody's object
                 store.tenants()
             };
-            (figures.store(store, now), store.disk_status(), book.shown(tenants))
+            let (memory, disk) = (store.evicted_ages(), store.disk_status());
+            (figures.store(store, now), memory, disk, book.shown(tenants))
         };
-        let (mut store, disk, tenants) = self.ask(ask).await?;
+        let (mut store, memory, disk, tenants) = self.ask(ask).await?;
+        let of_disk = disk.iter().map(|disk| ("disk", disk.evicted_ages));
+        let ages = std::iter::once(("memory", memory)).chain(of_disk).collect();
         store.extend(disk.iter().flat_map(DiskStatus::figures));
         Ok(Snapshot {
             store,
             tenants,
+            ages,
             disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),

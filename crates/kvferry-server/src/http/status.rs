@@ -3,7 +3,8 @@
 use super::Snapshot;
 use super::metrics::seconds;
 use super::readiness::Tier;
-use crate::json::Object;
+use crate::json::{Object, array};
+use crate::quotas::{Shown, members_of};
 
 /// Readiness, as `/readyz` tells it.
 pub(super) fn readiness(tiers: &[Tier], data: Result<(), &str>) -> (bool, String) {
@@ -65,7 +66,29 @@ pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
         .raw("tiers", tiers.end())
         .raw("readiness", readiness(&now.tiers, data).1)
         .raw("operations", operations(now))
+        .raw(
+            "slow_operations",
+            array(now.figures.slow().iter().map(|slow| {
+                let ago = slow.ended.elapsed();
+                let one = Object::new().text("operation", slow.operation.name());
+                one.number("seconds", slow.took.as_secs_f64())
+                    .number("ago_seconds", ago.as_secs_f64())
+                    .end()
+            })),
+        )
+        .raw("tenants", tenants(now))
         .end()
+}
+
+/// By their labels, as in `/metrics`.
+fn tenants(now: &Snapshot) -> String {
+    let one = |all: Object, tenant: &Shown| {
+        let quota = tenant.quota;
+        let told = quota.map_or_else(Object::new, members_of);
+        let told = told.raw("used_bytes", tenant.used_bytes).raw("objects", tenant.objects);
+        all.raw(&tenant.label, told.raw("evicted_bytes", tenant.evicted_bytes).end())
+    };
+    now.tenants.iter().fold(Object::new(), one).end()
 }
 
 /// Those that were asked for. A quantile is the bound of the histogram that it kept to, null above a second.

@@ -1,7 +1,7 @@
 //! Which objects lie on the disk, what they take, and which goes first.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::format::Named;
 use crate::index::ObjectId;
@@ -16,6 +16,16 @@ pub(crate) struct Object {
     pub(crate) stamped: SystemTime,
     tick: u64,
     pins: u32,
+    /// When it was last used; the age that its file had then comes on top.
+    used: Instant,
+    aged: Duration,
+}
+
+impl Object {
+    /// For how long it has not been used.
+    pub(crate) fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.used).saturating_add(self.aged)
+    }
 }
 
 /// A file to be removed. It counts until it is.
@@ -71,11 +81,12 @@ impl Index {
     }
 
     /// Adds the most recently used object. There must be none of its identity.
-    pub(crate) fn insert(&mut self, named: Named, bytes: u64, stamped: SystemTime) {
+    pub(crate) fn insert(&mut self, named: Named, bytes: u64, stamped: SystemTime, aged: Duration) {
         self.tick += 1;
         self.bytes += bytes;
         self.order.insert(self.tick, named.id);
-        let object = Object { named, bytes, stamped, tick: self.tick, pins: 0 };
+        let object =
+            Object { named, bytes, stamped, tick: self.tick, pins: 0, used: Instant::now(), aged };
         self.objects.insert(named.id, object);
     }
 
@@ -86,8 +97,9 @@ impl Index {
     }
 
     /// The object is used now.
-    pub(crate) fn touch(&mut self, id: &ObjectId) {
+    pub(crate) fn touch(&mut self, id: &ObjectId, now: Instant) {
         let Some(object) = self.objects.get_mut(id) else { return };
+        (object.used, object.aged) = (now, Duration::ZERO);
         self.order.remove(&object.tick);
         self.tick += 1;
         object.tick = self.tick;
@@ -105,7 +117,7 @@ impl Index {
 
     /// Keeps the object from being evicted until [`Index::unpin`]; it is used now.
     pub(crate) fn pin(&mut self, id: &ObjectId) -> Option<Object> {
-        self.touch(id);
+        self.touch(id, Instant::now());
         let object = self.objects.get_mut(id)?;
         object.pins += 1;
         Some(*object)

@@ -23,12 +23,13 @@ pub(crate) mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use kvferry_core::cache::Memory;
 use kvferry_core::key::Layout;
 use kvferry_core::{Error, Result};
 
+use crate::ages::Ages;
 use crate::index::ObjectId;
 use files::{Files, SystemFiles};
 use format::{Kind, PAGE, kind};
@@ -120,6 +121,8 @@ pub struct DiskStatus {
     pub capacity: u64,
     /// Bytes of saves that are waiting or being written.
     pub queue_bytes: u64,
+    /// Those saves.
+    pub queue_saves: u64,
     /// Loads that are waiting or running.
     pub queue_loads: u64,
     /// Objects written.
@@ -146,6 +149,8 @@ pub struct DiskStatus {
     pub evicted_objects: u64,
     /// Their bytes.
     pub evicted_bytes: u64,
+    /// For how long the objects among them had not been used.
+    pub evicted_ages: Ages,
     /// Bytes of files written.
     pub written_bytes: u64,
     /// Bytes of files read.
@@ -164,6 +169,7 @@ impl DiskStatus {
             ("disk_used_bytes", self.bytes),
             ("disk_objects", self.objects),
             ("disk_queue_bytes", self.queue_bytes),
+            ("disk_queue_saves", self.queue_saves),
             ("disk_queue_loads", self.queue_loads),
             ("disk_saves", self.saves),
             ("disk_save_failures", self.save_failures),
@@ -322,8 +328,9 @@ impl Disk {
     }
 
     /// The object is in use: it goes later. A restart does not know of it.
-    pub fn touch(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) {
-        self.shared.lock().index.touch(&ObjectId { chunk: *chunk, space: *space, rank });
+    pub fn touch(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32, now: Instant) {
+        let id = ObjectId { chunk: *chunk, space: *space, rank };
+        self.shared.lock().index.touch(&id, now);
     }
 
     /// The object is not found any more, and its file goes soon. Saves of it that are under way end with
@@ -391,6 +398,7 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
         }
     }
     found.sort_unstable_by_key(|(modified, named, _)| (*modified, named.sequence));
+    let now = SystemTime::now();
     for (modified, named, bytes) in found {
         let former = state.index.get(&named.id).map(|object| object.named);
         if !is_plausible(named.length, bytes) {
@@ -402,7 +410,8 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
             if let Some(former) = state.index.remove(&named.id) {
                 remove.push(former.named.name());
             }
-            state.index.insert(named, bytes, modified);
+            let aged = now.duration_since(modified).unwrap_or_default();
+            state.index.insert(named, bytes, modified, aged);
         }
     }
     for name in remove {

@@ -4,7 +4,7 @@
 //! small objects share what a sync costs.
 
 use std::io;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crc_fast::{CrcAlgorithm, Digest};
 use kvferry_core::{Error, ErrorCode, Result};
@@ -86,7 +86,7 @@ fn take_batch(state: &mut State) -> (Vec<SaveTask>, Vec<Ended>) {
     {
         let id = task.saved.id();
         if state.index.get(&id).is_some() {
-            state.index.touch(&id);
+            state.index.touch(&id, Instant::now());
             ended.push((task, Ok(true)));
         } else if let Some(writing) = state.writing.get_mut(&id) {
             if writing.removed {
@@ -313,7 +313,7 @@ impl Saver<'_> {
                 state.leave(Victim::Other(named.name(), bytes));
                 Err(overtaken_by())
             } else {
-                state.index.insert(named, bytes, now);
+                state.index.insert(named, bytes, now, Duration::ZERO);
                 Ok(true)
             };
             let tasks = std::iter::once(task).chain(writing.waiters);

@@ -330,6 +330,7 @@ impl Shared {
             bytes: state.bytes(),
             capacity: state.health.capacity(self.bound, Instant::now()),
             queue_bytes: state.queue_bytes,
+            queue_saves: state.outstanding.len() as u64,
             queue_loads: state.loads.len() as u64 + state.loading,
             other_versions: state.index.others(),
             failed: state.health.reason().map(str::to_owned),
@@ -448,6 +449,9 @@ impl Shared {
             if evicted {
                 state.status.evicted_objects += 1;
                 state.status.evicted_bytes += victim.bytes();
+                if let Victim::Object(object) = &victim {
+                    state.status.evicted_ages.count(object.age(Instant::now()));
+                }
             }
             self.changed.notify_all();
         }

@@ -493,7 +493,7 @@ fn what_was_not_used_for_longest_makes_room() {
     (0..4).for_each(|number| save_page(&disk, number).unwrap());
     assert!(load_page(&disk, 0));
     let Saved { chunk, space, rank, .. } = saved(1, "");
-    disk.touch(&chunk, &space, rank);
+    disk.touch(&chunk, &space, rank, Instant::now());
     save_page(&disk, 2).unwrap(); // is there: used
     save_page(&disk, 4).unwrap();
     assert_eq!(found(&disk, 0..9), [0, 1, 2, 4]);
@@ -506,6 +506,28 @@ fn what_was_not_used_for_longest_makes_room() {
     assert!(begin_save(&disk, saved(6, ""), &content(6, 4 * FILE)).is_none());
     assert_eq!(disk.status().dropped_large, 1);
     assert_eq!(found(&disk, 0..9), [2, 4, 5], "nothing went for what cannot be");
+}
+
+#[test]
+fn ages_of_what_made_room_go_back_beyond_the_start() {
+    let directory = Directory::new();
+    let disk = directory.open(2 * FILE);
+    (0..2).for_each(|number| save_page(&disk, number).unwrap());
+    drop(disk);
+    let hour = Duration::from_secs(3600);
+    for name in directory.names() {
+        let file = fs::File::options().write(true).open(directory.objects().join(name)).unwrap();
+        file.set_modified(SystemTime::now() - 2 * hour).unwrap();
+    }
+    let disk = directory.open(2 * FILE);
+    let Saved { chunk, space, rank, .. } = saved(0, "");
+    disk.touch(&chunk, &space, rank, Instant::now());
+    save_page(&disk, 2).unwrap();
+    let ages = disk.status().evicted_ages;
+    assert!(ages.sum() >= 2 * hour && ages.cumulative()[5..7] == [0, 1], "{ages:?}");
+    save_page(&disk, 3).unwrap();
+    let ages = disk.status().evicted_ages;
+    assert!(ages.sum() < 3 * hour && ages.cumulative()[10] == 2, "the use counts: {ages:?}");
 }
 
 #[test]

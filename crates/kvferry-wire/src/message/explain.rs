@@ -1,6 +1,8 @@
 //! The reply to [`Request::Explain`](super::Request::Explain).
 
-use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
+use kvferry_core::explain::{
+    Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
+};
 
 use crate::messagepack::{Problem, Reader, Result, Writer, once, required};
 
@@ -46,11 +48,19 @@ fn encode_missing(missing: &MissingChunk, w: &mut Writer) {
     w.str("removed");
     match &missing.removed {
         Some(removal) => {
-            w.map(2);
+            w.map(2 + usize::from(removal.by.is_some()));
             w.str("cause");
             w.str(removal.cause.as_str());
             w.str("at_ms");
             w.uint(removal.at_ms);
+            if let Some(Evictor { tenant, own }) = &removal.by {
+                w.str("by");
+                w.map(2);
+                w.str("tenant");
+                w.str(tenant);
+                w.str("own");
+                w.boolean(*own);
+            }
         }
         None => w.nil(),
     }
@@ -135,14 +145,30 @@ fn decode_layout(r: &mut Reader<'_>) -> Result<ObjectLayout> {
 fn decode_removal(r: &mut Reader<'_>) -> Result<Removal> {
     let mut cause = None;
     let mut at_ms = None;
+    let mut by = None;
     for _ in 0..r.map_len()? {
         match r.str()? {
             "cause" => once(&mut cause, "cause", decode_cause(r)),
             "at_ms" => once(&mut at_ms, "at_ms", r.integer()),
+            "by" => once(&mut by, "by", or_nil(r, decode_evictor)),
             _ => r.skip().map(drop),
         }?;
     }
-    Ok(Removal { cause: required(cause, "cause")?, at_ms: required(at_ms, "at_ms")? })
+    let (cause, at_ms) = (required(cause, "cause")?, required(at_ms, "at_ms")?);
+    Ok(Removal { cause, at_ms, by: by.flatten() })
+}
+
+fn decode_evictor(r: &mut Reader<'_>) -> Result<Evictor> {
+    let mut tenant = None;
+    let mut own = None;
+    for _ in 0..r.map_len()? {
+        match r.str()? {
+            "tenant" => once(&mut tenant, "tenant", r.string()),
+            "own" => once(&mut own, "own", r.boolean()),
+            _ => r.skip().map(drop),
+        }?;
+    }
+    Ok(Evictor { tenant: required(tenant, "tenant")?, own: required(own, "own")? })
 }
 
 fn decode_cause(r: &mut Reader<'_>) -> Result<RemovalCause> {

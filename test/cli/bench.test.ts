@@ -1,0 +1,78 @@
+// The built program.
+
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { text } from "node:stream/consumers";
+import { fileURLToPath } from "node:url";
+import { describe, expect, it } from "vitest";
+import { PrefixCache, Server } from "../../ts/index.js";
+
+const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
+
+async function bench(...args: string[]) {
+	const child = spawn(process.execPath, [main, "bench", ...args], { stdio: "pipe" });
+	const exit = once(child, "exit") as Promise<[number]>;
+	const [out, err, [code]] = await Promise.all([text(child.stdout), text(child.stderr), exit]);
+	return { code, out, err };
+}
+
+const SMALL = ["--size", "2MiB", "--chunk-bytes", "16KiB"];
+
+describe("kvferry bench", () => {
+	it("measures a server of its own, and prints a table", async () => {
+		const { code, out, err } = await bench(...SMALL);
+		expect([code, err]).toEqual([0, ""]);
+		expect(out).toMatch(/^operation +count +half within +99 of 100 within +rate\n/);
+		for (const operation of ["ping", "miss", "store", "lookup", "load"]) {
+			expect(out).toMatch(new RegExp(`^${operation} +\\d+ +\\d+\\.\\d{3} ms`, "m"));
+		}
+		expect(out).toMatch(/^load +8 .*iB\/s$/m);
+	});
+
+	it("leaves a running server as it was", async () => {
+		const disk = mkdtempSync(join(tmpdir(), "kvferry-bench-"));
+		try {
+			await using server = await Server.start({ port: 0, httpPort: 0, memory: 2 ** 23, disk });
+			await using cache = await PrefixCache.open({ via: server, identity: "m", bytesPerChunk: 64 });
+			await cache.store(new Uint32Array(512), () => new Uint8Array(64));
+			const url = `tcp://${server.address}`;
+			const where = ["--url", url, "--http", `http://${server.httpAddress}`];
+			const { code, out, err } = await bench(...where, ...SMALL, "--json");
+			expect([code, err]).toEqual([0, ""]);
+			const told = JSON.parse(out);
+			expect(told).toMatchObject({ url, bytes: 2 ** 21, chunkBytes: 2 ** 14 });
+			expect(told.rows.find((row: { operation: string }) => row.operation === "store")).toEqual({
+				operation: "store",
+				count: 8,
+				p50Ms: expect.any(Number),
+				p99Ms: expect.any(Number),
+				bytesPerSecond: expect.any(Number),
+			});
+			await expect
+				.poll(() => server.status())
+				.toMatchObject({ objects: 2, disk_objects: 2, evicted_objects: 0, stored_chunks: 130 });
+			const answer = await fetch(`http://${server.httpAddress}/status`);
+			const { tenants } = (await answer.json()) as { tenants: object };
+			expect(Object.keys(tenants)).toEqual(["none"]);
+
+			const large = await bench(...where, "--size", "8MiB", "--chunk-bytes", "16KiB", "--json");
+			expect(large.code).toBe(1);
+			expect(JSON.parse(large.err).message).toMatch(/^--size 8 MiB: the server has .* free/);
+			expect(server.status()).toMatchObject({ objects: 2, evicted_objects: 0 });
+		} finally {
+			rmSync(disk, { recursive: true, force: true });
+		}
+	});
+
+	it("touches no server that it could not clear", async () => {
+		await using server = await Server.start({ port: 0, memory: 2 ** 23 });
+		const url = `tcp://${server.address}`;
+		const { code, err } = await bench("--url", url, "--http", "http://127.0.0.1:1", ...SMALL);
+		expect(code).toBe(1);
+		expect(err).toMatch(/^UNREACHABLE: .*--http/);
+		expect(server.status().stored_chunks).toBe(0);
+	});
+});

@@ -1,0 +1,175 @@
+import { randomBytes } from "node:crypto";
+import { invalid } from "../arguments.js";
+import { PrefixCache } from "../cache.js";
+import { Client } from "../client.js";
+import { KvferryError } from "../errors.js";
+import { Server } from "../server.js";
+import { askHttp } from "./http.js";
+import { type BenchOptions, benchOptions } from "./options.js";
+import { columns, size } from "./units.js";
+
+/** Chunks of a prompt. */
+const PROMPT = 16;
+const PINGS = 200;
+/** How long what is to be saved on the disk is waited for at the end. */
+const SAVED_MS = 30_000;
+
+/** What an operation took. */
+interface Row {
+	readonly operation: string;
+	readonly count: number;
+	readonly p50Ms: number;
+	readonly p99Ms: number;
+	/** Of the bytes that moved, by all the time that it took. */
+	readonly bytesPerSecond?: number;
+}
+
+/** `kvferry bench`: stores, looks up and loads through a server, and leaves nothing of it there. */
+export async function bench(args: string[]): Promise<void> {
+	const options = benchOptions(args);
+	const stop = new AbortController();
+	const end = () => stop.abort();
+	process.once("SIGINT", end).once("SIGTERM", end);
+	try {
+		const { url, rows } =
+			options.url === undefined
+				? await onOwnServer(options, stop.signal)
+				: { url: options.url, rows: await measure(options.url, options, stop.signal) };
+		const { bytes, chunkBytes } = options;
+		if (options.json) {
+			process.stdout.write(`${JSON.stringify({ url, bytes, chunkBytes, rows })}\n`);
+			return;
+		}
+		const shown = rows.map(({ operation, count, p50Ms, p99Ms, bytesPerSecond }) => [
+			operation,
+			String(count),
+			`${p50Ms.toFixed(3)} ms`,
+			`${p99Ms.toFixed(3)} ms`,
+			bytesPerSecond === undefined ? "" : `${size(bytesPerSecond)}/s`,
+		]);
+		const head = ["operation", "count", "half within", "99 of 100 within", "rate"];
+		process.stdout.write(
+			`${columns([head, ...shown])}prompts of ${PROMPT} chunks of ${size(chunkBytes)} at ${url}; ` +
+				"nothing of it is left there\n",
+		);
+	} catch (error) {
+		throw stop.signal.aborted
+			? new KvferryError("ABORTED", "stopped; nothing of it is left on the server", {
+					cause: error,
+				})
+			: error;
+	} finally {
+		process.off("SIGINT", end).off("SIGTERM", end);
+	}
+}
+
+async function onOwnServer(
+	options: BenchOptions,
+	signal: AbortSignal,
+): Promise<{ url: string; rows: Row[] }> {
+	const memory = 2 * options.bytes + 2 ** 24;
+	await using server = await Server.start({ port: 0, httpPort: 0, memory, signal });
+	const url = `tcp://${server.address}`;
+	const http = new URL(`http://${server.httpAddress}`);
+	return { url: "a server of its own", rows: await measure(url, { ...options, http }, signal) };
+}
+
+async function measure(url: string, options: BenchOptions, signal: AbortSignal): Promise<Row[]> {
+	const { bytes, timeoutMs } = options;
+	// How it is cleared afterwards must be known before.
+	await askHttp(options, "/quotas", undefined, "memory_bytes");
+	await using client = await Client.connect({ url, timeoutMs });
+	const status = await client.status({ timeoutMs });
+	const free = Number(status.pool_bytes) - Number(status.used_bytes);
+	if (free < 2 * bytes) {
+		throw invalid(
+			`--size ${size(bytes)}: the server has ${size(free)} of memory free, and nothing of others is to ` +
+				"go for a benchmark; give half of that at most.",
+		);
+	}
+	const salt = `kvferry-bench-${randomBytes(8).toString("hex")}`;
+	try {
+		return await run(client, salt, options, signal);
+	} finally {
+		await clear(client, salt, options);
+	}
+}
+
+async function run(
+	client: Client,
+	cacheSalt: string,
+	{ bytes, chunkBytes, timeoutMs }: BenchOptions,
+	signal: AbortSignal,
+): Promise<Row[]> {
+	await using cache = await PrefixCache.open({
+		via: client,
+		identity: "kvferry-bench",
+		bytesPerChunk: chunkBytes,
+		timeoutMs,
+	});
+	const tokens = (prompt: number) =>
+		Uint32Array.from({ length: PROMPT * cache.chunkSize }, (_, at) => (at === 0 ? prompt : at));
+	const prompts = Math.max(1, Math.floor(bytes / (PROMPT * chunkBytes)));
+	const content = randomBytes(chunkBytes);
+	const into = Array.from({ length: PROMPT }, () => new Uint8Array(chunkBytes));
+	const took: Record<string, number[]> = { ping: [], miss: [], store: [], lookup: [], load: [] };
+	const time = async <T>(operation: string, what: () => Promise<T>): Promise<T> => {
+		signal.throwIfAborted();
+		const began = performance.now();
+		const result = await what();
+		took[operation]?.push(performance.now() - began);
+		return result;
+	};
+	for (let ping = 0; ping < PINGS; ping++) {
+		await time("ping", () => client.ping({ timeoutMs }));
+	}
+	const request = { cacheSalt, timeoutMs };
+	for (let prompt = 0; prompt < prompts; prompt++) {
+		const ids = tokens(prompt);
+		const miss = await time("miss", () => cache.lookup(ids, request));
+		await miss.close();
+		const stored = await time("store", () => cache.store(ids, () => content, request));
+		if (stored.storedChunks < PROMPT) {
+			throw new KvferryError(
+				"UNSUPPORTED_OPTION",
+				`the server took ${stored.storedChunks} of ${PROMPT} chunks: give --size less than the quota of ` +
+					"each tenant (kvferry quota)",
+			);
+		}
+		const hit = await time("lookup", () => cache.lookup(ids, request));
+		const loaded = await time("load", () => hit.load((chunk) => into[chunk] ?? new Uint8Array(0)));
+		if (loaded.length < PROMPT || loaded.some((chunk) => !content.equals(chunk))) {
+			throw new KvferryError("PROTOCOL", "what was stored did not come back: see kvferry doctor");
+		}
+	}
+	return Object.entries(took).map(([operation, times]) => {
+		const sorted = times.toSorted((a, b) => a - b);
+		const at = (part: number) =>
+			sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))] ?? 0;
+		const seconds = times.reduce((sum, ms) => sum + ms, 0) / 1e3;
+		const moved =
+			operation === "store" || operation === "load" ? times.length * PROMPT * chunkBytes : 0;
+		return {
+			operation,
+			count: times.length,
+			p50Ms: at(0.5),
+			p99Ms: at(0.99),
+			...(moved > 0 ? { bytesPerSecond: moved / seconds } : {}),
+		};
+	});
+}
+
+/** What is being saved stays until it is. */
+async function clear(client: Client, salt: string, options: BenchOptions): Promise<void> {
+	const { timeoutMs } = options;
+	const until = performance.now() + SAVED_MS;
+	while (performance.now() < until) {
+		const { disk_queue_bytes: waiting = 0 } = await client.status({ timeoutMs });
+		if (waiting === 0) {
+			break;
+		}
+		await new Promise((resolve) => setTimeout(resolve, 50));
+	}
+	const body = { confirm: true, salt };
+	await askHttp(options, "/clear", { method: "POST", body }, "cleared");
+}
