@@ -127,6 +127,35 @@ describe("a cache with a disk", () => {
 		expect(second.status()).toMatchObject({ leases: 0, promoted_chunks: 60, disk_loads: 60 });
 	});
 
+	it("counts hits by the tier that they came from", async () => {
+		const disk = directory();
+		const first = await server(disk);
+		await (await cacheOf(first)).store(tokens(3 * CHUNK), bytesOf);
+		await first.close();
+		const second = await Server.start({
+			port: 0,
+			httpPort: 0,
+			memory: 2 ** 22,
+			chunkSize: CHUNK,
+			disk,
+		});
+		open.push(second);
+		const cache = await cacheOf(second);
+		for (let time = 0; time < 2; time++) {
+			expect(await read(cache, tokens(3 * CHUNK))).toBe(3);
+		}
+		const metrics = await (await fetch(`http://${second.httpAddress}/metrics`)).text();
+		for (const [tier, of] of [
+			["disk", "chunks"],
+			["memory", "chunks"],
+			["disk", "tokens"],
+			["memory", "tokens"],
+		]) {
+			const hits = of === "chunks" ? 3 : 3 * CHUNK;
+			expect(metrics).toContain(`\nkvferry_hit_${of}_total{tier="${tier}"} ${hits}\n`);
+		}
+	});
+
 	it("finds what was stored under a salt under that one alone, also after a restart", async () => {
 		const disk = directory();
 		const first = await server(disk);

@@ -128,6 +128,11 @@ describe("settings", () => {
 		expect(shown).not.toContain("4711");
 		expect(shown).toContain("redis://me:(hidden)@host/0");
 		expect(() => findSettings(table, { token: "47x11" }, {})).toThrow(/^--token: give an integer/);
+		const picky: Settings = {
+			remote: { value: "URL", help: "", read: (given) => integer(given, 0, 1) },
+		};
+		const env = { KVFERRY_SERVE_REMOTE: "redis://me:4711@host" };
+		expect(() => findSettings(picky, {}, env)).toThrow(/=redis:\/\/me:\(hidden\)@host: give/);
 		expect(settingsHelp(table)).toMatch(/--open +open to all/);
 	});
 });

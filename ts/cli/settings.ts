@@ -148,15 +148,15 @@ export function findSettings(
 			candidates.push({ source, place, text, says: setting.secret ? place : says });
 		const flag = flags[name];
 		if (flag !== undefined) {
-			add("flag", `--${name}`, String(flag), `--${name} ${flag}`);
+			add("flag", `--${name}`, String(flag), `--${name} ${hidden(String(flag))}`);
 		}
 		const set = env[variable(name)];
 		if (set) {
-			add("environment", variable(name), set, `${variable(name)}=${set}`); // an empty one is none
+			add("environment", variable(name), set, `${variable(name)}=${hidden(set)}`); // an empty one is none
 		}
 		const text = written[name];
 		if (file && text !== undefined) {
-			add("file", file, text, `${file}: ${name} ${text}`);
+			add("file", file, text, `${file}: ${name} ${hidden(text)}`);
 		}
 		const read = candidates.map(({ says, ...rest }) => ({
 			...rest,

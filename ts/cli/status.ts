@@ -14,7 +14,7 @@ const LEAVE = "\x1b[?25h\x1b[?1049l";
 /** `kvferry status`: what the server says of itself, once; on a terminal again and again, until Ctrl-C. */
 export async function status(args: string[]): Promise<void> {
 	const options = clientOptions(args);
-	if (process.stdout.isTTY && !options.json) {
+	if (process.stdout.isTTY && process.env.TERM !== "dumb" && !options.json) {
 		await live(options.url, options.timeoutMs);
 		return;
 	}

@@ -173,6 +173,8 @@ pub(crate) struct Counters {
     pub(crate) lookups: u64,
     pub(crate) lookup_chunks: u64,
     pub(crate) hit_chunks: u64,
+    /// Those among them that came from the disk.
+    pub(crate) promoted_hit_chunks: u64,
     pub(crate) stored_chunks: u64,
     pub(crate) stored_bytes: u64,
     pub(crate) refused_chunks: u64,

@@ -775,6 +775,7 @@ impl Store {
             ("lookups", counters.lookups),
             ("lookup_chunks", counters.lookup_chunks),
             ("hit_chunks", counters.hit_chunks),
+            ("promoted_hit_chunks", counters.promoted_hit_chunks),
             ("stored_chunks", counters.stored_chunks),
             ("stored_bytes", counters.stored_bytes),
             ("refused_chunks", counters.refused_chunks),

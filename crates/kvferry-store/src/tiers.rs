@@ -249,6 +249,7 @@ impl State {
             }
         }
         self.counters.hit_chunks += chunks;
+        self.counters.promoted_hit_chunks += chunks;
         self.forget_promotion(Some(promotion));
     }
 

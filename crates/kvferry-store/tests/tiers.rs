@@ -190,6 +190,7 @@ fn what_was_stored_before_a_restart_is_read_after_it() {
     assert_eq!((status.loads, status.saves, status.objects), (5, 2, 7));
     let figures = ["lookups", "lookup_chunks", "hit_chunks", "promoted_chunks", "stored_chunks"];
     assert_eq!(figures.map(|name| engine.status(name)), [3, 9 + 3 + 5, 5 + 3, 5, 2]);
+    assert_eq!(engine.status("promoted_hit_chunks"), 5);
     assert_eq!((engine.status("leases"), engine.status("sessions")), (0, 0));
     engine.close();
     assert_eq!(directory.start().read(&key(0, 7)), 7);

@@ -89,7 +89,9 @@ const STORE: &[Series] = &[
     counter("lookup_chunks", "lookup_chunks_total", "", "Chunks that were looked up."),
     tokens("lookup_chunks", "lookup_tokens_total", "", "Tokens of the chunks that were looked up."),
     counter("hit_chunks", "hit_chunks_total", MEMORY, "Chunks that lookups found."),
+    counter("promoted_hit_chunks", "hit_chunks_total", DISK, ""),
     tokens("hit_chunks", "hit_tokens_total", MEMORY, "Tokens of the chunks that lookups found."),
+    tokens("promoted_hit_chunks", "hit_tokens_total", DISK, ""),
     counter("stored_chunks", "stored_chunks_total", MEMORY, "Chunks that became visible, each KV rank's by itself."),
     counter("stored_bytes", "stored_bytes_total", MEMORY, "Bytes of the chunks that became visible."),
     counter("promoted_chunks", "promoted_chunks_total", DISK, "Chunks that lookups brought back to memory."),
@@ -159,7 +161,12 @@ pub(super) fn text(now: &Snapshot) -> String {
     text.one("uptime_seconds", Kind::Gauge, "Since the server's start.", now.uptime.as_secs_f64());
     let chunk_size = now.figure("chunk_size");
     for series in STORE {
-        let Some(value) = now.find(series.figure) else { continue }; // there is no disk
+        let of_disk = series.labels.starts_with(DISK);
+        let found = now.find(series.figure).filter(|_| !of_disk || now.disk_failure.is_some());
+        let Some(mut value) = found else { continue }; // there is no disk
+        if series.figure == "hit_chunks" {
+            value = value.saturating_sub(now.figure("promoted_hit_chunks")); // each tier's by itself
+        }
         text.metric(series.metric, series.kind, series.help);
         let scale = if series.in_tokens { chunk_size } else { 1 };
         text.sample("", series.labels, value.saturating_mul(scale));
