@@ -136,7 +136,12 @@ pub struct Config {
 impl Config {
     /// NULL, with the default limits.
     pub fn null(socket_type: SocketType) -> Self {
-        Self { socket_type, mechanism: Mechanism::Null, limits: Limits::default() }
+        Self::new(socket_type, Mechanism::Null)
+    }
+
+    /// The default limits.
+    pub fn new(socket_type: SocketType, mechanism: Mechanism) -> Self {
+        Self { socket_type, mechanism, limits: Limits::default() }
     }
 }
 
