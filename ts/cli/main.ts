@@ -9,7 +9,10 @@ const USAGE = `Usage: kvferry COMMAND [OPTIONS]
 
 Commands
   serve    run a cache server until SIGINT or SIGTERM
-             --host HOST        a loopback address (127.0.0.1)
+             --host HOST        a loopback address (127.0.0.1); others need the next two
+             --listen-public    other machines may reach it
+             --token-file FILE  what peers and operators are let in for: lines data = TOKEN, admin = TOKEN, metrics = TOKEN
+             --ipc PATH         a Unix socket as well, in a directory of mode 0700
              --port PORT        0 takes a free one (5555)
              --http-port PORT   page, /healthz, /readyz, /metrics; off for none (8080)
              --chunk-size N     tokens in a chunk (256)
@@ -23,6 +26,7 @@ Commands
   status   tell what a server holds
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
+             --token-file FILE  its token, else KVFERRY_TOKEN of the environment; clear and status take the admin's
              --timeout-ms N     wait for it at most that long (3000)
   quota    list what tenants may have of the memory, and have; quota set changes it, quota unset takes it back
              --salt SALT        the tenant; "" for requests without a salt
@@ -30,9 +34,11 @@ Commands
              --cap SIZE         it has that much at most (no bound)
              --guarantee SIZE   others never make it have less (0)
              --http URL         where the server answers HTTP (http://127.0.0.1:8080)
+             --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for it at most that long (3000)
   doctor   tell why a prompt misses; exits with 1 when anything is found
              --server URL       the server (tcp://127.0.0.1:5555)
+             --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for each answer at most that long (3000)
              --tokens FILE      the prompt's token ids, as JSON or separated by spaces; - is stdin
              --model NAME       the model, as its engine registers it

@@ -1,5 +1,5 @@
 import { createHash } from "node:crypto";
-import { isIPv4, isIPv6 } from "node:net";
+import { isIP, isIPv4, isIPv6 } from "node:net";
 import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
@@ -10,6 +10,11 @@ import type { EvictionPolicy } from "../server.js";
 export interface ServeOptions {
 	readonly host: string;
 	readonly port: number;
+	readonly listenPublic: boolean;
+	/** File of the tokens; none where absent. */
+	readonly tokenFile?: string;
+	/** Path of a Unix socket; none where absent. */
+	readonly ipc?: string;
 	/** Where HTTP is answered; absent: nowhere. */
 	readonly httpPort?: number;
 	/** Tokens in a chunk. */
@@ -39,6 +44,8 @@ export interface QuotaOptions {
 	readonly guarantee?: number;
 	/** Where the server answers HTTP. */
 	readonly http: URL;
+	/** File with the admin's token; the environment's where absent. */
+	readonly tokenFile?: string;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -46,6 +53,8 @@ export interface QuotaOptions {
 /** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
+	/** File with a token; the environment's where absent. */
+	readonly tokenFile?: string;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -94,11 +103,14 @@ const UNITS: Readonly<Record<string, number>> = {
  * Reads the flags of `kvferry serve`.
  *
  * @throws {@link KvferryError} `INVALID_ARGUMENT`, or `UNSUPPORTED_OPTION` for what a later version
- * takes: its flags, and hosts other than loopback.
+ * takes, and for a host that is not loopback without what that needs.
  */
 export function serveOptions(args: string[]): ServeOptions {
 	const values = parse(args, {
 		host: { type: "string", default: "127.0.0.1" },
+		"listen-public": { type: "boolean", default: false },
+		"token-file": { type: "string" },
+		ipc: { type: "string" },
 		port: { type: "string", default: "5555" },
 		"http-port": { type: "string", default: "8080" },
 		"chunk-size": { type: "string", default: "256" },
@@ -120,9 +132,13 @@ export function serveOptions(args: string[]): ServeOptions {
 			);
 		}
 	}
-	const { "shm-name": shmName, "http-port": httpPort } = values;
+	const { "shm-name": shmName, "http-port": httpPort, "token-file": tokenFile } = values;
+	const listenPublic = values["listen-public"];
 	return {
-		host: loopback(values.host),
+		host: hostOf(values.host, listenPublic && tokenFile !== undefined),
+		listenPublic,
+		...fileOf(tokenFile),
+		...(values.ipc === undefined ? {} : { ipc: resolve(values.ipc) }),
 		port: integer("port", values.port, 0, 65_535),
 		...(httpPort === "off" ? {} : { httpPort: portOrOff("http-port", httpPort) }),
 		chunkSize: integer("chunk-size", values["chunk-size"], 1, 65_536),
@@ -144,11 +160,13 @@ export function serveOptions(args: string[]): ServeOptions {
 export function clientOptions(args: string[]): ClientOptions {
 	const values = parse(args, {
 		url: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	});
 	return {
 		url: values.url,
+		...fileOf(values["token-file"]),
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
 		json: values.json,
 	};
@@ -166,6 +184,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		cap: { type: "string" },
 		guarantee: { type: "string" },
 		http: { type: "string", default: "http://127.0.0.1:8080" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	} as const;
@@ -202,6 +221,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		...(cap === undefined ? {} : { cap: bytesOrNone("cap", cap) }),
 		...(guarantee === undefined ? {} : { guarantee: bytesOrNone("guarantee", guarantee) }),
 		http: httpUrl(values.http),
+		...fileOf(values["token-file"]),
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
 		json: values.json,
 	};
@@ -244,6 +264,7 @@ export function replayOptions(args: string[]): ReplayOptions {
 export function doctorOptions(args: string[]): DoctorOptions {
 	const values = parse(args, {
 		server: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		tokens: { type: "string" },
 		model: { type: "string" },
@@ -284,6 +305,7 @@ export function doctorOptions(args: string[]): DoctorOptions {
 	};
 	return {
 		url: values.server,
+		...fileOf(values["token-file"]),
 		timeoutMs: integer("timeout-ms", values["timeout-ms"], 1, 2 ** 31 - 1),
 		...(file === undefined ? {} : { prompt: { file, ...prompt } }),
 		...(chunkSize === undefined ? {} : { chunkSize: integer("chunk-size", chunkSize, 1, 65_536) }),
@@ -318,17 +340,22 @@ function policy(name: string): EvictionPolicy {
 	return known;
 }
 
-function loopback(host: string): string {
-	if (host === "localhost" || (isIPv4(host) && host.startsWith("127."))) {
-		return host;
-	}
-	if (isIPv6(host) && /^(0*:)+0*1$/.test(host)) {
+function fileOf(tokenFile: string | undefined): { tokenFile?: string } {
+	return tokenFile === undefined ? {} : { tokenFile: resolve(tokenFile) };
+}
+
+function hostOf(host: string, mayBePublic: boolean): string {
+	const loopback =
+		host === "localhost" ||
+		(isIPv4(host) && host.startsWith("127.")) ||
+		(isIPv6(host) && /^(0*:)+0*1$/.test(host));
+	if (loopback || (mayBePublic && isIP(host) !== 0)) {
 		return host;
 	}
 	throw new KvferryError(
 		"UNSUPPORTED_OPTION",
-		`--host ${host} is not a loopback address: this version serves its own machine only; ` +
-			"use 127.0.0.1.",
+		`--host ${host} is not a loopback address: give one (127.0.0.1), or an address of this machine with ` +
+			"--listen-public and --token-file FILE; docs/security.md says what they protect.",
 	);
 }
 
@@ -353,7 +380,7 @@ function portOrOff(flag: string, text: string): number {
 
 function httpUrl(text: string): URL {
 	const url = URL.canParse(text) ? new URL(text) : undefined;
-	if (url?.protocol !== "http:") {
+	if (url?.protocol !== "http:" && url?.protocol !== "https:") {
 		throw invalid(`--http ${text}: give where the server answers HTTP, http://127.0.0.1:8080 say.`);
 	}
 	return url;

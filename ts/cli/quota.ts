@@ -1,5 +1,6 @@
 import { checkObject } from "../arguments.js";
 import { type ErrorCode, ErrorCodes, KvferryError } from "../errors.js";
+import { tokenOf } from "../token.js";
 import { type QuotaOptions, quotaOptions } from "./options.js";
 
 /** What a tenant has. */
@@ -43,9 +44,9 @@ async function ask(options: QuotaOptions): Promise<Quotas> {
 	const { action, salt, cap, guarantee, http, timeoutMs } = options;
 	const path =
 		action === "list" ? "/quotas" : `/quotas/${salt === undefined ? "default" : "tenant"}`;
+	const token = tokenOf(options, ["admin"]);
 	const change = {
 		method: action === "set" ? "PUT" : "DELETE",
-		headers: { "content-type": "application/json" },
 		body: JSON.stringify({ salt, cap, guarantee }),
 	};
 	let answer: Response;
@@ -53,6 +54,10 @@ async function ask(options: QuotaOptions): Promise<Quotas> {
 	try {
 		answer = await fetch(new URL(path, http), {
 			...(action === "list" ? {} : change),
+			headers: {
+				"content-type": "application/json",
+				...(token === undefined ? {} : { authorization: `Bearer ${token}` }),
+			},
 			redirect: "error",
 			signal: AbortSignal.timeout(timeoutMs),
 		});
