@@ -152,8 +152,10 @@ def plain_with_the_token(url):
 
 def plain_with_another_token_is_refused(url):
     token = os.environ["PEER_TOKEN"].encode()
+    peers = []  # all at once: their monitors have names that may come again
     for wrong in (b"x", token[1:], token.upper()):
         peer = Peer(url, PLAIN_USERNAME=b"peer", PLAIN_PASSWORD=wrong)
+        peers.append(peer)
         peer.send("noop")
         ended = peer.wait_for(
             zmq.EVENT_DISCONNECTED,
