@@ -12,11 +12,15 @@ import type {
 	PagedWorker,
 } from "./native-binding.js";
 import type { Status } from "./server.js";
+import { type TokenOptions, tokenOf } from "./token.js";
 import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
 
 /** Where a {@link Client} connects to. */
-export interface ClientOptions extends WaitOptions {
-	/** `tcp://host:port` or `host:port`, on this machine. Default "tcp://127.0.0.1:5555". */
+export interface ClientOptions extends WaitOptions, TokenOptions {
+	/**
+	 * `tcp://host:port`, `host:port`, or `ipc:///path` of a Unix socket. Another machine's takes a token. Default
+	 * "tcp://127.0.0.1:5555".
+	 */
 	readonly url?: string;
 	/**
 	 * What happens when no server answers. `"throw"` (default): {@link Client.connect} fails. `"warn"`:
@@ -83,7 +87,8 @@ export class Client implements AsyncDisposable {
 	 *
 	 * @throws {@link KvferryError} `UNREACHABLE` when none listens, `TIMEOUT` when one does not answer or
 	 * is of an unknown release (neither with `whenUnreachable: "warn"`), `PROTOCOL` when something else
-	 * listens, `UNSUPPORTED_OPTION` for another machine's address.
+	 * listens, `UNAUTHORIZED` when it wants a token or another one, `UNSUPPORTED_OPTION` for another machine's
+	 * address without a token, or a token for a server that takes none.
 	 */
 	static async connect(options: ClientOptions = {}): Promise<Client> {
 		const { url = "tcp://127.0.0.1:5555", whenUnreachable = "throw", chunkSize = 256 } = options;
@@ -96,13 +101,14 @@ export class Client implements AsyncDisposable {
 		if (typeof onWarning !== "function") {
 			throw invalid("onWarning must be a function");
 		}
+		const token = tokenOf(options);
 		const timeoutMs = timeoutOf(options);
 		const warn = whenUnreachable === "warn";
 		const client = await waitFor(
 			() =>
 				warn
-					? native().Client.connect(url, Math.min(timeoutMs, WARN_AFTER_MS), chunkSize)
-					: native().Client.connect(url, timeoutMs),
+					? native().Client.connect(url, Math.min(timeoutMs, WARN_AFTER_MS), chunkSize, token)
+					: native().Client.connect(url, timeoutMs, undefined, token),
 			options.signal,
 			(late) => late.close(timeoutMs),
 		);
@@ -130,7 +136,8 @@ export class Client implements AsyncDisposable {
 	/**
 	 * The server's figures, by name.
 	 *
-	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION` when the server is not kvferry's.
+	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION` when the server is not kvferry's, `UNAUTHORIZED` when it has
+	 * tokens and this is not the admin's.
 	 */
 	async status(options: WaitOptions = {}): Promise<Status> {
 		this.#checkOpen();
@@ -139,7 +146,11 @@ export class Client implements AsyncDisposable {
 		return Object.fromEntries(figures);
 	}
 
-	/** Empties the cache, for everybody: what is neither leased nor being written goes. */
+	/**
+	 * Empties the cache, for everybody: what is neither leased nor being written goes.
+	 *
+	 * @throws {@link KvferryError} `UNAUTHORIZED` as {@link Client.status}.
+	 */
 	async clear(options: WaitOptions = {}): Promise<void> {
 		this.#checkOpen();
 		const timeoutMs = timeoutOf(options);
@@ -153,7 +164,7 @@ export class Client implements AsyncDisposable {
 	 *
 	 * **WARNING** Events name the tenants' salts.
 	 *
-	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION` when the server is not kvferry's.
+	 * @throws {@link KvferryError} `UNSUPPORTED_OPTION`, `UNAUTHORIZED` as {@link Client.status}.
 	 */
 	async events(options: EventsOptions = {}): Promise<KvEvents> {
 		this.#checkOpen();

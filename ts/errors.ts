@@ -27,6 +27,8 @@ export const ErrorCodes = {
 	TIMEOUT: "TIMEOUT",
 	/** No server answers at the address. A retry helps once one does. */
 	UNREACHABLE: "UNREACHABLE",
+	/** The server wants a token, or another one than was given. */
+	UNAUTHORIZED: "UNAUTHORIZED",
 	/** The peer broke the protocol or speaks another version. A retry fails again. */
 	PROTOCOL: "PROTOCOL",
 	/** Another process listens at the address. Choose another port or end that process. */

@@ -103,6 +103,7 @@ export {
 	updateWaitingForRemoteKv,
 } from "./recovery.js";
 export { type EvictionPolicy, Server, type ServerOptions, type Status } from "./server.js";
+export type { TokenOptions } from "./token.js";
 export {
 	type BlockIds,
 	type PlannedOperation,

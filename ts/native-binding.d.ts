@@ -23,8 +23,8 @@ export declare class ChunkHasher {
 
 /** A connection. */
 export declare class Client {
-  /** Connects to `tcp://host:port`. With a chunk size, the lack of a server is no error. */
-  static connect(url: string, timeoutMs: number, assumedChunkSize?: number | undefined | null): Promise<Client>
+  /** Connects to `tcp://host:port` or `ipc:///path`. With a chunk size, the lack of a server is no error. */
+  static connect(url: string, timeoutMs: number, assumedChunkSize?: number | undefined | null, token?: string | undefined | null): Promise<Client>
   /** Tokens of one chunk. */
   get chunkSize(): number
   /** Why there is no connection now, as `CODE: message`; absent while there is one. */
@@ -603,6 +603,9 @@ export interface PromptEmbeds {
   bytesPerToken: number
 }
 
+/** The first token of these roles in a file. */
+export declare function readToken(file: string, roles: Array<string>): string
+
 /** Cuts every request at its first invalid block. */
 export declare function recover(blockSize: number, fails: boolean, computed: Uint32Array, scheduled: Uint32Array, asynchronous: Uint8Array, blockOffsets: Uint32Array, blockIds: Uint32Array, invalid: Uint32Array): NativeRecovery
 
@@ -638,8 +641,14 @@ export interface ReplayReport {
 
 /** What `Server.start` needs; `ts/server.ts` has the defaults. */
 export interface ServerOptions {
-  /** A loopback host; absent: no socket. */
+  /** A host; absent: no socket. */
   host?: string
+  /** Others than this machine may reach it. */
+  listenPublic: boolean
+  /** The file of tokens; absent: nobody is asked for one. */
+  tokenFile?: string
+  /** A Unix socket beside the port; absent: none. */
+  ipc?: string
   /** 0 lets the system choose. */
   port: number
   /** Where operators ask, on the same host; 0 lets the system choose, absent: no HTTP. */

@@ -1,4 +1,4 @@
-import { checkInteger, checkText, invalid } from "./arguments.js";
+import { checkInteger, checkText, invalid, named } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -23,8 +23,24 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 * no shared memory. Default true.
 	 */
 	readonly listen?: boolean;
-	/** A loopback address or "localhost". Default "127.0.0.1". */
+	/**
+	 * A loopback address or "localhost"; with {@link ServerOptions.listenPublic} and {@link ServerOptions.tokenFile} any
+	 * address of this machine, "0.0.0.0" for all. Default "127.0.0.1".
+	 */
 	readonly host?: string;
+	/** Whether {@link ServerOptions.host} may be reached from other machines: read docs/security.md first. Default false. */
+	readonly listenPublic?: boolean;
+	/**
+	 * A file with the tokens that peers and operators are let in for: lines `data = TOKEN`, `admin = TOKEN` and `metrics
+	 * = TOKEN`, of 32 to 255 characters, for its owner's eyes only. Default: none, and whoever reaches the server may do
+	 * everything.
+	 */
+	readonly tokenFile?: string;
+	/**
+	 * An absolute path where a Unix socket is made beside the port, `ipc://` and the path for peers; its directory is its
+	 * owner's only (mode 0700), and made where it is missing. Default: none.
+	 */
+	readonly ipc?: string;
 	/** 0 to 65535; 0 takes a free one, see {@link Server.address}. Default 5555. */
 	readonly port?: number;
 	/**
@@ -113,13 +129,14 @@ export class Server implements AsyncDisposable {
 	 * Starts a server.
 	 *
 	 * @throws {@link KvferryError} `ADDRESS_IN_USE` (of either port), `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
-	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback, `INVALID_ARGUMENT` or `INVALID_SALT` for what
-	 * is wrong in the file of quotas.
+	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback without what that needs, `INVALID_ARGUMENT` or `INVALID_SALT` for what
+	 * is wrong in the file of quotas or of tokens.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
 		const { httpPort, shmName, chunkSize = 256, keepAlive = listen, signal } = options;
 		const { policy = "default", disk, diskSize = DISK, quotas } = options;
+		const { listenPublic = false, tokenFile, ipc } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
@@ -137,6 +154,17 @@ export class Server implements AsyncDisposable {
 		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
 		if (shmName !== undefined) {
 			checkText("shmName", shmName);
+		}
+		if (typeof listenPublic !== "boolean") {
+			throw invalid(`listenPublic is ${named(listenPublic)}: it must be true or false`);
+		}
+		for (const [name, path] of Object.entries({ tokenFile, ipc })) {
+			if (path !== undefined) {
+				checkText(name, path);
+				if (!listen) {
+					throw invalid(`${name} is given, with listen: false; leave one of them out.`);
+				}
+			}
 		}
 		if (httpPort !== undefined) {
 			checkInteger("httpPort", httpPort, 0, 65_535);
@@ -157,6 +185,9 @@ export class Server implements AsyncDisposable {
 					sessionTimeoutMs,
 					reservationTimeoutMs,
 					...(listen ? { host } : {}),
+					listenPublic,
+					...(tokenFile === undefined ? {} : { tokenFile }),
+					...(ipc === undefined ? {} : { ipc }),
 					...(listen && shmName !== undefined ? { shmName } : {}),
 					...(httpPort === undefined ? {} : { httpPort }),
 				}),

@@ -93,7 +93,7 @@ fn serve(objects: u32, policy: Policy) -> Result<(), Box<dyn Error>> {
         disk: None,
         limits: Limits::default(),
     })?;
-    let address = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
+    let address = ServerOptions::default();
     let server = Server::start(&address, |_| Ok(store.clone()))?;
     let before = resident();
     let owner = store.connect();

@@ -21,6 +21,7 @@ describe("kvferry serve", () => {
 			memory: 4 * 2 ** 30,
 			policy: "default",
 			diskSize: 20 * 2 ** 30,
+			listenPublic: false,
 			log: "text",
 		});
 	});
@@ -28,7 +29,7 @@ describe("kvferry serve", () => {
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --quotas /q --log json --json --print-config";
+			"--disk-size 1GiB --quotas /q --listen-public --token-file /t --ipc /i --log json --json --print-config";
 		expect(serveOptions(flags.split(" "), {})).toMatchObject({ printConfig: true, json: true });
 		expect(settings(...flags.split(" "))).toEqual({
 			host: "localhost",
@@ -41,6 +42,9 @@ describe("kvferry serve", () => {
 			disk: "/d",
 			diskSize: 2 ** 30,
 			quotas: "/q",
+			listenPublic: true,
+			tokenFile: "/t",
+			ipc: "/i",
 			log: "json",
 		});
 	});
@@ -60,6 +64,19 @@ describe("kvferry serve", () => {
 			);
 		},
 	);
+
+	it("serves on other addresses with the flag and the file of tokens, and not with one of them", () => {
+		const host = ["--host", "0.0.0.0"];
+		const [flag, file] = [["--listen-public"], ["--token-file", "t"]];
+		expect(settings(...host, ...flag, ...file).host).toBe("0.0.0.0");
+		for (const args of [
+			[...host, ...flag],
+			[...host, ...file],
+			["--host", "example.org", ...flag, ...file],
+		]) {
+			expect(() => settings(...args)).toThrow(/--listen-public and --token-file FILE/);
+		}
+	});
 
 	it("serves no HTTP where it is off", () => {
 		expect(settings("--http-port", "off")).not.toHaveProperty("httpPort");

@@ -144,6 +144,38 @@ def plain_is_refused(url):
     assert Peer(url).call("noop") == "OK"
 
 
+def plain_with_the_token(url):
+    peer = Peer(url, PLAIN_USERNAME=b"peer", PLAIN_PASSWORD=os.environ["PEER_TOKEN"].encode())
+    assert peer.call("noop") == "OK"
+    peer.wait_for(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+
+
+def plain_with_another_token_is_refused(url):
+    token = os.environ["PEER_TOKEN"].encode()
+    peers = []  # all at once: their monitors have names that may come again
+    for wrong in (b"x", token[1:], token.upper()):
+        peer = Peer(url, PLAIN_USERNAME=b"peer", PLAIN_PASSWORD=wrong)
+        peers.append(peer)
+        peer.send("noop")
+        ended = peer.wait_for(
+            zmq.EVENT_DISCONNECTED,
+            zmq.EVENT_HANDSHAKE_SUCCEEDED,
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+            zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+            zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+        )
+        assert ended != zmq.EVENT_HANDSHAKE_SUCCEEDED
+        assert not peer.socket.poll(0)
+
+
+def null_is_refused(url):
+    peer = Peer(url)
+    peer.send("noop")
+    peer.wait_for(zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+    assert not peer.socket.poll(0)
+    plain_with_the_token(url)
+
+
 def another_socket_type_is_refused(url):
     socket = zmq.Context.instance().socket(zmq.SUB)
     socket.linger = 0
@@ -223,6 +255,9 @@ CHECKS = {
         heartbeats,
         same_identity_twice,
         plain_is_refused,
+        plain_with_the_token,
+        plain_with_another_token_is_refused,
+        null_is_refused,
         another_socket_type_is_refused,
         store_and_retrieve,
         pipelined,

@@ -4,6 +4,7 @@ import { PrefixCache } from "../cache.js";
 import { Client } from "../client.js";
 import { KvferryError } from "../errors.js";
 import { Server } from "../server.js";
+import { tokenOf } from "../token.js";
 import { askHttp } from "./http.js";
 import { type BenchOptions, benchOptions } from "./options.js";
 import { columns, size } from "./units.js";
@@ -78,7 +79,8 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 	const { bytes, timeoutMs } = options;
 	// How it is cleared afterwards must be known before.
 	await askHttp(options, "/quotas", undefined, "memory_bytes");
-	await using client = await Client.connect({ url, timeoutMs });
+	const token = tokenOf(options, ["admin", "data"]);
+	await using client = await Client.connect({ url, timeoutMs, token });
 	const status = await client.status({ timeoutMs });
 	const free = Number(status.pool_bytes) - Number(status.used_bytes);
 	if (free < 2 * bytes) {

@@ -3,6 +3,7 @@ import { Client, type PromptQuestion } from "../client.js";
 import { KvferryError } from "../errors.js";
 import type { Explanation } from "../native-binding.js";
 import type { Status } from "../server.js";
+import { tokenOf } from "../token.js";
 import { explainMiss } from "./miss.js";
 import { type DoctorOptions, doctorOptions } from "./options.js";
 import { readTokens } from "./tokens.js";
@@ -41,7 +42,9 @@ export async function doctor(args: string[]): Promise<void> {
 async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Examination> {
 	let client: Client;
 	try {
-		client = await Client.connect(options);
+		const { url, timeoutMs } = options;
+		const token = tokenOf(options, ["admin", "data"]);
+		client = await Client.connect({ url, timeoutMs, token });
 	} catch (error) {
 		const { message } = failureOf(error);
 		return { checks: [{ check: "server", result: "finding", message }] };

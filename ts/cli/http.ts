@@ -1,9 +1,12 @@
 import { checkObject } from "../arguments.js";
 import { type ErrorCode, ErrorCodes, KvferryError } from "../errors.js";
+import { tokenOf } from "../token.js";
 
 /** Where a server answers HTTP, and how long it may take. */
 export interface HttpOptions {
 	readonly http: URL;
+	/** File with the admin's token; the environment's where absent. */
+	readonly tokenFile?: string;
 	readonly timeoutMs: number;
 }
 
@@ -13,22 +16,22 @@ export interface HttpOptions {
  * @throws {@link KvferryError} `TIMEOUT`, `UNREACHABLE`, `PROTOCOL` for what is no kvferry server, or what it says.
  */
 export async function askHttp(
-	{ http, timeoutMs }: HttpOptions,
+	options: HttpOptions,
 	path: string,
 	change: { readonly method: string; readonly body: object } | undefined,
 	expected: string,
 ): Promise<Record<string, unknown>> {
+	const { http, timeoutMs } = options;
+	const token = tokenOf(options, ["admin"]);
 	let answer: Response;
 	let text: string;
 	try {
 		answer = await fetch(new URL(path, http), {
-			...(change === undefined
-				? {}
-				: {
-						method: change.method,
-						headers: { "content-type": "application/json" },
-						body: JSON.stringify(change.body),
-					}),
+			...(change === undefined ? {} : { method: change.method, body: JSON.stringify(change.body) }),
+			headers: {
+				"content-type": "application/json",
+				...(token === undefined ? {} : { authorization: `Bearer ${token}` }),
+			},
 			redirect: "error",
 			signal: AbortSignal.timeout(timeoutMs),
 		});

@@ -18,6 +18,7 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
   status   tell what a server holds; on a terminal again and again, until Ctrl-C
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
+             --token-file FILE  its token, else KVFERRY_TOKEN of the environment; clear and status take the admin's
              --timeout-ms N     wait for it at most that long (3000)
   quota    list what tenants may have of the memory, and have; quota set changes it, quota unset takes it back
              --salt SALT        the tenant; "" for requests without a salt
@@ -25,9 +26,11 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --cap SIZE         it has that much at most (no bound)
              --guarantee SIZE   others never make it have less (0)
              --http URL         where the server answers HTTP (http://127.0.0.1:8080)
+             --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for it at most that long (3000)
   doctor   tell why a prompt misses; exits with 1 when anything is found
              --server URL       the server (tcp://127.0.0.1:5555)
+             --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for each answer at most that long (3000)
              --tokens FILE      the prompt's token ids, as JSON or separated by spaces; - is stdin
              --model NAME       the model, as its engine registers it
@@ -40,6 +43,7 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
   bench    store, look up and load through a server, and tell how long it takes
              --url URL          the server; unless given, one of its own
              --http URL         where that answers HTTP (http://127.0.0.1:8080)
+             --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --size SIZE        of all that is stored (256MiB)
              --chunk-bytes SIZE of one chunk; a prompt has 16 (1MiB)
              --timeout-ms N     wait for each answer at most that long (3000)

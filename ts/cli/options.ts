@@ -1,4 +1,5 @@
 import { createHash } from "node:crypto";
+import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
@@ -12,7 +13,7 @@ import {
 	type Values,
 	valuesOf,
 } from "./settings.js";
-import { bytes, bytesOrNone, flag, httpUrl, integer, policy } from "./values.js";
+import { bytes, bytesOrNone, checkHost, flag, httpUrl, integer, policy } from "./values.js";
 
 /** Bytes that a benchmark may store. */
 const BENCH_MAX = 4 * 2 ** 30;
@@ -38,6 +39,8 @@ export interface QuotaOptions {
 	readonly guarantee?: number;
 	/** Where the server answers HTTP. */
 	readonly http: URL;
+	/** File with the admin's token; the environment's where absent. */
+	readonly tokenFile?: string;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -45,6 +48,8 @@ export interface QuotaOptions {
 /** What `kvferry ping`, `kvferry status` and `kvferry clear` were asked for. */
 export interface ClientOptions {
 	readonly url: string;
+	/** File with a token; the environment's where absent. */
+	readonly tokenFile?: string;
 	readonly timeoutMs: number;
 	readonly json: boolean;
 }
@@ -55,6 +60,8 @@ export interface BenchOptions {
 	readonly url?: string;
 	/** Where it answers HTTP. */
 	readonly http: URL;
+	/** File with the admin's token; the environment's where absent. */
+	readonly tokenFile?: string;
 	/** Of all objects together. */
 	readonly bytes: number;
 	readonly chunkBytes: number;
@@ -92,7 +99,7 @@ export interface ReplayOptions {
  * Reads the flags of `kvferry serve`, its variables and its file.
  *
  * @throws {@link KvferryError} `INVALID_ARGUMENT`, `SYSTEM` for a file that cannot be read, or `UNSUPPORTED_OPTION` for
- * hosts other than loopback.
+ * a host that is not loopback without what that needs.
  */
 export function serveOptions(
 	args: string[],
@@ -110,9 +117,11 @@ export function serveOptions(
 	}) as Record<string, string | boolean | undefined>;
 	const { config, "print-config": printConfig, json, ...given } = values;
 	const found = findSettings(SERVE, given, env, config as string | undefined);
+	const settings = valuesOf<typeof SERVE>(found);
+	checkHost(found.get("host"), settings.listenPublic === true && settings.tokenFile !== undefined);
 	return {
 		found,
-		settings: valuesOf<typeof SERVE>(found),
+		settings,
 		printConfig: printConfig === true,
 		json: json === true,
 	};
@@ -126,11 +135,13 @@ export function serveOptions(
 export function clientOptions(args: string[]): ClientOptions {
 	const values = parse(args, {
 		url: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	});
 	return {
 		url: values.url,
+		...fileOf(values["token-file"]),
 		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		json: values.json,
 	};
@@ -147,6 +158,7 @@ export function benchOptions(args: string[]): BenchOptions {
 		http: { type: "string" },
 		size: { type: "string", default: "256MiB" },
 		"chunk-bytes": { type: "string", default: "1MiB" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	});
@@ -184,6 +196,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		cap: { type: "string" },
 		guarantee: { type: "string" },
 		http: { type: "string", default: "http://127.0.0.1:8080" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	} as const;
@@ -220,6 +233,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		...(cap === undefined ? {} : { cap: bytesOrNone(flag("cap", cap)) }),
 		...(guarantee === undefined ? {} : { guarantee: bytesOrNone(flag("guarantee", guarantee)) }),
 		http: httpUrl(flag("http", values.http)),
+		...fileOf(values["token-file"]),
 		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		json: values.json,
 	};
@@ -262,6 +276,7 @@ export function replayOptions(args: string[]): ReplayOptions {
 export function doctorOptions(args: string[]): DoctorOptions {
 	const values = parse(args, {
 		server: { type: "string", default: "tcp://127.0.0.1:5555" },
+		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		tokens: { type: "string" },
 		model: { type: "string" },
@@ -302,6 +317,7 @@ export function doctorOptions(args: string[]): DoctorOptions {
 	};
 	return {
 		url: values.server,
+		...fileOf(values["token-file"]),
 		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		...(file === undefined ? {} : { prompt: { file, ...prompt } }),
 		...(chunkSize === undefined
@@ -337,4 +353,8 @@ function parsed<T>(options: object, parse: () => T): T {
 			{ cause: error },
 		);
 	}
+}
+
+function fileOf(tokenFile: string | undefined): { tokenFile?: string } {
+	return tokenFile === undefined ? {} : { tokenFile: resolve(tokenFile) };
 }

@@ -1,4 +1,5 @@
 import { Client } from "../client.js";
+import { tokenOf } from "../token.js";
 import { type ClientOptions, clientOptions } from "./options.js";
 
 /** `kvferry ping`: tells how long the server takes to answer. */
@@ -24,7 +25,12 @@ export async function clear(args: string[]): Promise<void> {
 }
 
 async function query<T>(options: ClientOptions, ask: (client: Client) => Promise<T>): Promise<T> {
-	const client = await Client.connect(options);
+	const { url, timeoutMs } = options;
+	const client = await Client.connect({
+		url,
+		timeoutMs,
+		token: tokenOf(options, ["admin", "data"]),
+	});
 	try {
 		return await ask(client);
 	} finally {

@@ -18,12 +18,16 @@ export async function serve(args: string[]): Promise<void> {
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
 	const http = httpAddress === undefined ? {} : { httpUrl: `http://${httpAddress}` };
-	const { memory } = options;
+	const { memory, ipc } = options;
+	const socket = ipc === undefined ? {} : { ipcUrl: `ipc://${ipc}` };
 	process.stdout.write(
 		json
-			? `${JSON.stringify({ url, shmName, memory, ...http })}\n`
+			? `${JSON.stringify({ url, shmName, memory, ...http, ...socket })}\n`
 			: `kvferry serves ${url} from pool ${shmName} of ${memory} bytes\n`,
 	);
+	if (!json && socket.ipcUrl !== undefined) {
+		process.stdout.write(`and ${socket.ipcUrl}\n`);
+	}
 	if (!json && http.httpUrl !== undefined) {
 		process.stdout.write(`its page, health and metrics: ${http.httpUrl}\n`);
 	}

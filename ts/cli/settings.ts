@@ -4,7 +4,7 @@ import { invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 import { logFormat } from "./log.js";
 import { nearest } from "./nearest.js";
-import { bytes, type Given, integer, loopback, policy, portOrOff } from "./values.js";
+import { bytes, type Given, integer, policy, portOrOff, trueOrFalse } from "./values.js";
 
 /** A setting of `kvferry serve`: its flag, its variable, its key in a file, its help and its row in the guide. */
 export interface Setting<T = unknown> {
@@ -25,9 +25,24 @@ export type Settings = Readonly<Record<string, Setting>>;
 export const SERVE = {
 	host: {
 		value: "HOST",
-		help: "a loopback address",
+		help: "a loopback address; others need the next two",
 		default: "127.0.0.1",
-		read: loopback,
+		read: ({ text }) => text,
+	},
+	"listen-public": {
+		help: "other machines may reach it",
+		default: "false",
+		read: trueOrFalse,
+	},
+	"token-file": {
+		value: "FILE",
+		help: "who is let in: lines data = TOKEN, admin = TOKEN, metrics = TOKEN",
+		read: ({ text }) => resolve(text),
+	},
+	ipc: {
+		value: "PATH",
+		help: "a Unix socket as well, in a directory of mode 0700",
+		read: ({ text }) => resolve(text),
 	},
 	port: {
 		value: "PORT",

@@ -1,6 +1,7 @@
 import { Client } from "../client.js";
 import type { Status } from "../server.js";
-import { clientOptions } from "./options.js";
+import { tokenOf } from "../token.js";
+import { type ClientOptions, clientOptions } from "./options.js";
 import { drawStatus, type Sample } from "./view.js";
 
 /** Between two looks at the server. */
@@ -15,10 +16,10 @@ const LEAVE = "\x1b[?25h\x1b[?1049l";
 export async function status(args: string[]): Promise<void> {
 	const options = clientOptions(args);
 	if (process.stdout.isTTY && process.env.TERM !== "dumb" && !options.json) {
-		await live(options.url, options.timeoutMs);
+		await live(options);
 		return;
 	}
-	await using client = await Client.connect(options);
+	await using client = await Client.connect(connection(options));
 	const fields = await client.status(options);
 	if (options.json) {
 		process.stdout.write(`${JSON.stringify(fields)}\n`);
@@ -30,7 +31,15 @@ export async function status(args: string[]): Promise<void> {
 	}
 }
 
-async function live(url: string, timeoutMs: number): Promise<void> {
+function connection(options: ClientOptions): { url: string; timeoutMs: number; token?: string } {
+	const { url, timeoutMs } = options;
+	const token = tokenOf(options, ["admin", "data"]);
+	return { url, timeoutMs, ...(token === undefined ? {} : { token }) };
+}
+
+async function live(options: ClientOptions): Promise<void> {
+	const to = connection(options);
+	const { url, timeoutMs } = to;
 	const { stdout } = process;
 	const samples: Sample[] = [];
 	let trouble = "";
@@ -43,7 +52,7 @@ async function live(url: string, timeoutMs: number): Promise<void> {
 	};
 	const leave = () => stdout.write(LEAVE);
 	// A first answer, or an error as of any command.
-	let client: Client | undefined = await Client.connect({ url, timeoutMs });
+	let client: Client | undefined = await Client.connect(to);
 	process.once("SIGINT", end).once("SIGTERM", end).once("exit", leave);
 	stdout.on("resize", draw);
 	stdout.write(ENTER);
@@ -51,7 +60,7 @@ async function live(url: string, timeoutMs: number): Promise<void> {
 		while (!stop.signal.aborted) {
 			const began = performance.now();
 			try {
-				client ??= await Client.connect({ url, timeoutMs, signal: stop.signal });
+				client ??= await Client.connect({ ...to, signal: stop.signal });
 				const now: Status = await client.status({ timeoutMs, signal: stop.signal });
 				const last = samples.at(-1)?.status;
 				if (

@@ -1,7 +1,8 @@
-import { isIPv4, isIPv6 } from "node:net";
+import { isIP, isIPv4, isIPv6 } from "node:net";
 import { invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 import type { EvictionPolicy } from "../server.js";
+import type { Found } from "./settings.js";
 
 /** A value as it was written, and how an error names it with its place: `--port 1`. */
 export interface Given {
@@ -71,22 +72,34 @@ export function policy(given: Given): EvictionPolicy {
 	return oneOf(given, POLICIES);
 }
 
-export function loopback({ text, says }: Given): string {
-	if (text === "localhost" || (isIPv4(text) && text.startsWith("127."))) {
-		return text;
-	}
-	if (isIPv6(text) && /^(0*:)+0*1$/.test(text)) {
-		return text;
+export function trueOrFalse(given: Given): boolean {
+	return oneOf(given, ["true", "false"]) === "true";
+}
+
+/**
+ * Whether a server may listen there.
+ *
+ * @throws {@link KvferryError} `UNSUPPORTED_OPTION`.
+ */
+export function checkHost(host: Found | undefined, mayBePublic: boolean): void {
+	const text = host?.text ?? "";
+	const loopback =
+		text === "localhost" ||
+		(isIPv4(text) && text.startsWith("127.")) ||
+		(isIPv6(text) && /^(0*:)+0*1$/.test(text));
+	if (loopback || (mayBePublic && isIP(text) !== 0)) {
+		return;
 	}
 	throw new KvferryError(
 		"UNSUPPORTED_OPTION",
-		`${says} is not a loopback address: this version serves its own machine only; use 127.0.0.1.`,
+		`${host?.place ?? ""} ${text} is not a loopback address: give one (127.0.0.1), or an address of this machine with ` +
+			"--listen-public and --token-file FILE; docs/security.md says what they protect.",
 	);
 }
 
 export function httpUrl({ text, says }: Given): URL {
 	const url = URL.canParse(text) ? new URL(text) : undefined;
-	if (url?.protocol !== "http:") {
+	if (url?.protocol !== "http:" && url?.protocol !== "https:") {
 		throw invalid(`${says}: give where the server answers HTTP, http://127.0.0.1:8080 say.`);
 	}
 	return url;

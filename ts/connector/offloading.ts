@@ -1,4 +1,4 @@
-import { invalid } from "../arguments.js";
+import { checkText, invalid } from "../arguments.js";
 import { Client } from "../client.js";
 import type { ResolvedOffloading } from "../config.js";
 import { ParallelStrategy } from "../parallel.js";
@@ -21,6 +21,10 @@ export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" |
 	readonly chunkSize?: number | undefined;
 	/** See {@link CacheAdapterOptions}. Default 5,000. */
 	readonly timeoutMs?: number | undefined;
+	/** The token of a server that asks for one. Default: `KVFERRY_TOKEN` of the environment, else none. */
+	readonly token?: string | undefined;
+	/** Instead: a file that has it. Default: `kvferry.token_file` of the connector's extra configuration. */
+	readonly tokenFile?: string | undefined;
 	/** Ends the wait for a server. */
 	readonly signal?: AbortSignal | undefined;
 }
@@ -69,13 +73,20 @@ export class KvConnectors implements AsyncDisposable {
 
 /** LMCacheMPConnector: a server in another process, which may come later. */
 export async function connectToServer(
-	{ serverAddress }: ResolvedOffloading,
+	{ serverAddress, kvTransferConfig }: ResolvedOffloading,
 	engine: PagedEngine,
 ): Promise<KvConnectors> {
-	const { chunkSize, signal, onWarning } = engine;
+	const { chunkSize, signal, onWarning, token } = engine;
+	const { "kvferry.token_file": configured } = kvTransferConfig?.kvConnectorExtraConfig ?? {};
+	if (configured !== undefined) {
+		checkText("kvferry.token_file", configured);
+	}
+	const tokenFile = engine.tokenFile ?? (token === undefined ? configured : undefined);
 	const via = await Client.connect({
 		url: serverAddress ?? "tcp://localhost:5555",
 		whenUnreachable: "warn",
+		token,
+		tokenFile,
 		...(chunkSize === undefined ? {} : { chunkSize }),
 		...(signal === undefined ? {} : { signal }),
 		...(onWarning === undefined ? {} : { onWarning }),

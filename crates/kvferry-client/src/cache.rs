@@ -237,7 +237,9 @@ impl Cache for Client {
     fn clear(&self, deadline: Instant) -> CacheFuture<'_, ()> {
         Box::pin(async move {
             let request = Request::Clear { force: false };
-            self.session()?.request(&request, self.deadline(deadline)).await.map(drop)
+            let session = self.session()?;
+            session.check_admin(Operation::Clear)?;
+            session.request(&request, self.deadline(deadline)).await.map(drop)
         })
     }
 
@@ -320,6 +322,7 @@ impl Client {
                 format!("the server is not kvferry's and has no {operation}: npx kvferry serve"),
             ));
         }
+        session.check_admin(request.operation())?;
         session.request(request, self.deadline(deadline)).await
     }
 

@@ -13,7 +13,7 @@ use kvferry_wire::{Dialect, Operation, Reply, Request};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout_at};
 
-use crate::address::Address;
+use crate::address::{Address, Token};
 use crate::gate::LOOK;
 use crate::link::Link;
 use crate::release::{self, Release};
@@ -31,8 +31,11 @@ const CONNECT: Duration = Duration::from_secs(3);
 /// How to reach a server.
 #[derive(Debug, Clone)]
 pub struct ConnectOptions {
-    /// `tcp://host:port` or `host:port`; loopback hosts only.
+    /// `tcp://host:port`, `host:port` or `ipc:///path`; loopback hosts only, unless there is a token.
     pub address: String,
+    /// What the server lets clients in for; it is sent in clear, and to a server that asks for one only. None unless
+    /// told.
+    pub token: Option<Token>,
     /// How long any request may take, beside the deadline that its caller gives; 5 s unless told.
     pub request_timeout: Duration,
     /// From connecting to being ready; 3 s unless told. Later connections have at least 3 s.
@@ -51,6 +54,7 @@ impl ConnectOptions {
     pub fn new(address: impl Into<String>) -> Self {
         Self {
             address: address.into(),
+            token: None,
             request_timeout: Duration::from_secs(5),
             connect_timeout: CONNECT,
             heartbeat_interval: Duration::from_secs(5),
@@ -129,9 +133,10 @@ impl Client {
     /// [`ErrorCode::Unreachable`] when nothing listens at the address, [`ErrorCode::Timeout`] when
     /// what listens does not answer; neither with [`ConnectOptions::assumed_chunk_size`], see
     /// [`Client::failure`]. [`ErrorCode::Protocol`] when it is no such server,
-    /// [`ErrorCode::UnsupportedOption`] when the address is not loopback.
+    /// [`ErrorCode::Unauthorized`] when it wants a token, or another one; [`ErrorCode::UnsupportedOption`] when the
+    /// address is not loopback and there is no token, or the server takes none.
     pub async fn connect(mut options: ConnectOptions) -> Result<Self> {
-        let mut address = Address::parse(&options.address)?;
+        let mut address = Address::parse(&options.address, options.token.clone())?;
         address.chunk_size = options.assumed_chunk_size;
         let opened = open(&address, options.connect_timeout, None).await;
         let (state, info) = match (&opened, options.assumed_chunk_size) {
@@ -196,7 +201,8 @@ impl Client {
     /// # Errors
     /// [`ErrorCode::UnsupportedOption`] from a server of LMCache, which tells them over HTTP only.
     pub async fn status(&self) -> Result<Vec<(String, Value)>> {
-        if self.session()?.hello.is_none() {
+        let session = self.session()?;
+        if session.hello.is_none() {
             return Err(Error::new(
                 ErrorCode::UnsupportedOption,
                 format!(
@@ -205,6 +211,7 @@ impl Client {
                 ),
             ));
         }
+        session.check_admin(Operation::Status)?;
         match self.request(&Request::Status).await? {
             Reply::Status(entries) => Ok(entries),
             reply => Err(unexpected(Operation::Status, &reply)),

@@ -12,5 +12,6 @@ mod pool;
 mod release;
 mod session;
 
+pub use address::Token;
 pub use client::{Client, ConnectOptions, ServerInfo};
 pub use kvferry_wire::message::Value;

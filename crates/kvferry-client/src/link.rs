@@ -2,12 +2,12 @@
 
 use bytes::{Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
+use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType, ZmtpError};
 use kvferry_wire::{Dialect, MessageError, Reply, Request};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::address::Address;
+use crate::address::{Address, Place};
 
 /// Bytes that are read at once.
 const READ: usize = 64 << 10;
@@ -22,10 +22,34 @@ pub(crate) fn unreachable(address: &Address, reason: impl std::fmt::Display) -> 
     )
 }
 
+/// A connected socket.
+enum Stream {
+    Tcp(TcpStream),
+    #[cfg(unix)]
+    Ipc(tokio::net::UnixStream),
+}
+
+impl Stream {
+    async fn connect(place: &Place) -> std::io::Result<Self> {
+        match place {
+            Place::Tcp { host, port } => {
+                let candidates = Address::resolve(host, *port).await?;
+                let stream = TcpStream::connect(&*candidates).await?;
+                let _ = stream.set_nodelay(true); // without it requests go late, and still go
+                Ok(Self::Tcp(stream))
+            }
+            #[cfg(unix)]
+            Place::Ipc(path) => tokio::net::UnixStream::connect(path).await.map(Self::Ipc),
+            #[cfg(not(unix))]
+            Place::Ipc(_) => Err(std::io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
 /// One connection.
 pub(crate) struct Link {
     address: Address,
-    stream: TcpStream,
+    stream: Stream,
     zmtp: Connection,
     input: BytesMut,
     output: BytesMut,
@@ -38,11 +62,13 @@ impl Link {
     /// Connects and shakes hands. Waits as long as the peer lets it.
     pub(crate) async fn open(address: &Address) -> Result<Self> {
         let cannot = |error: std::io::Error| unreachable(address, error);
-        let candidates = address.resolve().await.map_err(cannot)?;
-        let stream = TcpStream::connect(&*candidates).await.map_err(cannot)?;
-        let _ = stream.set_nodelay(true); // without it requests go late, and still go
+        let stream = Stream::connect(&address.place).await.map_err(cannot)?;
         let mut output = BytesMut::new();
-        let zmtp = Connection::new(Config::null(SocketType::Dealer), &mut output);
+        let mechanism = match &address.token {
+            Some(token) => Mechanism::PlainClient(token.credentials()),
+            None => Mechanism::Null,
+        };
+        let zmtp = Connection::new(Config::new(SocketType::Dealer, mechanism), &mut output);
         let mut link = Self {
             address: address.clone(),
             stream,
@@ -54,11 +80,36 @@ impl Link {
         };
         loop {
             let event = link.zmtp.receive(&mut link.input, &mut link.output);
-            match event.map_err(|error| link.broken(error))? {
+            match event.map_err(|error| link.not_let_in(error))? {
                 Some(Event::Ready) => return Ok(link),
                 Some(_) | None => link.progress().await?,
             }
         }
+    }
+
+    /// The error of a handshake that failed.
+    fn not_let_in(&self, error: ZmtpError) -> Error {
+        let Address { token, .. } = &self.address;
+        let at = &self.address;
+        let refusal = match (&error, token) {
+            (ZmtpError::Mechanism { theirs, .. }, None) if theirs == "PLAIN" => {
+                format!(
+                    "the server at {at} wants a token: give token or tokenFile, or set KVFERRY_TOKEN"
+                )
+            }
+            (ZmtpError::Refused(_), Some(_)) => format!(
+                "the server at {at} does not know this token: give that of its file (--token-file)"
+            ),
+            (ZmtpError::Mechanism { theirs, .. }, Some(_)) if theirs == "NULL" => {
+                let message = format!(
+                    "the server at {at} takes no token: leave it out (token, tokenFile, KVFERRY_TOKEN), or \
+                     start the server with --token-file FILE"
+                );
+                return Error::new(ErrorCode::UnsupportedOption, message);
+            }
+            _ => return self.broken(error),
+        };
+        Error::new(ErrorCode::Unauthorized, refusal)
     }
 
     /// Sends a request and waits for its reply; for the time before the connection is in use.
@@ -129,16 +180,29 @@ impl Link {
 
     /// Waits until bytes came or went. May be dropped and called again.
     pub(crate) async fn progress(&mut self) -> Result<()> {
-        self.input.reserve(READ);
-        let (mut reader, mut writer) = self.stream.split();
-        let (read, bytes) = tokio::select! {
-            read = reader.read_buf(&mut self.input) => (true, read),
-            sent = writer.write_buf(&mut self.output), if !self.output.is_empty() => (false, sent),
+        let Self { input, output, .. } = self;
+        let (read, bytes) = match &mut self.stream {
+            Stream::Tcp(stream) => pump(stream.split(), input, output).await,
+            #[cfg(unix)]
+            Stream::Ipc(stream) => pump(stream.split(), input, output).await,
         };
         match bytes {
             Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),
             Ok(_) => Ok(()),
             Err(error) => Err(unreachable(&self.address, error)),
         }
+    }
+}
+
+/// Waits until bytes were read (`true`) or written; how many.
+async fn pump(
+    (mut reader, mut writer): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
+    input: &mut BytesMut,
+    output: &mut BytesMut,
+) -> (bool, std::io::Result<usize>) {
+    input.reserve(READ);
+    tokio::select! {
+        read = reader.read_buf(input) => (true, read),
+        sent = writer.write_buf(output), if !output.is_empty() => (false, sent),
     }
 }

@@ -102,6 +102,20 @@ impl Session {
         (session, outgoing)
     }
 
+    /// Whether the server does for this connection what concerns everybody; it would not answer.
+    pub(crate) fn check_admin(&self, operation: Operation) -> Result<()> {
+        if self.hello.as_ref().is_none_or(|hello| hello.admin) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorCode::Unauthorized,
+            format!(
+                "the server at {} does {operation} for its admin token only: give that",
+                self.address
+            ),
+        ))
+    }
+
     /// Sends a request and waits for its reply until `deadline`. A reply that comes later is
     /// dropped.
     pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {

@@ -31,6 +31,8 @@ pub enum ErrorCode {
     Timeout,
     /// No server answers at the address.
     Unreachable,
+    /// The server wants a token, or another one.
+    Unauthorized,
     /// The peer broke the protocol, or speaks another version.
     Protocol,
     /// The address is already in use.
@@ -67,6 +69,7 @@ impl ErrorCode {
             Self::Aborted => "ABORTED",
             Self::Timeout => "TIMEOUT",
             Self::Unreachable => "UNREACHABLE",
+            Self::Unauthorized => "UNAUTHORIZED",
             Self::Protocol => "PROTOCOL",
             Self::AddressInUse => "ADDRESS_IN_USE",
             Self::PoolInUse => "POOL_IN_USE",

@@ -5,7 +5,7 @@ use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kvferry_client::{ConnectOptions, Value};
+use kvferry_client::{ConnectOptions, Token, Value};
 use kvferry_core::cache::Cache as _;
 use kvferry_core::explain::{count_hits, prompt_key};
 use kvferry_core::key::Key;
@@ -33,16 +33,18 @@ type Figure = (String, Either<f64, String>);
 
 #[napi]
 impl Client {
-    /// Connects to `tcp://host:port`. With a chunk size, the lack of a server is no error.
+    /// Connects to `tcp://host:port` or `ipc:///path`. With a chunk size, the lack of a server is no error.
     #[napi(catch_unwind, ts_return_type = "Promise<Client>")]
     pub fn connect(
         env: &Env,
         url: String,
         timeout_ms: u32,
         assumed_chunk_size: Option<u32>,
+        token: Option<String>,
     ) -> Result<PromiseRaw<'_, Client>> {
         promise(env, async move {
             let mut options = ConnectOptions::new(url);
+            options.token = token.map(Token::new).transpose()?;
             options.connect_timeout = Duration::from_millis(timeout_ms.into());
             options.assumed_chunk_size = assumed_chunk_size;
             let client = kvferry_client::Client::connect(options).await?;

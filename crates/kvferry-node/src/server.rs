@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode};
-use kvferry_server::{HttpOptions, load_quotas};
+use kvferry_server::{HttpOptions, Role, load_quotas};
 use kvferry_store::disk::{DiskOptions, DiskStatus};
 use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
@@ -24,8 +24,14 @@ const CLOSE: Duration = Duration::from_secs(30);
 /// What `Server.start` needs; `ts/server.ts` has the defaults.
 #[napi(object)]
 pub struct ServerOptions {
-    /// A loopback host; absent: no socket.
+    /// A host; absent: no socket.
     pub host: Option<String>,
+    /// Others than this machine may reach it.
+    pub listen_public: bool,
+    /// The file of tokens; absent: nobody is asked for one.
+    pub token_file: Option<String>,
+    /// A Unix socket beside the port; absent: none.
+    pub ipc: Option<String>,
     /// 0 lets the system choose.
     pub port: u16,
     /// Where operators ask, on the same host; 0 lets the system choose, absent: no HTTP.
@@ -248,7 +254,15 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
         Some(host) => {
             let mut made = None;
             let http = http_port.map(|port| HttpOptions { host: host.clone(), port });
-            let listen = kvferry_server::ServerOptions { host, port, http, quotas };
+            let listen = kvferry_server::ServerOptions {
+                host,
+                port,
+                listen_public: options.listen_public,
+                tokens: options.token_file.map(PathBuf::from),
+                ipc: options.ipc.map(PathBuf::from),
+                http,
+                quotas,
+            };
             let server = kvferry_server::Server::start(&listen, |address| {
                 let name = shm_name.unwrap_or_else(|| address.port().to_string());
                 let store = Store::new(StoreOptions { shared_name: Some(name), ..private })?;
@@ -265,6 +279,13 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
     let (shm_name, _) = store.pool();
     let running = Arc::new(Mutex::new(Some(Running { store, listening })));
     Ok(Server { running, address, http_address, shm_name })
+}
+
+/// The first token of these roles in a file.
+#[napi(catch_unwind)]
+pub fn read_token(file: String, roles: Vec<String>) -> Result<String> {
+    let roles: Vec<Role> = roles.iter().filter_map(|role| Role::from_name(role)).collect();
+    kvferry_server::read_token(file.as_ref(), &roles).map_err(to_napi)
 }
 
 /// A JavaScript number that counts something.

@@ -1,16 +1,18 @@
 //! One connection: bytes in, answers out, with a bound and a deadline for everything.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::BytesMut;
 use kvferry_store::Departure;
-use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
+use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::service::{Peer, Service};
+use crate::tokens::{Role, Tokens};
 
 /// From connecting to READY.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -59,14 +61,43 @@ impl Drop for Part<'_> {
     }
 }
 
+/// Whom a listener lets in.
+#[derive(Clone)]
+pub(crate) struct Door {
+    /// `None`: nobody is asked, and everybody may do everything.
+    pub(crate) tokens: Option<Arc<Tokens>>,
+    /// Whether peers without a token, which LMCache's are, may store and load all the same.
+    pub(crate) open: bool,
+}
+
+impl Door {
+    fn mechanism(&self) -> Mechanism {
+        match (&self.tokens, self.open) {
+            (None, _) => Mechanism::Null,
+            (Some(_), true) => Mechanism::NullOrPlainServer,
+            (Some(_), false) => Mechanism::PlainServer,
+        }
+    }
+
+    fn admits(&self, token: &[u8], peer: &mut Peer) -> bool {
+        match self.tokens.as_ref().and_then(|tokens| tokens.role(token)) {
+            Some(Role::Admin) => peer.make_admin(),
+            Some(Role::Data) => {}
+            Some(Role::Metrics) | None => return false,
+        }
+        true
+    }
+}
+
 /// Serves the connection until it ends; says who ended it.
 pub(crate) async fn serve(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     service: &Service,
     peer: &mut Peer,
     unfinished: &Unfinished,
+    door: &Door,
 ) -> Departure {
-    let error = match talk(&mut stream, service, peer, unfinished).await {
+    let error = match talk(&mut stream, service, peer, unfinished, door).await {
         Ok(()) => return Departure::Ended, // the peer's kernel said so
         Err(error) => error,
     };
@@ -84,10 +115,14 @@ async fn talk(
     service: &Service,
     peer: &mut Peer,
     unfinished: &Unfinished,
+    door: &Door,
 ) -> io::Result<()> {
+    if door.tokens.is_none() {
+        peer.make_admin();
+    }
     let mut part = Part { all: unfinished, bytes: 0 };
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
-    let mut zmtp = Connection::new(Config::null(SocketType::Router), &mut output);
+    let mut zmtp = Connection::new(Config::new(SocketType::Router, door.mechanism()), &mut output);
     let mut deadline = Some(Instant::now() + HANDSHAKE);
     loop {
         send(stream, &mut output).await?;
@@ -121,8 +156,16 @@ async fn talk(
                         zmtp.send(&reply, &mut output).map_err(Malformed::io)?;
                     }
                 }
+                // The name says nothing: the token is whose it is.
+                Event::Credentials(given) if door.admits(&given.password, peer) => {
+                    zmtp.accept(&mut output).map_err(Malformed::io)?;
+                }
+                Event::Credentials(_) => {
+                    zmtp.reject("wrong token", &mut output).map_err(Malformed::io)?;
+                    send(stream, &mut output).await?;
+                    return Err(io::ErrorKind::PermissionDenied.into());
+                }
                 Event::Ready => ready = true,
-                _ => {}
             }
             if output.len() > WRITE {
                 send(stream, &mut output).await?;
@@ -182,6 +225,7 @@ fn label(error: &io::Error) -> &'static str {
         (Some(malformed), _) => malformed.0.label(),
         (None, io::ErrorKind::TimedOut) => "deadline",
         (None, io::ErrorKind::OutOfMemory) => "unfinished_messages",
+        (None, io::ErrorKind::PermissionDenied) => "wrong_token",
         (None, _) => "connection",
     }
 }
@@ -191,6 +235,7 @@ mod tests {
     use bytes::Bytes;
     use kvferry_store::{Limits, Policy, Store, StoreOptions};
     use kvferry_wire::message::Value;
+    use kvferry_wire::zmtp::Credentials;
     use kvferry_wire::{Operation, Reply, Request};
     use tokio::io::{DuplexStream, duplex};
     use tokio::time::{advance, sleep};
@@ -224,10 +269,14 @@ mod tests {
 
         /// How the connection ends, and after how long.
         async fn serve(&self, stream: DuplexStream) -> (Departure, Duration) {
+            self.serve_at(stream, Door { tokens: None, open: true }).await
+        }
+
+        async fn serve_at(&self, stream: DuplexStream, door: Door) -> (Departure, Duration) {
             const NEVER: Duration = Duration::from_secs(1 << 32);
             let begun = Instant::now();
             let mut peer = Peer::new(self.store.connect());
-            let serving = serve(stream, &self.service, &mut peer, &self.unfinished);
+            let serving = serve(stream, &self.service, &mut peer, &self.unfinished, &door);
             let departure = timeout(NEVER, serving).await.expect("the connection ends");
             (departure, begun.elapsed())
         }
@@ -235,6 +284,7 @@ mod tests {
         async fn dropped(&self, reason: &str) -> i64 {
             let frames = Request::Status.encode(0, Default::default());
             let mut peer = Peer::new(self.store.connect());
+            peer.make_admin();
             let now = std::time::Instant::now();
             let reply = self.service.answer(&mut peer, &frames, now).await.unwrap();
             let Ok(Reply::Status(status)) = Reply::decode(Operation::Status, &reply[2..]) else {
@@ -293,6 +343,67 @@ mod tests {
             let (ended, ()) = tokio::join!(host.serve(far), dragging);
             assert_eq!(ended, (Departure::GivenUp, HANDSHAKE), "after {sent} bytes");
             assert_eq!(host.dropped("deadline").await, 1);
+        }
+    }
+
+    /// What a client with a token sends, step by step.
+    fn plain_handshake(token: &'static str) -> [BytesMut; 2] {
+        let credentials = Credentials { username: Bytes::new(), password: token.into() };
+        let mechanism = Mechanism::PlainClient(credentials);
+        let mut output = BytesMut::new();
+        let mut client = Connection::new(Config::new(SocketType::Dealer, mechanism), &mut output);
+        let mut theirs = BytesMut::new();
+        Connection::new(Config::new(SocketType::Router, Mechanism::PlainServer), &mut theirs);
+        client.receive(&mut theirs, &mut output).unwrap();
+        let hello = output.split();
+        client.receive(&mut BytesMut::from(&b"\x04\x08\x07WELCOME"[..]), &mut output).unwrap();
+        [hello, output]
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_with_a_token_has_five_seconds_too_and_a_wrong_one_is_cut_at_once() {
+        let tokens = || {
+            Some(Arc::new(Tokens::from([
+                b"the data token" as &[u8],
+                b"the admin token",
+                b"metrics token",
+            ])))
+        };
+        for open in [false, true] {
+            for (token, sent, ended) in [
+                ("the data token", 0, HANDSHAKE),
+                ("the data token", 1, HANDSHAKE),
+                ("the data token, nearly", 1, Duration::ZERO),
+                ("metrics token", 1, Duration::ZERO),
+                ("", 1, Duration::ZERO),
+            ] {
+                let host = Host::new();
+                let (near, far) = duplex(4096);
+                let (reading, mut writing) = tokio::io::split(near);
+                let client = async {
+                    for bytes in &plain_handshake(token)[..sent] {
+                        writing.write_all(bytes).await.unwrap();
+                    }
+                    drain(reading).await;
+                };
+                let door = Door { tokens: tokens(), open };
+                let (told, ()) = tokio::join!(host.serve_at(far, door), client);
+                assert_eq!(told, (Departure::GivenUp, ended), "{token:?} {sent}");
+                let reason = if ended.is_zero() { "wrong_token" } else { "deadline" };
+                assert_eq!(host.dropped(reason).await, 1);
+            }
+            // Through it, a peer is served.
+            let host = Host::new();
+            let (mut near, far) = duplex(4096);
+            for bytes in plain_handshake("the data token").into_iter().chain([noop()]) {
+                near.write_all(&bytes).await.unwrap();
+            }
+            near.shutdown().await.unwrap();
+            let door = Door { tokens: tokens(), open };
+            assert_eq!(host.serve_at(far, door).await.0, Departure::Ended);
+            let mut received = Vec::new();
+            near.read_to_end(&mut received).await.unwrap();
+            assert!(received.ends_with(b"\xa2OK"));
         }
     }
 

@@ -1,14 +1,18 @@
-//! Sockets around the store: an LMCache-compatible ROUTER on loopback, and HTTP for operators.
+//! Sockets around the store: an LMCache-compatible ROUTER, and HTTP for operators. Loopback unless told.
 
 mod connection;
 mod figures;
 mod http;
+#[cfg(unix)]
+mod ipc;
 mod json;
 mod notes;
 mod quotas;
 mod server;
 mod service;
+mod tokens;
 
 pub use notes::{Level, Note};
 pub use quotas::load_quotas;
 pub use server::{HttpOptions, Server, ServerOptions};
+pub use tokens::{Role, read_token};

@@ -10,14 +10,16 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{Departure, Store};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::connection::serve;
+use crate::connection::{Door, serve};
 use crate::figures::Figures;
-use crate::http::{Http, JOBS_MAX, Job};
+use crate::http::{Guard, Http, JOBS_MAX, Job};
 use crate::notes::Note;
 use crate::quotas::QuotaBook;
 use crate::service::{Peer, Service};
+use crate::tokens::Tokens;
 
 /// Connections at most; one more is closed at once.
 const CONNECTIONS_MAX: usize = 1024;
@@ -27,20 +29,40 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Where a server listens.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
-    /// A loopback address, or `localhost` for 127.0.0.1.
+    /// An address, or `localhost` for 127.0.0.1; one that is not loopback needs the next two.
     pub host: String,
     /// 0 lets the system choose.
     pub port: u16,
+    /// Others than this machine may reach it.
+    pub listen_public: bool,
+    /// The file of tokens. `None`: whoever reaches it may do everything.
+    pub tokens: Option<PathBuf>,
+    /// A Unix socket beside the port, in a directory that its owner alone may enter.
+    pub ipc: Option<PathBuf>,
     /// Health, metrics and a page for operators; `None`: no HTTP.
     pub http: Option<HttpOptions>,
     /// The file that keeps the quotas of tenants; it need not be there yet. `None`: they end with the server.
     pub quotas: Option<PathBuf>,
 }
 
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 0,
+            listen_public: false,
+            tokens: None,
+            ipc: None,
+            http: None,
+            quotas: None,
+        }
+    }
+}
+
 /// Where a server answers HTTP.
 #[derive(Debug, Clone)]
 pub struct HttpOptions {
-    /// A loopback address, or `localhost` for 127.0.0.1.
+    /// As [`ServerOptions::host`].
     pub host: String,
     /// 0 lets the system choose.
     pub port: u16,
@@ -62,15 +84,27 @@ pub struct Server {
 
 impl Server {
     /// Binds the address, then makes the store (told the address, whose port is then known), then serves
-    /// it. Errors: the address is in use, is not
-    /// loopback, the quotas' file is broken, or whatever `store` says.
+    /// it. Errors: the address is in use, is not loopback and has not what that needs, the file of quotas or of tokens
+    /// is broken, or whatever `store` says.
     pub fn start(
         options: &ServerOptions,
         store: impl FnOnce(SocketAddr) -> Result<Store>,
     ) -> Result<Self> {
-        let listener = bind(&options.host, options.port, "")?;
-        let http =
-            options.http.as_ref().map(|http| bind(&http.host, http.port, HTTP_HINT)).transpose()?;
+        let tokens = options.tokens.as_deref().map(Tokens::open).transpose()?.map(Arc::new);
+        let may_be_public = options.listen_public && tokens.is_some();
+        let (listener, public) = bind(&options.host, options.port, may_be_public, "")?;
+        let bind_http = |http: &HttpOptions| bind(&http.host, http.port, may_be_public, HTTP_HINT);
+        let http = options.http.as_ref().map(bind_http).transpose()?;
+        let ipc = match &options.ipc {
+            #[cfg(unix)]
+            Some(path) => Some(crate::ipc::Socket::bind(path)?),
+            #[cfg(not(unix))]
+            Some(_) => {
+                let message = "ipc needs a system with Unix sockets; leave it out";
+                return Err(Error::new(ErrorCode::UnsupportedPlatform, message));
+            }
+            None => None::<Ipc>,
+        };
         let cannot = |error: std::io::Error| Error::system("cannot serve", &error);
         let address = listener.local_addr().map_err(cannot)?;
         let store = store(address)?;
@@ -82,15 +116,24 @@ impl Server {
         let figures = Arc::new(Figures::new());
         let (jobs, todo) = mpsc::channel(JOBS_MAX);
         let served = (store.clone(), Arc::clone(&figures));
+        let door = Door { tokens: tokens.clone(), open: !public };
         let thread = std::thread::Builder::new()
             .name("kvferry-server".into())
             .spawn(move || {
                 let (store, figures) = served;
                 let service = Service::new(store.clone(), boot_token, Arc::clone(&figures), labels);
                 let tasks = tokio::task::LocalSet::new();
+                let hall = Hall {
+                    connections_max: CONNECTIONS_MAX,
+                    store,
+                    service: Rc::new(service),
+                    figures,
+                };
                 tasks.block_on(&runtime, async move {
+                    let here = Door { open: true, ..door.clone() };
                     tokio::select! {
-                        () = accept(listener, CONNECTIONS_MAX, &store, Rc::new(service), &figures) => {}
+                        () = hall.accept(Listener::tcp(listener), &door) => {}
+                        () = hall.accept(Listener::ipc(ipc.as_ref()), &here) => {}
                         () = work(todo) => {}
                         _ = stopped => {}
                     }
@@ -110,7 +153,9 @@ impl Server {
         };
         if let Some(listener) = http {
             let (store, figures) = (server.store.clone(), Arc::clone(&server.figures));
-            server.http = Some(Http::start(listener, store, figures, book, jobs)?);
+            let (listener, public) = listener;
+            let guard = Guard { tokens, public };
+            server.http = Some(Http::start(listener, guard, store, figures, book, jobs)?);
         }
         Ok(server)
     }
@@ -151,23 +196,33 @@ impl Drop for Server {
 /// Ends the error of a port that is in use.
 const HTTP_HINT: &str = " for HTTP (httpPort, --http-port), or none (--http-port off)";
 
-/// A listener that does not block.
-fn bind(host: &str, port: u16, hint: &str) -> Result<TcpListener> {
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
+/// A listener that does not block, and whether others than this machine reach it.
+fn bind(host: &str, port: u16, may_be_public: bool, hint: &str) -> Result<(TcpListener, bool)> {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     // Resolved, localhost may be several addresses: a second server would take the one that the first
     // has left, and libzmq's clients look at this one only.
-    let address = match bare {
+    let address: Option<IpAddr> = match bare {
         "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
-        _ => bare.parse().ok().filter(IpAddr::is_loopback),
+        _ => bare.parse().ok(),
     };
     let Some(address) = address else {
         return Err(Error::new(
             ErrorCode::UnsupportedOption,
             format!(
-                "host {host:?} is not loopback; this version serves 127.0.0.1, ::1 and localhost only"
+                "host {host:?} is no address: give 127.0.0.1, ::1, localhost, or one to be public at"
             ),
         ));
     };
+    let public = !address.is_loopback();
+    if public && !may_be_public {
+        return Err(Error::new(
+            ErrorCode::UnsupportedOption,
+            format!(
+                "host {host:?} is not loopback: others could reach the server there. That needs both listenPublic \
+                 (--listen-public) and tokenFile (--token-file FILE); docs/security.md says what they protect"
+            ),
+        ));
+    }
     let cannot = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::AddrInUse => Error::new(
             ErrorCode::AddressInUse,
@@ -177,7 +232,7 @@ fn bind(host: &str, port: u16, hint: &str) -> Result<TcpListener> {
     };
     let listener = TcpListener::bind((address, port)).map_err(cannot)?;
     listener.set_nonblocking(true).map_err(cannot)?;
-    Ok(listener)
+    Ok((listener, public))
 }
 
 /// Does what other threads ask of this one.
@@ -188,33 +243,82 @@ async fn work(mut jobs: mpsc::Receiver<Job>) {
     std::future::pending::<()>().await; // there is no HTTP: the other branches go on
 }
 
-async fn accept(
-    listener: TcpListener,
+trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Duplex for T {}
+
+#[cfg(unix)]
+type Ipc = crate::ipc::Socket;
+#[cfg(not(unix))]
+type Ipc = std::convert::Infallible;
+
+/// Where peers come in.
+enum Listener {
+    Tcp(tokio::net::TcpListener),
+    #[cfg(unix)]
+    Ipc(tokio::net::UnixListener),
+}
+
+impl Listener {
+    fn tcp(listener: TcpListener) -> Option<Self> {
+        tokio::net::TcpListener::from_std(listener).ok().map(Self::Tcp)
+    }
+
+    #[cfg(unix)]
+    fn ipc(socket: Option<&Ipc>) -> Option<Self> {
+        socket.and_then(Ipc::listener).map(Self::Ipc)
+    }
+
+    #[cfg(not(unix))]
+    fn ipc(_socket: Option<&Ipc>) -> Option<Self> {
+        None
+    }
+
+    async fn accept(&self) -> std::io::Result<Box<dyn Duplex>> {
+        Ok(match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let _ = stream.set_nodelay(true); // without it answers come late, and still come
+                Box::new(stream)
+            }
+            #[cfg(unix)]
+            Self::Ipc(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
+
+/// Where all connections of a server are served.
+struct Hall {
     connections_max: usize,
-    store: &Store,
+    store: Store,
     service: Rc<Service>,
-    figures: &Arc<Figures>,
-) {
-    let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-    loop {
-        let Ok((stream, _)) = listener.accept().await else {
-            service.drop_message("accept");
-            tokio::time::sleep(ACCEPT_RETRY).await;
-            continue;
-        };
-        if figures.connections.load(Ordering::Relaxed) >= connections_max {
-            service.drop_message("connections");
-            continue;
+    figures: Arc<Figures>,
+}
+
+impl Hall {
+    async fn accept(&self, listener: Option<Listener>, door: &Door) {
+        let Some(listener) = listener else { return std::future::pending().await };
+        let Self { connections_max, store, service, figures } = self;
+        loop {
+            let Ok(stream) = listener.accept().await else {
+                service.drop_message("accept");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            };
+            if figures.connections.load(Ordering::Relaxed) >= *connections_max {
+                service.drop_message("connections");
+                continue;
+            }
+            let (store, service, door) = (store.clone(), Rc::clone(service), door.clone());
+            figures.connections.fetch_add(1, Ordering::Relaxed);
+            let counted = Counted(Arc::clone(figures));
+            tokio::task::spawn_local(async move {
+                let peer = Peer::new(store.connect());
+                let mut peer = Leaving { peer, departure: Departure::GivenUp, store };
+                let unfinished = &counted.0.unfinished;
+                peer.departure = serve(stream, &service, &mut peer.peer, unfinished, &door).await;
+            });
         }
-        let _ = stream.set_nodelay(true); // without it answers come late, and still come
-        let (store, service) = (store.clone(), Rc::clone(&service));
-        figures.connections.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted(Arc::clone(figures));
-        tokio::task::spawn_local(async move {
-            let mut peer =
-                Leaving { peer: Peer::new(store.connect()), departure: Departure::GivenUp, store };
-            peer.departure = serve(stream, &service, &mut peer.peer, &counted.0.unfinished).await;
-        });
     }
 }
 
@@ -262,7 +366,7 @@ mod tests {
     }
 
     fn start(host: &str, port: u16) -> Result<Server> {
-        let options = ServerOptions { host: host.into(), port, http: None, quotas: None };
+        let options = ServerOptions { host: host.into(), port, ..ServerOptions::default() };
         Server::start(&options, |_| Ok(store()))
     }
 
@@ -291,11 +395,12 @@ mod tests {
                 }
             }
         };
-        let serving = accept(listener, 2, &store, service, &figures);
+        let hall = Hall { connections_max: 2, store, service, figures };
+        let door = Door { tokens: None, open: true };
         tokio::task::LocalSet::new()
             .run_until(async {
                 tokio::select! {
-                    () = serving => {}
+                    () = hall.accept(Listener::tcp(listener), &door) => {}
                     () = clients => {}
                 }
             })
@@ -327,7 +432,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_whose_data_thread_is_stuck_is_neither_healthy_nor_ready() {
         let http = Some(HttpOptions { host: "localhost".into(), port: 0 });
-        let options = ServerOptions { host: "localhost".into(), port: 0, http, quotas: None };
+        let options = ServerOptions { http, ..ServerOptions::default() };
         let server = Server::start(&options, |_| Ok(store())).unwrap();
         assert_eq!(get(&server, "/healthz").await, (200, r#"{"healthy":true}"#.into()));
         let (go_on, held) = std::sync::mpsc::channel::<()>();
@@ -351,7 +456,7 @@ mod tests {
     fn http_is_served_on_loopback_only_and_on_a_port_of_its_own() {
         let start = |host: &str, port| {
             let http = Some(HttpOptions { host: host.into(), port });
-            let options = ServerOptions { host: "localhost".into(), port: 0, http, quotas: None };
+            let options = ServerOptions { http, ..ServerOptions::default() };
             Server::start(&options, |_| Ok(store()))
         };
         let error = start("0.0.0.0", 0).err().map(|error| error.code);

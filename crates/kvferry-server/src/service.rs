@@ -23,11 +23,17 @@ pub(crate) struct Peer {
     owner: Owner,
     /// It said hello: it gets what LMCache's replies cannot say.
     extended: bool,
+    /// It may do what concerns everybody.
+    admin: bool,
 }
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        Self { owner, extended: false }
+        Self { owner, extended: false, admin: false }
+    }
+
+    pub(crate) fn make_admin(&mut self) {
+        self.admin = true;
     }
 
     pub(crate) fn owner(&self) -> Owner {
@@ -38,6 +44,7 @@ impl Peer {
 /// Answers messages; keeps count of those that it does not.
 pub(crate) struct Service {
     store: Store,
+    /// As an admin's connection is told.
     hello: Hello,
     figures: Arc<Figures>,
     labels: Labels,
@@ -51,7 +58,7 @@ impl Service {
         labels: Labels,
     ) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let hello = Hello { boot_token, version, pid: std::process::id() };
+        let hello = Hello { boot_token, version, pid: std::process::id(), admin: true };
         Self { store, hello, figures, labels }
     }
 
@@ -70,6 +77,7 @@ impl Service {
             }
         };
         let reply = match Request::decode(header.operation, payload) {
+            Ok(_) if needs_admin(header.operation) && !peer.admin => Err("not_admin"),
             Ok(request) => {
                 self.carry_out(peer, request, now).await.map_err(|error| error.code.as_str())
             }
@@ -158,7 +166,7 @@ impl Service {
             }
             Request::Hello => {
                 peer.extended = true;
-                Reply::Hello(self.hello.clone())
+                Reply::Hello(Hello { admin: peer.admin, ..self.hello.clone() })
             }
             Request::AbandonStore { key, instance_id } => {
                 store.abandon_store(&key.key, instance_id)?;
@@ -226,6 +234,14 @@ impl Service {
         );
         status
     }
+}
+
+/// Whether this concerns other peers too: it empties everybody's cache, or tells of everybody's salts and models.
+fn needs_admin(operation: Operation) -> bool {
+    matches!(
+        operation,
+        Operation::Clear | Operation::Status | Operation::Events | Operation::Explain
+    )
 }
 
 /// What a client is told when its request makes no sense or cannot be served. A prepare is always

@@ -294,17 +294,13 @@ fn a_port_and_a_segment_have_one_server() {
     engine.register(INSTANCE, layout("m"));
     assert_eq!(engine.store(key("r", 0, 2), INSTANCE), 2);
 
-    let address = ServerOptions {
-        host: "127.0.0.1".into(),
-        port: server.address().port(),
-        http: None,
-        quotas: None,
-    };
+    let port = server.address().port();
+    let address = ServerOptions { port, ..ServerOptions::default() };
     let error = Server::start(&address, |_| panic!("the port comes first")).err().unwrap();
     assert_eq!(error.code, ErrorCode::AddressInUse);
     assert!(error.message.contains(&server.address().to_string()), "{error}");
 
-    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
+    let elsewhere = ServerOptions::default();
     let error = Server::start(&elsewhere, |_| Store::new(options.clone())).err().unwrap();
     assert_eq!(error.code, ErrorCode::PoolInUse);
     assert!(error.message.contains(options.shared_name.as_ref().unwrap()), "{error}");
@@ -318,7 +314,7 @@ fn a_port_and_a_segment_have_one_server() {
 #[test]
 fn more_memory_than_there_is_is_refused_with_both_sizes() {
     let options = StoreOptions { memory: 1 << 43, ..store_options(16, PAGE) };
-    let elsewhere = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
+    let elsewhere = ServerOptions::default();
     let error = Server::start(&elsewhere, |_| Store::new(options)).err().unwrap();
     assert_eq!(error.code, ErrorCode::PoolTooLarge);
     assert!(error.message.contains(&(1u64 << 43).to_string()), "{error}");

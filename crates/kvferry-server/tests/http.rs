@@ -25,7 +25,7 @@ const CONFIRMED: &str = r#"{"confirm":true}"#;
 /// A server with HTTP around a store of so many pages that `prepare` had before anybody else.
 fn start_with(pages: u64, prepare: impl FnOnce(&Store)) -> Server {
     let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
-    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas: None };
+    let options = ServerOptions { http, ..ServerOptions::default() };
     Server::start(&options, |_| {
         let store = Store::new(store_options(16, pages * PAGE))?;
         prepare(&store);
@@ -54,7 +54,7 @@ impl Drop for Directory {
 /// A server whose store has a disk as well.
 fn start_with_disk(pages: u64, directory: &Directory) -> (Server, SocketAddr) {
     let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
-    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas: None };
+    let options = ServerOptions { http, ..ServerOptions::default() };
     let disk = Some(DiskOptions::new(directory.0.join("disk"), 1 << 20));
     let server = Server::start(&options, |_| {
         Store::new(StoreOptions { disk, ..store_options(16, pages * PAGE) })
@@ -695,7 +695,7 @@ fn the_boot_token_is_told_to_peers_only() {
 fn start_with_quotas(file: &Path) -> kvferry_core::Result<(Server, SocketAddr)> {
     let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
     let quotas = Some(file.to_owned());
-    let options = ServerOptions { host: "127.0.0.1".into(), port: 0, http, quotas };
+    let options = ServerOptions { http, quotas, ..ServerOptions::default() };
     let server = Server::start(&options, |_| Store::new(store_options(16, 8 * PAGE)))?;
     let address = server.http_address().unwrap();
     Ok((server, address))

@@ -30,6 +30,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 const GREETING: usize = 64;
 /// Bytes of a greeting after which the peer's version is known.
 const GREETING_VERSION: usize = 11;
+/// Bytes of a greeting before the mechanism.
+const GREETING_MECHANISM: usize = 12;
 /// The version that we speak: 3.1 adds commands to 3.0, no framing.
 const VERSION: [u8; 2] = [3, 1];
 
@@ -89,6 +91,9 @@ pub enum Mechanism {
     PlainClient(Credentials),
     /// The peer sends them, and [`Event::Credentials`] asks for a verdict.
     PlainServer,
+    /// Whichever of NULL and PLAIN the peer names, which has to do so first: libzmq does, once it has seen our
+    /// version. With PLAIN we are the server, with NULL nobody is asked who it is.
+    NullOrPlainServer,
 }
 
 impl Mechanism {
@@ -96,6 +101,7 @@ impl Mechanism {
         match self {
             Self::Null => "NULL",
             Self::PlainClient(_) | Self::PlainServer => "PLAIN",
+            Self::NullOrPlainServer => "NULL or PLAIN",
         }
     }
 }
@@ -130,7 +136,12 @@ pub struct Config {
 impl Config {
     /// NULL, with the default limits.
     pub fn null(socket_type: SocketType) -> Self {
-        Self { socket_type, mechanism: Mechanism::Null, limits: Limits::default() }
+        Self::new(socket_type, Mechanism::Null)
+    }
+
+    /// The default limits.
+    pub fn new(socket_type: SocketType, mechanism: Mechanism) -> Self {
+        Self { socket_type, mechanism, limits: Limits::default() }
     }
 }
 
@@ -259,16 +270,13 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A new connection; appends our greeting to `output`.
+    /// A new connection; appends our greeting to `output`, or as much of it as does not depend on the peer's.
     pub fn new(config: Config, output: &mut BytesMut) -> Self {
-        let mut greeting = [0; GREETING];
-        greeting[0] = 0xff;
-        greeting[9] = 0x7f;
-        greeting[10..12].copy_from_slice(&VERSION);
-        let mechanism = config.mechanism.name();
-        greeting[12..12 + mechanism.len()].copy_from_slice(mechanism.as_bytes());
-        greeting[32] = (config.mechanism == Mechanism::PlainServer).into();
-        output.extend_from_slice(&greeting);
+        let greeting = greeting(&config.mechanism);
+        output.extend_from_slice(match config.mechanism {
+            Mechanism::NullOrPlainServer => &greeting[..GREETING_MECHANISM],
+            _ => &greeting,
+        });
         Self { config, state: State::Greeting, frames: Vec::new(), kept: 0, bytes: 0 }
     }
 
@@ -296,7 +304,7 @@ impl Connection {
         output: &mut BytesMut,
     ) -> Result<Option<Event>> {
         if self.state == State::Greeting {
-            if !self.receive_greeting(input)? {
+            if !self.receive_greeting(input, output)? {
                 return Ok(None);
             }
             self.begin(output)?;
@@ -381,7 +389,8 @@ impl Connection {
 
     /// Checks what is there of the greeting, so that a peer of another kind is refused at its first
     /// wrong byte: such peers wait for us and send no more. Takes the greeting when it is whole.
-    fn receive_greeting(&self, input: &mut BytesMut) -> Result<bool> {
+    fn receive_greeting(&mut self, input: &mut BytesMut, output: &mut BytesMut) -> Result<bool> {
+        let ours = &mut self.config.mechanism;
         let greeting = &input[..input.len().min(GREETING)];
         match greeting.first() {
             None => return Ok(false),
@@ -402,21 +411,28 @@ impl Connection {
         if greeting.len() < GREETING {
             return Ok(false);
         }
-        let (mechanism, as_server) = (&greeting[12..32], greeting[32]);
+        let (mechanism, as_server) = (&greeting[GREETING_MECHANISM..32], greeting[32]);
         let name = mechanism.split(|byte| *byte == 0).next().unwrap_or_default();
         if mechanism[name.len()..].iter().any(|byte| *byte != 0) {
             return Err(ZmtpError::MalformedGreeting("the mechanism goes on after its end"));
         }
-        if name != self.config.mechanism.name().as_bytes() {
-            return Err(ZmtpError::Mechanism {
-                theirs: String::from_utf8_lossy(name).into_owned(),
-                ours: self.config.mechanism.name(),
-            });
+        let chosen = match (&*ours, name) {
+            (Mechanism::NullOrPlainServer, b"NULL") => Some(Mechanism::Null),
+            (Mechanism::NullOrPlainServer, b"PLAIN") => Some(Mechanism::PlainServer),
+            _ => None,
+        };
+        if let Some(chosen) = chosen {
+            output.extend_from_slice(&self::greeting(&chosen)[GREETING_MECHANISM..]);
+            *ours = chosen;
         }
-        let roles_match = match self.config.mechanism {
+        if name != ours.name().as_bytes() {
+            let theirs = String::from_utf8_lossy(name).into_owned();
+            return Err(ZmtpError::Mechanism { theirs, ours: ours.name() });
+        }
+        let roles_match = match ours {
             Mechanism::Null => true,
             Mechanism::PlainClient(_) => as_server == 1,
-            Mechanism::PlainServer => as_server == 0,
+            Mechanism::PlainServer | Mechanism::NullOrPlainServer => as_server == 0,
         };
         if !roles_match {
             return Err(ZmtpError::MalformedGreeting("one of the peers must be PLAIN's server"));
@@ -432,7 +448,7 @@ impl Connection {
                 self.put_metadata(b"\x05READY", output);
                 State::Ready
             }
-            Mechanism::PlainServer => State::Hello,
+            Mechanism::PlainServer | Mechanism::NullOrPlainServer => State::Hello,
             Mechanism::PlainClient(Credentials { username, password }) => {
                 let mut hello = BytesMut::from(&b"\x05HELLO"[..]);
                 for text in [username, password] {
@@ -568,6 +584,18 @@ impl Connection {
         body.put_slice(socket_type.as_bytes());
         put_frame(COMMAND, &body, output);
     }
+}
+
+/// Our greeting.
+fn greeting(mechanism: &Mechanism) -> [u8; GREETING] {
+    let mut greeting = [0; GREETING];
+    greeting[0] = 0xff;
+    greeting[9] = 0x7f;
+    greeting[10..GREETING_MECHANISM].copy_from_slice(&VERSION);
+    let name = mechanism.name();
+    greeting[GREETING_MECHANISM..GREETING_MECHANISM + name.len()].copy_from_slice(name.as_bytes());
+    greeting[32] = (*mechanism == Mechanism::PlainServer).into();
+    greeting
 }
 
 /// The commands that end or belong to a handshake.

@@ -292,7 +292,12 @@ fn our_own_messages_survive_the_wire() {
         (Operation::PrepareRetrieve, Reply::RetrieveSlots(Some(slots))),
         (
             Operation::Hello,
-            Reply::Hello(Hello { boot_token: [9; 16], version: "0.1.0".to_owned(), pid: 4711 }),
+            Reply::Hello(Hello {
+                boot_token: [9; 16],
+                version: "0.1.0".to_owned(),
+                pid: 4711,
+                admin: false,
+            }),
         ),
         (Operation::GetExperimental, Reply::Names(vec![EXTENSION.to_owned()])),
         (

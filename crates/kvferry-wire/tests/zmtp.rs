@@ -270,6 +270,37 @@ fn plain_turns_away_whom_the_server_rejects() {
 }
 
 #[test]
+fn a_server_of_both_mechanisms_takes_the_peers_and_asks_for_no_less_than_it_names() {
+    let config =
+        |socket_type, mechanism| Config { socket_type, mechanism, limits: Limits::default() };
+    let server = || Peer::new(config(SocketType::Router, Mechanism::NullOrPlainServer));
+    assert_eq!(
+        server().output[..],
+        *b"\xff\0\0\0\0\0\0\0\0\x7f\x03\x01",
+        "libzmq goes on from here"
+    );
+
+    let (mut null, mut either) = (Peer::new(Config::null(SocketType::Dealer)), server());
+    assert_eq!(either.receive_from(&mut null.output).unwrap(), []);
+    assert_eq!(null.receive_from(&mut either.output).unwrap(), [Event::Ready]);
+    assert_eq!(either.receive_from(&mut null.output).unwrap(), [Event::Ready]);
+
+    let (mut plain, mut either) = (plain_pair("secret").0, server());
+    assert_eq!(either.receive_from(&mut plain.output).unwrap(), []);
+    assert_eq!(plain.receive_from(&mut either.output).unwrap(), []);
+    let asked = either.receive_from(&mut plain.output).unwrap();
+    assert!(matches!(asked[..], [Event::Credentials(_)]), "{asked:?}");
+    // Nobody gets past the question by going on as with NULL.
+    let mut impatient = server();
+    let ready = [&greeting(1, "PLAIN", false), READY_DEALER].concat();
+    assert!(matches!(impatient.receive(&ready), Err(ZmtpError::Unexpected(_))));
+
+    for (mechanism, as_server) in [("CURVE", false), ("PLAIN", true), ("", false)] {
+        assert!(server().receive(&greeting(1, mechanism, as_server)).is_err(), "{mechanism}");
+    }
+}
+
+#[test]
 fn plain_needs_one_client_and_one_server() {
     let (_, mut server) = plain_pair("secret");
     assert!(server.receive(&greeting(1, "PLAIN", true)).is_err());

@@ -187,7 +187,12 @@ pub(crate) fn honest(request: &Request, pool: &str) -> Reply {
 
 /// Who a server with this boot token is.
 pub(crate) fn hello(token: u8) -> Reply {
-    Reply::Hello(Hello { boot_token: [token; 16], version: "0.0.1".to_owned(), pid: 42 })
+    Reply::Hello(Hello {
+        boot_token: [token; 16],
+        version: "0.0.1".to_owned(),
+        pid: 42,
+        admin: true,
+    })
 }
 
 /// Slots at the pool's begin.

@@ -40,6 +40,7 @@ use crate::figures::Figures;
 use crate::json::{Object, confirmation};
 use crate::notes::Level;
 use crate::quotas::{QuotaBook, Shown};
+use crate::tokens::{Role, Tokens};
 
 /// Connections at most; one more is closed at once.
 const CONNECTIONS_MAX: usize = 64;
@@ -66,7 +67,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-YI2niHDI2u+3GunYFsPS5mKSIFcnL4EnWCMnGVmTJPs='; \
+    script-src 'sha256-fxsyKo/RA9EVIc5GXqCMX8632YvJ2o6xbmQZl3z7yNY='; \
     style-src 'sha256-F9tt2SZZV0E2dGjWgKeyFLXbrMP5O1oc2q3Ski86dOo='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
@@ -87,6 +88,7 @@ impl Http {
     /// Serves on a bound listener that does not block.
     pub(crate) fn start(
         listener: TcpListener,
+        guard: Guard,
         store: Store,
         figures: Arc<Figures>,
         book: QuotaBook,
@@ -102,7 +104,7 @@ impl Http {
             .map_err(cannot)?;
         let (stop, stopped) = oneshot::channel();
         let serve = move || {
-            let desk = Rc::new(Desk::new(store, figures, book, jobs));
+            let desk = Rc::new(Desk::new(guard, store, figures, book, jobs));
             let tasks = tokio::task::LocalSet::new();
             tasks.block_on(&runtime, async {
                 tokio::select! {
@@ -213,8 +215,44 @@ async fn linger(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let _ = timeout(LINGER, drain).await; // it has had its time
 }
 
+/// Whom HTTP answers.
+pub(crate) struct Guard {
+    /// `None`: whoever reaches it.
+    pub(crate) tokens: Option<Arc<Tokens>>,
+    /// Others than this machine reach it, by names that nobody here knows.
+    pub(crate) public: bool,
+}
+
+impl Guard {
+    /// Whether the request's token opens the route.
+    fn check(&self, headers: &HeaderMap, route: Route) -> Answered<()> {
+        let (Some(tokens), Some(wanted)) = (&self.tokens, route.role()) else { return Ok(()) };
+        let mut given = headers.get_all(header::AUTHORIZATION).iter();
+        let token = match (given.next(), given.next()) {
+            (Some(one), None) => bearer(one.as_bytes()),
+            _ => None,
+        };
+        let role = token.and_then(|token| tokens.role(token));
+        if role == Some(wanted) || role == Some(Role::Admin) {
+            return Ok(());
+        }
+        let wanted = wanted.name();
+        let (status, message) = match role {
+            Some(_) => (StatusCode::FORBIDDEN, format!("this takes the {wanted} token")),
+            None => (
+                StatusCode::UNAUTHORIZED,
+                format!(
+                    "this takes the header Authorization: Bearer TOKEN, with the {wanted} token"
+                ),
+            ),
+        };
+        Err(Refusal::new(status, "UNAUTHORIZED", message))
+    }
+}
+
 /// What answers are made of.
 struct Desk {
+    guard: Guard,
     store: Store,
     figures: Arc<Figures>,
     book: Arc<QuotaBook>,
@@ -291,6 +329,17 @@ impl Route {
             _ => "GET, HEAD",
         }
     }
+
+    /// Whose token it takes where there are tokens; `None` for what everybody may know.
+    fn role(self) -> Option<Role> {
+        match self {
+            Self::Page | Self::Health | Self::Ready => None,
+            Self::Metrics | Self::OpenApi => Some(Role::Metrics),
+            Self::Status | Self::Clear | Self::Quotas | Self::QuotaDefault | Self::QuotaTenant => {
+                Some(Role::Admin)
+            }
+        }
+    }
 }
 
 /// An answer that says no.
@@ -313,9 +362,16 @@ type Change = fn(&QuotaBook, &Store, &[u8]) -> Answered<()>;
 type Answered<T = Response<Whole>> = Result<T, Refusal>;
 
 impl Desk {
-    fn new(store: Store, figures: Arc<Figures>, book: QuotaBook, jobs: mpsc::Sender<Job>) -> Self {
+    fn new(
+        guard: Guard,
+        store: Store,
+        figures: Arc<Figures>,
+        book: QuotaBook,
+        jobs: mpsc::Sender<Job>,
+    ) -> Self {
         let readiness = Readiness::new(&store);
         Self {
+            guard,
             store,
             figures,
             book: Arc::new(book),
@@ -331,6 +387,10 @@ impl Desk {
             let Refusal { status, code, message, allow } = refusal;
             let error = Object::new().text("code", code).text("message", &message).end();
             let mut answer = json(status, Object::new().raw("error", error).end());
+            if status == StatusCode::UNAUTHORIZED {
+                let scheme = HeaderValue::from_static("Bearer");
+                answer.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+            }
             if let Some(allow) = allow {
                 answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             }
@@ -350,12 +410,19 @@ impl Desk {
     }
 
     async fn route(&self, request: Request<Incoming>) -> Answered {
-        let host = check_host(&request)?;
+        let host = check_host(&request, self.guard.public)?;
         let path = request.uri().path();
         let Some((_, route)) = ROUTES.iter().find(|(known, _)| *known == path) else {
             let message = "there is nothing at this path; /openapi.json lists those that there are";
             return Err(Refusal::new(StatusCode::NOT_FOUND, "NOT_FOUND", message));
         };
+        self.guard.check(request.headers(), *route).inspect_err(|refusal| {
+            if refusal.status == StatusCode::UNAUTHORIZED {
+                self.figures.drop_message("http_token");
+            }
+        })?;
+        // Whoever has no token is told that something is wrong, and not what.
+        let tells = self.guard.tokens.is_none();
         let (method, allow) = (request.method().clone(), route.methods());
         if !allow.split(", ").any(|known| known == method.as_str()) {
             let message = format!("{method} has no use at this path; it takes {allow}");
@@ -372,14 +439,18 @@ impl Desk {
             Route::Health => Ok(match self.data_answers().await {
                 Ok(()) => json(StatusCode::OK, Object::new().raw("healthy", true).end()),
                 Err(reason) => {
-                    let answer = Object::new().raw("healthy", false).text("reason", reason).end();
-                    json(StatusCode::SERVICE_UNAVAILABLE, answer)
+                    let answer = Object::new().raw("healthy", false);
+                    let answer = if tells { answer.text("reason", reason) } else { answer };
+                    json(StatusCode::SERVICE_UNAVAILABLE, answer.end())
                 }
             }),
             Route::Ready => {
                 let data = self.data_answers().await;
                 let tiers = self.readiness.tiers(std::time::Instant::now());
-                let (ready, answer) = status::readiness(&tiers, data);
+                let (ready, mut answer) = status::readiness(&tiers, data);
+                if !tells {
+                    answer = Object::new().raw("ready", ready).end();
+                }
                 Ok(json(
                     if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE },
                     answer,
@@ -506,8 +577,16 @@ impl Desk {
     }
 }
 
-/// A page of another site must not get at us by a name that it made resolve to loopback (DNS rebinding).
-fn check_host(request: &Request<Incoming>) -> Answered<String> {
+/// What follows `Bearer `.
+fn bearer(authorization: &[u8]) -> Option<&[u8]> {
+    const SCHEME: &[u8] = b"bearer ";
+    let (scheme, token) = authorization.split_at_checked(SCHEME.len())?;
+    scheme.eq_ignore_ascii_case(SCHEME).then(|| token.trim_ascii_start())
+}
+
+/// A page of another site must not get at us by a name that it made resolve to loopback (DNS rebinding). A public
+/// server has names of its own; a page of another site has no token for it.
+fn check_host(request: &Request<Incoming>, public: bool) -> Answered<String> {
     let mut given = request.headers().get_all(header::HOST).iter();
     let (Some(host), None) = (given.next(), given.next()) else {
         let message = "a request has one Host header";
@@ -515,7 +594,7 @@ fn check_host(request: &Request<Incoming>) -> Answered<String> {
     };
     let host = host.to_str().unwrap_or_default();
     let named = request.uri().authority().map_or(host, |authority| authority.as_str());
-    if is_loopback(host) && is_loopback(named) {
+    if public || (is_loopback(host) && is_loopback(named)) {
         return Ok(host.to_owned());
     }
     let message = "this server answers for localhost and loopback addresses only; \
@@ -653,7 +732,8 @@ mod tests {
         let (jobs, _) = mpsc::channel(1);
         let store = Store::new(options).unwrap();
         let book = QuotaBook::open(None, &store).unwrap();
-        Rc::new(Desk::new(store, Arc::new(Figures::new()), book, jobs))
+        let guard = Guard { tokens: None, public: false };
+        Rc::new(Desk::new(guard, store, Arc::new(Figures::new()), book, jobs))
     }
 
     /// Serves a client that does `what`; after how long the connection is given up.

@@ -12,7 +12,9 @@ use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_server::{Server, ServerOptions};
 use kvferry_store::{Limits, Policy, Store, StoreOptions};
 use kvferry_wire::message::{Hello, Slots, StoreSlots, Value};
-use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
+use kvferry_wire::zmtp::{
+    Config, Connection, Credentials, Event, Mechanism, SocketType, ZmtpError,
+};
 use kvferry_wire::{Dialect, Header, Reply, Request, RequestKey};
 
 /// A peer that does not answer for this long does not answer.
@@ -35,7 +37,7 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
 
 /// A server on a free port of loopback.
 pub(crate) fn start(options: StoreOptions) -> Server {
-    let address = ServerOptions { host: "127.0.0.1".into(), port: 0, http: None, quotas: None };
+    let address = ServerOptions::default();
     Server::start(&address, |_| Store::new(options)).unwrap()
 }
 
@@ -117,23 +119,40 @@ pub(crate) struct Client {
 impl Client {
     /// Connects and shakes hands.
     pub(crate) fn connect(address: SocketAddr) -> Self {
+        Self::connect_with(address, None).unwrap()
+    }
+
+    /// The same with a token.
+    pub(crate) fn connect_with(
+        address: SocketAddr,
+        token: Option<&str>,
+    ) -> Result<Self, ZmtpError> {
+        let mechanism = token.map_or(Mechanism::Null, |token| {
+            let password = Bytes::copy_from_slice(token.as_bytes());
+            Mechanism::PlainClient(Credentials { username: "anybody".into(), password })
+        });
+        let config = Config::new(SocketType::Dealer, mechanism);
         let stream = connect_raw(address);
         let mut output = BytesMut::new();
-        let zmtp = Connection::new(Config::null(SocketType::Dealer), &mut output);
+        let zmtp = Connection::new(config, &mut output);
         let mut client = Self { stream, zmtp, input: BytesMut::new(), uid: 0 };
         client.stream.write_all(&output).unwrap();
-        assert_eq!(client.event(), Event::Ready);
-        client
+        assert_eq!(client.try_event()?, Event::Ready);
+        Ok(client)
     }
 
     /// The next event, waited for.
     fn event(&mut self) -> Event {
+        self.try_event().unwrap()
+    }
+
+    fn try_event(&mut self) -> Result<Event, ZmtpError> {
         loop {
             let mut output = BytesMut::new();
-            let event = self.zmtp.receive(&mut self.input, &mut output).unwrap();
+            let event = self.zmtp.receive(&mut self.input, &mut output)?;
             self.stream.write_all(&output).unwrap();
             if let Some(event) = event {
-                return event;
+                return Ok(event);
             }
             let mut buffer = [0; 16 << 10];
             let read = self.stream.read(&mut buffer).expect("an answer in time");

@@ -79,6 +79,9 @@ pub struct Hello {
     pub version: String,
     /// The server's process.
     pub pid: u32,
+    /// Whether this connection may do what concerns everybody: clear, and ask for figures, events and explanations.
+    /// Servers that do not say so let everybody.
+    pub admin: bool,
 }
 
 /// A value of [`Reply::Status`].
@@ -164,13 +167,15 @@ impl Reply {
                 }
             }
             Self::Hello(hello) => {
-                w.map(3);
+                w.map(4);
                 w.str("boot_token");
                 w.bytes(&hello.boot_token);
                 w.str("version");
                 w.str(&hello.version);
                 w.str("pid");
                 w.uint(hello.pid);
+                w.str("admin");
+                w.boolean(hello.admin);
             }
             Self::Events(events) => events::encode(events, w),
             Self::Explanation(explanation) => explain::encode(explanation, w),
@@ -441,11 +446,13 @@ impl Hello {
         let mut boot_token = None;
         let mut version = None;
         let mut pid = None;
+        let mut admin = None;
         for _ in 0..r.map_len()? {
             match r.str()? {
                 "boot_token" => once(&mut boot_token, "boot_token", r.fixed_bytes()),
                 "version" => once(&mut version, "version", r.string()),
                 "pid" => once(&mut pid, "pid", r.integer()),
+                "admin" => once(&mut admin, "admin", r.boolean()),
                 _ => r.skip().map(drop),
             }?;
         }
@@ -453,6 +460,7 @@ impl Hello {
             boot_token: required(boot_token, "boot_token")?,
             version: required(version, "version")?,
             pid: required(pid, "pid")?,
+            admin: admin.unwrap_or(true),
         })
     }
 }
