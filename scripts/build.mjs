@@ -25,7 +25,9 @@ export function buildAddon(target = hostTarget(), special = undefined) {
 			...["--package-json-path", "package.json", "--no-js", "--no-const-enum"],
 			...["--output-dir", special?.output ?? "."],
 			...["--dts", special === undefined ? "ts/native-binding.d.ts" : "native-binding.d.ts"],
-			...(special === undefined ? [] : ["--features", special.features.join(",")]),
+			...(special === undefined
+				? []
+				: ["--no-default-features", "--features", special.features.join(",")]),
 		],
 		{
 			env: target.includes("-linux-")

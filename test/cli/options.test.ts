@@ -24,7 +24,7 @@ describe("kvferry serve", () => {
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --quotas /q --json";
+			"--disk-size 1GiB --remote redis://h/1 --quotas /q --json";
 		expect(serveOptions(flags.split(" "))).toEqual({
 			host: "localhost",
 			port: 0,
@@ -35,6 +35,7 @@ describe("kvferry serve", () => {
 			policy: "s3fifo",
 			disk: "/d",
 			diskSize: 2 ** 30,
+			remote: "redis://h/1",
 			quotas: "/q",
 			json: true,
 		});
@@ -60,11 +61,11 @@ describe("kvferry serve", () => {
 		expect(serveOptions(["--http-port", "off"])).not.toHaveProperty("httpPort");
 	});
 
-	it.each(["remote", "config"])("names the later flag --%s", (flag) => {
-		expect(() => serveOptions([`--${flag}`, "1"])).toThrow(
+	it("names the later flag --config", () => {
+		expect(() => serveOptions(["--config", "1"])).toThrow(
 			expect.objectContaining({
 				code: "UNSUPPORTED_OPTION",
-				message: expect.stringContaining(`--${flag}`),
+				message: expect.stringContaining("--config"),
 			}),
 		);
 	});

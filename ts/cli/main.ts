@@ -18,6 +18,7 @@ Commands
              --policy NAME      what goes when it is full: default, lru, arc, s3fifo (default)
              --disk DIR         directory that keeps chunks over restarts and beyond memory (none)
              --disk-size SIZE   size of what is in it (20GiB)
+             --remote URL       Redis or S3 that servers share: redis://HOST:6379/0, s3://BUCKET/PREFIX (none)
              --quotas FILE      file of what tenants may have of the memory, written when that is changed
   ping     tell how long a server takes to answer
   status   tell what a server holds

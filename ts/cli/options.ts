@@ -23,6 +23,8 @@ export interface ServeOptions {
 	readonly disk?: string;
 	/** Size of the disk tier in bytes. */
 	readonly diskSize: number;
+	/** URL of the remote tier; none where absent. */
+	readonly remote?: string;
 	/** File of the tenants' quotas; none where absent. */
 	readonly quotas?: string;
 	readonly json: boolean;
@@ -77,7 +79,7 @@ export interface ReplayOptions {
 }
 
 /** Flags that a later version of `kvferry serve` takes. */
-const LATER = ["remote", "config"] as const;
+const LATER = ["config"] as const;
 
 const POLICIES: readonly EvictionPolicy[] = ["default", "lru", "arc", "s3fifo"];
 
@@ -131,6 +133,7 @@ export function serveOptions(args: string[]): ServeOptions {
 		policy: policy(values.policy),
 		...(values.disk === undefined ? {} : { disk: resolve(values.disk) }),
 		diskSize: bytes("disk-size", values["disk-size"]),
+		...(values.remote === undefined ? {} : { remote: values.remote }),
 		...(values.quotas === undefined ? {} : { quotas: resolve(values.quotas) }),
 		json: values.json,
 	};

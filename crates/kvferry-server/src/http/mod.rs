@@ -29,6 +29,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
 use kvferry_store::Store;
 use kvferry_store::disk::DiskStatus;
+use kvferry_store::remote::RemoteStatus;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::error::Elapsed;
@@ -225,10 +226,11 @@ struct Desk {
 
 /// The figures of one moment.
 struct Snapshot {
-    /// The disk's figures follow where there is one.
+    /// The disk's and the remote's figures follow where there are such.
     store: Vec<(&'static str, u64)>,
     /// Why it takes nothing; "" while it does.
     disk_failure: Option<String>,
+    remote: Option<RemoteStatus>,
     tenants: Vec<Shown>,
     dropped: BTreeMap<&'static str, u64>,
     uptime: Duration,
@@ -449,14 +451,17 @@ impl Desk {
                 let _no_probe = figures.probing(); // it would be somebody's object
                 store.tenants()
             };
-            (figures.store(store, now), store.disk_status(), book.shown(tenants))
+            let below = (store.disk_status(), store.remote_status());
+            (figures.store(store, now), below, book.shown(tenants))
         };
-        let (mut store, disk, tenants) = self.ask(ask).await?;
+        let (mut store, (disk, remote), tenants) = self.ask(ask).await?;
         store.extend(disk.iter().flat_map(DiskStatus::figures));
+        store.extend(remote.iter().flat_map(RemoteStatus::figures));
         Ok(Snapshot {
             store,
             tenants,
             disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
+            remote,
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),
             tiers: self.readiness.tiers(now),
@@ -629,6 +634,7 @@ mod tests {
             shared_name: None,
             policy: kvferry_store::Policy::Lru,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         };
         let (jobs, _) = mpsc::channel(1);
