@@ -48,7 +48,15 @@ function checkArm() {
 	}
 	const pure = ["--package", "kvferry-core", "--features", "blake3/pure"]; // need no C compiler for it
 	run("cargo", [
-		...["clippy", "--target", target, "--package", "kvferry-node", "--no-default-features", ...pure],
+		...[
+			"clippy",
+			"--target",
+			target,
+			"--package",
+			"kvferry-node",
+			"--no-default-features",
+			...pure,
+		],
 		...["--locked", "--quiet", "--", "-D", "warnings"],
 	]);
 }
