@@ -1,14 +1,19 @@
 //! Whatever speaks S3.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use kvferry_core::{Error, Result};
 use kvferry_store::remote::{Objects, RemoteFuture};
-use opendal::{ErrorKind, Operator, services};
+use opendal::{ErrorKind, HttpTransporter, OperationContext, Operator, services};
+use opendal_http_transport_reqwest::ReqwestTransport;
 
 use crate::address::Bucket;
 use crate::failure;
 
+/// How long connecting may take. What waits for it has a deadline of its own.
+const CONNECT: Duration = Duration::from_secs(1);
 /// Where the URL and the environment name none.
 const REGION: &str = "us-east-1";
 /// Requests of the first round of a question, and how many times as many there are in each further one: S3 takes money
@@ -31,9 +36,14 @@ impl S3 {
         if let Some(endpoint) = &bucket.endpoint {
             service = service.endpoint(endpoint);
         }
-        let operator = Operator::new(service).map_err(|error| {
-            Error::invalid(format!("the remote {place:?} cannot be used: {}", error.kind()))
-        })?;
+        let wrong =
+            |reason: &str| Error::invalid(format!("the remote {place:?} cannot be used: {reason}"));
+        let operator = Operator::new(service).map_err(|error| wrong(error.kind().into_static()))?;
+        let client = reqwest::Client::builder().connect_timeout(CONNECT).build();
+        let client = client.map_err(|error| wrong(&error.to_string()))?;
+        let transport = HttpTransporter::new(ReqwestTransport::new(client));
+        let operator =
+            operator.with_context(OperationContext::new().with_http_transport(transport));
         Ok(Self { operator, place })
     }
 

@@ -66,7 +66,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-eogEgzs0UNhOQLal3H+VO4JlnK0+931AV8agx51eAw0='; \
+    script-src 'sha256-5BbneOGxl0s4qQd2ftSyRnFv1ScYTMZnqnxVaNGK+aU='; \
     style-src 'sha256-yhHWzJWaP1V3PpfgKvSQmLkUOXIQOnHUBebKLMnQBhs='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
