@@ -37,8 +37,8 @@ pub(crate) struct Redis {
 }
 
 enum Opener {
-    Single(Client),
-    Cluster(ClusterClient),
+    Single(Box<Client>),
+    Cluster(Box<ClusterClient>),
 }
 
 #[derive(Clone)]
@@ -119,7 +119,9 @@ impl Redis {
             nodes.push(info.set_redis_settings(settings.clone()));
         }
         let opener = match nodes.pop() {
-            Some(node) if !servers.is_cluster => Opener::Single(Client::open(node).map_err(wrong)?),
+            Some(node) if !servers.is_cluster => {
+                Opener::Single(Box::new(Client::open(node).map_err(wrong)?))
+            }
             last => {
                 let client = ClusterClient::builder(nodes.into_iter().chain(last))
                     .connection_timeout(CONNECT)
@@ -127,7 +129,7 @@ impl Redis {
                     .retries(2)
                     .build()
                     .map_err(wrong)?;
-                Opener::Cluster(client)
+                Opener::Cluster(Box::new(client))
             }
         };
         let for_values = Default::default();
@@ -168,7 +170,7 @@ impl Redis {
             let answer = ask(connection).await;
             match &answer {
                 Err(error) if error.is_unrecoverable_error() || error.is_io_error() => {
-                    drop(under_way)
+                    drop(under_way);
                 }
                 _ => under_way.answered(),
             }

@@ -11,7 +11,7 @@ use super::shared::{Shared, random};
 use super::work::{jittered, limited, remove};
 
 /// Objects that are taken out in one round.
-const STALE: usize = 64;
+const STALE: usize = 8;
 
 pub(crate) async fn run(shared: Arc<Shared>) {
     let _present = shared.present();

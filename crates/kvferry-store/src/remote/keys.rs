@@ -18,6 +18,8 @@ use crate::index::ObjectId;
 const VERSION: &str = "1";
 /// The epoch as long as nobody has cleared anything.
 pub(crate) const FIRST_EPOCH: &str = "0";
+/// Of any other.
+pub(crate) const EPOCH_DIGITS: usize = 16;
 const PREFIX_MAX: usize = 200;
 
 pub(crate) fn check_prefix(prefix: &str) -> Result<()> {
@@ -56,7 +58,7 @@ pub(crate) fn object(prefix: &str, epoch: &str, id: &ObjectId) -> String {
 
 /// Whether the remote's word for the epoch can be one.
 pub(crate) fn is_epoch(text: &str) -> bool {
-    text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    text.len() == EPOCH_DIGITS && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Bytes of the value of an object of `length` bytes.

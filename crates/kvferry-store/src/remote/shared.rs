@@ -243,8 +243,9 @@ impl Shared {
         Some(Question { shared: Arc::clone(self), objects, until, done: Some(done) })
     }
 
-    /// The next save; whether it is to be done. `None`: there is none just now.
-    pub(crate) fn next_save(&self) -> Option<(SaveTask, Ticket, Result<()>)> {
+    /// The next save, and its key if it is to be done: a clear that comes later must not find it under a new one.
+    /// `None`: there is none just now.
+    pub(crate) fn next_save(&self) -> Option<(SaveTask, Ticket, Result<String>)> {
         let mut state = self.lock();
         let overtaken = state.overtaken.pop_front();
         let was_overtaken = overtaken.is_some();
@@ -264,12 +265,12 @@ impl Shared {
                 state.last_failure = Some(error.clone());
                 Err(error)
             }
-            (None, None) => Ok(()),
+            (None, None) => Ok(state.key(&self.prefix, &task.saved.id())),
         };
         Some((task, ticket, go))
     }
 
-    /// The same of loads.
+    /// The next load, and whether it is to be done.
     pub(crate) fn next_load(&self) -> Option<(LoadTask, Done<Option<Loaded>>, Result<()>)> {
         let mut state = self.lock();
         let (task, done) = state.loads.pop_front()?;
@@ -307,9 +308,7 @@ impl Shared {
 
     /// The object's key, as long as nobody clears.
     pub(crate) fn key(&self, id: &ObjectId) -> String {
-        let state = self.lock();
-        let epoch = state.epoch.as_deref().unwrap_or(keys::FIRST_EPOCH);
-        keys::object(&self.prefix, epoch, id)
+        self.lock().key(&self.prefix, id)
     }
 
     pub(crate) fn is_removed(&self, id: &ObjectId) -> bool {
@@ -339,25 +338,17 @@ impl Shared {
     }
 
     pub(crate) fn clear(&self) {
-        let Ok(random) = random() else { return self.forget_epoch() };
-        let mut state = self.lock();
-        state.epoch = Some(format!("{random:016x}"));
-        self.cleared(state);
-    }
-
-    /// Without random numbers there is no new epoch: nothing is asked of the remote any more until it has one.
-    fn forget_epoch(&self) {
-        let mut state = self.lock();
-        state.epoch = None;
-        self.cleared(state);
-    }
-
-    fn cleared(&self, mut state: MutexGuard<'_, State>) {
-        state.epoch_is_new = state.epoch.is_some();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         state.clears += 1;
+        // Unlike any other server's: of a random number and a count.
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.server.to_le_bytes()).update(&state.clears.to_le_bytes());
+        let epoch = hasher.finalize().to_hex();
+        state.epoch = Some(epoch[..keys::EPOCH_DIGITS].to_owned());
+        state.epoch_is_new = true;
         // A saver tells their callbacks: these take the store's lock, which whoever clears holds.
-        let State { saves, overtaken, .. } = &mut *state;
-        overtaken.append(saves);
+        state.overtaken.append(&mut state.saves);
         state.removed.clear(); // they are of the former epoch
         state.stale.clear();
         self.for_savers.notify_one();
@@ -503,6 +494,10 @@ impl Drop for Present {
 }
 
 impl State {
+    fn key(&self, prefix: &str, id: &ObjectId) -> String {
+        keys::object(prefix, self.epoch.as_deref().unwrap_or(keys::FIRST_EPOCH), id)
+    }
+
     fn answers(&self) -> bool {
         self.epoch.is_some() && self.unreachable.is_none() && !self.closing
     }

@@ -468,7 +468,9 @@ fn two_lookups_of_one_prefix_share_what_is_loaded() {
     let hits = keys.each_ref().map(|key| wait(reader.store.hit(&key.request_id)));
     assert_eq!(hits, [3, 2, 3]);
     assert_eq!(shelf.gets.load(Ordering::Relaxed), 3);
-    keys.each_ref().map(|key| reader.store.end_session(&key.request_id));
+    for key in &keys {
+        reader.store.end_session(&key.request_id);
+    }
     reader.assert_nothing_is_held();
 }
 

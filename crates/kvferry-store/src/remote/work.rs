@@ -193,17 +193,16 @@ pub(crate) async fn save(shared: Arc<Shared>) {
             continue;
         };
         let result = match go {
-            Ok(()) => save_one(&shared, &task).await,
+            Ok(key) => save_one(&shared, &task, &key).await,
             Err(error) => Err(error),
         };
         block_in_place(|| shared.end_save(task, ticket, result));
     }
 }
 
-async fn save_one(shared: &Shared, task: &SaveTask) -> Result<bool> {
+async fn save_one(shared: &Shared, task: &SaveTask, key: &str) -> Result<bool> {
     let _permit = in_flight(&shared.saves_in_flight, task.length).await?;
     let id = task.saved.id();
-    let key = shared.key(&id);
     let header = match format::header_bytes(&task.saved) {
         Ok(header) => header,
         Err(error) => {
@@ -213,7 +212,7 @@ async fn save_one(shared: &Shared, task: &SaveTask) -> Result<bool> {
     };
     let expected = task.length.saturating_add(header as u64);
     if !shared.is_removed(&id) {
-        let ask = || shared.objects.lengths(vec![key.clone()]);
+        let ask = || shared.objects.lengths(vec![key.to_owned()]);
         let known = send(shared, Request::Question, shared.times.question, None, ask).await;
         match known {
             Ok(lengths) if lengths == [expected] => {
@@ -238,7 +237,7 @@ async fn save_one(shared: &Shared, task: &SaveTask) -> Result<bool> {
             return Err(error);
         }
     };
-    let put = || shared.objects.put(key.clone(), value.clone());
+    let put = || shared.objects.put(key.to_owned(), value.clone());
     if let Err(error) = send(shared, Request::Save, shared.times.transfer, None, put).await {
         shared.save_failed(&error);
         return Err(error);
