@@ -1,5 +1,5 @@
 // Builds the addon (kvferry.<platform>.node beside package.json) and the JavaScript in dist/.
-// `--target TRIPLE` builds the addon for another platform.
+// `--target TRIPLE` builds the addon for another platform, `--without-remote DIR` one without Redis and S3 into DIR.
 
 import { homedir } from "node:os";
 import { join } from "node:path";
@@ -25,7 +25,9 @@ export function buildAddon(target = hostTarget(), special = undefined) {
 			...["--package-json-path", "package.json", "--no-js", "--no-const-enum"],
 			...["--output-dir", special?.output ?? "."],
 			...["--dts", special === undefined ? "ts/native-binding.d.ts" : "native-binding.d.ts"],
-			...(special === undefined ? [] : ["--features", special.features.join(",")]),
+			...(special === undefined
+				? []
+				: ["--no-default-features", ...special.features.flatMap((name) => ["--features", name])]),
 		],
 		{
 			env: target.includes("-linux-")
@@ -50,10 +52,13 @@ function flags() {
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-	const { values } = parseArgs({ options: { target: { type: "string" } } });
+	const { values } = parseArgs({
+		options: { target: { type: "string" }, "without-remote": { type: "string" } },
+	});
+	const { target, "without-remote": output } = values;
 	setup();
-	buildAddon(values.target);
-	if (values.target === undefined) {
+	buildAddon(target, output === undefined ? undefined : { output, features: [] });
+	if (target === undefined && output === undefined) {
 		buildJavaScript();
 	}
 }

@@ -46,9 +46,17 @@ function checkArm() {
 		console.error(`SKIPPED: no library for it (rustup target add ${target})`);
 		return;
 	}
-	const pure = ["--package", "kvferry-core", "--features", "blake3/pure"]; // needs no C compiler for it
+	const pure = ["--package", "kvferry-core", "--features", "blake3/pure"]; // need no C compiler for it
 	run("cargo", [
-		...["clippy", "--target", target, "--package", "kvferry-node", ...pure],
+		...[
+			"clippy",
+			"--target",
+			target,
+			"--package",
+			"kvferry-node",
+			"--no-default-features",
+			...pure,
+		],
 		...["--locked", "--quiet", "--", "-D", "warnings"],
 	]);
 }

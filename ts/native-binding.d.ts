@@ -663,6 +663,8 @@ export interface ServerOptions {
   disk?: string
   /** Bytes that its files may take. */
   diskSize: number
+  /** The remote tier's URL; absent: none. */
+  remote?: string
   /** The file of the tenants' quotas; absent: they end with the server. */
   quotas?: string
   /** Tokens of one chunk. */

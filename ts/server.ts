@@ -68,6 +68,12 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	/** Bytes that the files in {@link ServerOptions.disk} may take, 8192 to 2^53 - 1. Default 20 GiB. */
 	readonly diskSize?: number;
 	/**
+	 * URL of a Redis or S3 that several servers share: what one stored, the others find. `redis://host:6379/0`,
+	 * `rediss://…`, `redis+cluster://a:6379,b:6379`, or `s3://bucket/prefix?region=…&endpoint=…`; credentials come from the
+	 * environment. While it does not answer, the server goes on without. Default: none.
+	 */
+	readonly remote?: string;
+	/**
 	 * The file of what each tenant may have of the memory, as JSON; it need not be there yet. What is changed over HTTP is
 	 * written to it. Default: none, and quotas end with the server.
 	 */
@@ -129,13 +135,14 @@ export class Server implements AsyncDisposable {
 	 * Starts a server.
 	 *
 	 * @throws {@link KvferryError} `ADDRESS_IN_USE` (of either port), `POOL_IN_USE`, `POOL_TOO_LARGE` (with what shared
-	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback without what that needs, `INVALID_ARGUMENT` or `INVALID_SALT` for what
-	 * is wrong in the file of quotas or of tokens.
+	 * memory has free), `DISK_IN_USE`, `UNSUPPORTED_OPTION` for a host that is not loopback without what that needs,
+	 * `INVALID_ARGUMENT` for a remote's URL that is none, `INVALID_ARGUMENT` or `INVALID_SALT` for what is wrong in the file of
+	 * quotas or of tokens.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
 		const { httpPort, shmName, chunkSize = 256, keepAlive = listen, signal } = options;
-		const { policy = "default", disk, diskSize = DISK, quotas } = options;
+		const { policy = "default", disk, diskSize = DISK, remote, quotas } = options;
 		const { listenPublic = false, tokenFile, ipc } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
 		checkText("host", host);
@@ -146,6 +153,9 @@ export class Server implements AsyncDisposable {
 		checkInteger("diskSize", diskSize, 8192, Number.MAX_SAFE_INTEGER);
 		if (disk !== undefined) {
 			checkText("disk", disk);
+		}
+		if (remote !== undefined) {
+			checkText("remote", remote);
 		}
 		if (quotas !== undefined) {
 			checkText("quotas", quotas);
@@ -181,6 +191,7 @@ export class Server implements AsyncDisposable {
 					policy,
 					diskSize,
 					...(disk === undefined ? {} : { disk }),
+					...(remote === undefined ? {} : { remote }),
 					...(quotas === undefined ? {} : { quotas }),
 					sessionTimeoutMs,
 					reservationTimeoutMs,
@@ -238,8 +249,8 @@ export class Server implements AsyncDisposable {
 	}
 
 	/**
-	 * Ends all connections and drops what is in memory; before, what is not on the disk yet is written, for 30 seconds
-	 * at most. Calling it again does nothing.
+	 * Ends all connections and drops what is in memory; before, what is not on the disk or in the remote yet is
+	 * written, for 30 seconds at most. Calling it again does nothing.
 	 */
 	async close(): Promise<void> {
 		clearInterval(this.#timer);

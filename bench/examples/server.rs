@@ -91,6 +91,7 @@ fn serve(objects: u32, policy: Policy) -> Result<(), Box<dyn Error>> {
         shared_name: None,
         policy,
         disk: None,
+        remote: None,
         limits: Limits::default(),
     })?;
     let address = ServerOptions::default();

@@ -29,7 +29,7 @@ describe("kvferry serve", () => {
 	it("takes each flag", () => {
 		const flags =
 			"--host localhost --port 0 --http-port 0 --chunk-size 16 --memory 1.5MiB --shm-name a --policy s3fifo --disk /d " +
-			"--disk-size 1GiB --quotas /q --listen-public --token-file /t --ipc /i --log json --json --print-config";
+			"--disk-size 1GiB --remote redis://h/1 --quotas /q --listen-public --token-file /t --ipc /i --log json --json --print-config";
 		expect(serveOptions(flags.split(" "), {})).toMatchObject({ printConfig: true, json: true });
 		expect(settings(...flags.split(" "))).toEqual({
 			host: "localhost",
@@ -41,6 +41,7 @@ describe("kvferry serve", () => {
 			policy: "s3fifo",
 			disk: "/d",
 			diskSize: 2 ** 30,
+			remote: "redis://h/1",
 			quotas: "/q",
 			listenPublic: true,
 			tokenFile: "/t",

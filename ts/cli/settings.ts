@@ -90,6 +90,11 @@ export const SERVE = {
 		default: "20GiB",
 		read: bytes,
 	},
+	remote: {
+		value: "URL",
+		help: "Redis or S3 that servers share: redis://HOST:6379/0, s3://BUCKET/PREFIX",
+		read: ({ text }) => text,
+	},
 	quotas: {
 		value: "FILE",
 		help: "file of what tenants may have of the memory, written when that is changed",

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::{Error, ErrorCode};
 use kvferry_server::{HttpOptions, Role, load_quotas};
 use kvferry_store::disk::{DiskOptions, DiskStatus};
+use kvferry_store::remote::RemoteStatus;
 use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
 use napi::bindgen_prelude::PromiseRaw;
 use napi::{Env, Result};
@@ -18,7 +19,7 @@ use crate::events::KvEvents;
 use crate::paged::{PagedLayout, PagedPlace, PagedScheduler, PagedWorker};
 use crate::promise::promise;
 
-/// How long `close` waits for what is not on the disk yet.
+/// How long `close` waits for what is not on the disk or in the remote yet.
 const CLOSE: Duration = Duration::from_secs(30);
 
 /// What `Server.start` needs; `ts/server.ts` has the defaults.
@@ -46,6 +47,8 @@ pub struct ServerOptions {
     pub disk: Option<String>,
     /// Bytes that its files may take.
     pub disk_size: f64,
+    /// The remote tier's URL; absent: none.
+    pub remote: Option<String>,
     /// The file of the tenants' quotas; absent: they end with the server.
     pub quotas: Option<String>,
     /// Tokens of one chunk.
@@ -125,6 +128,8 @@ impl Server {
         })?;
         let disk = self.ask(|running| running.store.disk_status())?;
         figures.extend(disk.iter().flat_map(DiskStatus::figures));
+        let remote = self.ask(|running| running.store.remote_status())?;
+        figures.extend(remote.iter().flat_map(RemoteStatus::figures));
         #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
         let figures = figures.into_iter().map(|(name, value)| (name.to_owned(), value as f64));
         Ok(figures.collect())
@@ -205,7 +210,7 @@ impl Server {
             tokio::task::block_in_place(|| {
                 let Some(Running { store, listening }) = running else { return };
                 drop(listening); // waits for the server's thread: nothing more is committed
-                let _ = store.close_disk(Instant::now() + CLOSE); // what is lost is computed again
+                let _ = store.close_tiers(Instant::now() + CLOSE); // what is lost is computed again
             });
             Ok(())
         })
@@ -237,6 +242,7 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
         shared_name: None,
         policy,
         disk,
+        remote: options.remote.as_deref().map(remote).transpose()?,
         limits: Limits {
             session_idle: Duration::from_millis(options.session_timeout_ms.into()),
             reservation: Duration::from_millis(options.reservation_timeout_ms.into()),
@@ -286,6 +292,18 @@ fn start(options: ServerOptions) -> kvferry_core::Result<Server> {
 pub fn read_token(file: String, roles: Vec<String>) -> Result<String> {
     let roles: Vec<Role> = roles.iter().filter_map(|role| Role::from_name(role)).collect();
     kvferry_server::read_token(file.as_ref(), &roles).map_err(to_napi)
+}
+
+#[cfg(feature = "remote")]
+fn remote(url: &str) -> kvferry_core::Result<kvferry_store::remote::RemoteOptions> {
+    kvferry_remote::open(url)
+}
+
+#[cfg(not(feature = "remote"))]
+fn remote(_url: &str) -> kvferry_core::Result<kvferry_store::remote::RemoteOptions> {
+    let message =
+        "this build has no remote tier: leave remote out, or build with the cargo feature remote";
+    Err(Error::new(ErrorCode::UnsupportedOption, message))
 }
 
 /// A JavaScript number that counts something.

@@ -259,6 +259,7 @@ mod tests {
                 shared_name: None,
                 policy: Policy::Lru,
                 disk: None,
+                remote: None,
                 limits: Limits::default(),
             };
             let store = Store::new(options).unwrap();

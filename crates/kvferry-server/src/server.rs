@@ -360,6 +360,7 @@ mod tests {
             shared_name: None,
             policy: Policy::Lru,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         };
         Store::new(options).unwrap()

@@ -225,6 +225,12 @@ impl Service {
             let failure = disk.failed.unwrap_or_default();
             status.push(("disk_failure".into(), Value::Text(failure)));
         }
+        if let Some(remote) = self.store.remote_status() {
+            let figures = remote.figures().into_iter();
+            status.extend(figures.map(|(name, value)| (name.to_owned(), count(value))));
+            let failure = remote.failed.unwrap_or_default();
+            status.push(("remote_failure".into(), Value::Text(failure)));
+        }
         let dropped = self.figures.dropped();
         status.push(("dropped_messages".into(), count(dropped.values().sum())));
         let by_reason = dropped.into_iter();
@@ -286,6 +292,7 @@ mod tests {
                 shared_name: None,
                 policy: Policy::Lru,
                 disk: Some(DiskOptions::new(&directory, 1 << 20)),
+                remote: None,
                 limits,
             };
             let store = Store::new(options).unwrap();
@@ -320,7 +327,7 @@ mod tests {
         let (store, _, peer) = start();
         store.prepare_store(peer.owner(), &key, 1, Instant::now()).unwrap();
         assert!(store.commit_store(&key, 1, &[]).unwrap());
-        store.close_disk(soon()).unwrap();
+        store.close_tiers(soon()).unwrap();
 
         let (store, service, mut peer) = start();
         // Whoever opens a pipe waits until another writes to it.
@@ -350,7 +357,7 @@ mod tests {
                     std::thread::yield_now();
                 }
             });
-            let closed = store.close_disk(soon());
+            let closed = store.close_tiers(soon());
             over.store(true, Ordering::Relaxed);
             closed.unwrap();
         });

@@ -4,16 +4,21 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use common::{Client, connect_raw, key, layout, store_options, wait_until_cut};
 use kvferry_core::key::Key;
+use kvferry_core::{Error, ErrorCode};
 use kvferry_server::{HttpOptions, Server, ServerOptions};
 use kvferry_store::disk::DiskOptions;
+use kvferry_store::remote::{Objects, RemoteFuture, RemoteOptions};
 use kvferry_store::{Departure, Quota, Quotas, Store, StoreOptions};
 use kvferry_wire::{Reply, Request};
 use serde_json::{Value, json};
@@ -51,13 +56,67 @@ impl Drop for Directory {
     }
 }
 
+/// A remote in memory.
+#[derive(Default)]
+struct Shelf {
+    values: Mutex<HashMap<String, Bytes>>,
+    fails: AtomicBool,
+}
+
+impl Shelf {
+    fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&mut HashMap<String, Bytes>) -> T,
+    ) -> RemoteFuture<'static, T> {
+        let refused = || Error::new(ErrorCode::Unreachable, "shelf: no such luck");
+        let fails = self.fails.load(Ordering::Relaxed);
+        let answer =
+            if fails { Err(refused()) } else { Ok(question(&mut self.values.lock().unwrap())) };
+        Box::pin(std::future::ready(answer))
+    }
+}
+
+impl Objects for Shelf {
+    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
+        let length = |bytes: &Bytes| bytes.len() as u64;
+        self.ask(|values| keys.iter().map_while(|key| values.get(key).map(length)).collect())
+    }
+
+    fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
+        self.ask(|values| values.get(&key).cloned())
+    }
+
+    fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
+        self.ask(|values| drop(values.insert(key, value)))
+    }
+
+    fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
+        self.ask(|values| drop(values.remove(&key)))
+    }
+
+    fn place(&self) -> &str {
+        "shelf"
+    }
+}
+
 /// A server whose store has a disk as well.
 fn start_with_disk(pages: u64, directory: &Directory) -> (Server, SocketAddr) {
+    start_with_tiers(pages, directory, None)
+}
+
+/// The same, and perhaps a remote.
+fn start_with_tiers(
+    pages: u64,
+    directory: &Directory,
+    shelf: Option<&Arc<Shelf>>,
+) -> (Server, SocketAddr) {
+    let remote =
+        shelf.map(|shelf| RemoteOptions { objects: Arc::clone(shelf) as _, prefix: "test".into() });
     let http = Some(HttpOptions { host: "127.0.0.1".into(), port: 0 });
     let options = ServerOptions { http, ..ServerOptions::default() };
     let disk = Some(DiskOptions::new(directory.0.join("disk"), 1 << 20));
     let server = Server::start(&options, |_| {
-        Store::new(StoreOptions { disk, ..store_options(16, pages * PAGE) })
+        Store::new(StoreOptions { disk, remote, ..store_options(16, pages * PAGE) })
     });
     let server = server.unwrap();
     let address = server.http_address().unwrap();
@@ -662,9 +721,45 @@ fn a_server_whose_disk_fails_stays_ready_and_says_so() {
 }
 
 #[test]
+fn a_remote_is_a_tier_of_its_own_and_while_it_fails_the_server_stays_ready_and_says_so() {
+    let directory = Directory::new("remote");
+    let shelf = Arc::new(Shelf::default());
+    shelf.fails.store(true, Ordering::Relaxed);
+    let (server, address) = start_with_tiers(64, &directory, Some(&shelf));
+    let ready = ask_until(address, "/readyz", |it| {
+        it["ready"] == true && it["tiers"]["remote"]["reason"] == "shelf: no such luck"
+    });
+    assert_eq!(ready["tiers"]["remote"]["ok"], false);
+    let status = get(address, "/status").json();
+    assert_eq!(status["remote_failure"], "shelf: no such luck");
+    assert_eq!(status["tiers"]["remote"]["failure"], "shelf: no such luck");
+    let metrics = get(address, "/metrics").body;
+    for line in ["tier_ready{tier=\"remote\"} 0", "tier_failed{tier=\"remote\"} 1"] {
+        assert!(metrics.contains(&format!("\nkvferry_{line}\n")), "{metrics}");
+    }
+    shelf.fails.store(false, Ordering::Relaxed);
+    let ready = ask_until(address, "/readyz", |it| it["tiers"]["remote"]["ok"] == true);
+    assert!(ready["tiers"]["remote"]["ms"].as_f64().is_some());
+    let _engine = exercise(&server);
+    let status = ask_until(address, "/status", |it| it["remote_saves"] == 3);
+    assert_eq!((&status["remote_outages"], &status["remote_failure"]), (&json!(1), &json!("")));
+    let description = get(address, "/openapi.json").json();
+    let schemas = &description["components"]["schemas"];
+    check(&status, &schemas["Status"], &description).unwrap();
+    check(&get(address, "/readyz").json(), &schemas["Readiness"], &description).unwrap();
+    let (metrics, _) = parse_metrics(&get(address, "/metrics").body);
+    let value = |name: &str, labels: &str| {
+        metrics[&(format!("kvferry_{name}"), format!("tier=\"remote\"{labels}"))]
+    };
+    assert_eq!((value("saves_total", ""), value("tier_ready", "")), (3.0, 1.0));
+    assert!(value("written_bytes_total", "") >= 3.0 * 4096.0);
+    assert_eq!(value("tier_request_seconds_count", ",request=\"save\""), 3.0);
+}
+
+#[test]
 fn the_page_shows_no_figure_that_the_status_lacks() {
     let directory = Directory::new("page");
-    let (_server, address) = start_with_disk(8, &directory);
+    let (_server, address) = start_with_tiers(8, &directory, Some(&Arc::default()));
     let status = get(address, "/status").json();
     let page = get(address, "/").body;
     let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
@@ -845,7 +940,7 @@ fn a_broken_file_is_refused_at_the_start_with_its_name_and_the_remedy() {
     ] {
         std::fs::write(&file, text).unwrap();
         let error = start_with_quotas(&file).err().unwrap();
-        assert_eq!(error.code, kvferry_core::ErrorCode::InvalidArgument, "{error}");
+        assert_eq!(error.code, ErrorCode::InvalidArgument, "{error}");
         assert!(error.message.starts_with(file.to_str().unwrap()), "{error}");
         assert!(
             error.message.contains(part) && error.message.ends_with("start without it"),

@@ -70,6 +70,7 @@ impl Replay {
             shared_name: None,
             policy,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         })?;
         let owner = store.connect();

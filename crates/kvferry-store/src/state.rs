@@ -18,7 +18,7 @@ use crate::pool::{Grant, PAGE, Pool};
 use crate::prompt::Prompt;
 use crate::space::{Spaces, space};
 use crate::store::{Departure, Limits, Owner};
-use crate::tiers::Promotion;
+use crate::tiers::{Promotion, Saving};
 
 pub(crate) struct State {
     pub(crate) pool: Pool,
@@ -41,10 +41,10 @@ pub(crate) struct State {
     pub(crate) headroom: u64,
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
-    /// Objects that come from the disk, and the requests that wait for them.
+    /// Objects that come from a tier below, and the requests that wait for them.
     pub(crate) loading: HashMap<Handle, BTreeSet<String>>,
-    /// Objects that are being saved; with their slots, if they are gone from the index.
-    pub(crate) saving: HashMap<Handle, Option<Grant>>,
+    /// Objects that are being saved.
+    pub(crate) saving: HashMap<Handle, Saving>,
     /// Whom to wake: after the lock is let go, since who is woken may call the store at once.
     pub(crate) woken: Vec<Waker>,
 }
@@ -175,6 +175,8 @@ pub(crate) struct Counters {
     pub(crate) hit_chunks: u64,
     /// Those among them that came from the disk.
     pub(crate) promoted_hit_chunks: u64,
+    /// Those that came from the remote.
+    pub(crate) remote_promoted_hit_chunks: u64,
     pub(crate) stored_chunks: u64,
     pub(crate) stored_bytes: u64,
     pub(crate) refused_chunks: u64,
@@ -187,6 +189,7 @@ pub(crate) struct Counters {
     pub(crate) evicted_bytes: u64,
     pub(crate) expired_sessions: u64,
     pub(crate) promoted_chunks: u64,
+    pub(crate) remote_promoted_chunks: u64,
 }
 
 impl State {

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use kvferry_copy::PrivateRegion;
@@ -22,11 +22,12 @@ use crate::eviction::Policy;
 use crate::index::{Demand, Handle, ObjectId};
 use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
+use crate::remote::{Remote, RemoteOptions};
 use crate::state::{
     Belongings, Instance, Locked, Range, Registered, Reservation, Retrieval, State,
 };
 use crate::tenants::{PROBES, Quotas, TenantStatus, tenant_of};
-use crate::tiers::Wanted;
+use crate::tiers::{Below, Wanted};
 
 /// Readers of one object that a lookup may announce at most.
 const READERS_MAX: u32 = 255;
@@ -57,6 +58,8 @@ pub struct StoreOptions {
     pub policy: Policy,
     /// Where chunks stay when memory has no room for them, and over restarts. Default: nowhere.
     pub disk: Option<DiskOptions>,
+    /// Where chunks stay that several stores share. Default: nowhere.
+    pub remote: Option<RemoteOptions>,
     /// Deadlines and bounds.
     pub limits: Limits,
 }
@@ -73,7 +76,7 @@ pub struct Limits {
     pub sessions: usize,
     /// Bytes of tokens, hashes and request ids that sessions may hold together. Default 256 MiB.
     pub session_bytes: u64,
-    /// How long a lookup waits for chunks from the disk; what has not come by then makes a shorter hit. Default 2 s.
+    /// How long a lookup waits for chunks from the disk and the remote; what has not come by then makes a shorter hit. Default 2 s.
     pub promotion: Duration,
     /// Registered instances at most. Of those whose peer is gone and that hold nothing, the oldest makes
     /// room for one more; without any it is refused. Default 4,096.
@@ -140,20 +143,32 @@ struct Inner {
     growing: AtomicBool,
     state: Arc<Mutex<State>>,
     disk: Option<Disk>,
+    remote: Option<Remote>,
+}
+
+/// A store that goes when nobody else has it.
+pub(crate) struct WeakStore(Weak<Inner>);
+
+impl WeakStore {
+    pub(crate) fn upgrade(&self) -> Option<Store> {
+        self.0.upgrade().map(|inner| Store { inner })
+    }
 }
 
 impl Store {
     /// Creates the pool. Errors: a live server has the name, shared memory is too small for it, or a
     /// value is out of range.
     pub fn new(options: StoreOptions) -> Result<Self> {
-        Self::on(options, Disk::open)
+        Self::on(options, Disk::open, Remote::open)
     }
 
     pub(crate) fn on(
         options: StoreOptions,
         open: impl FnOnce(&DiskOptions) -> Result<Disk>,
+        reach: impl FnOnce(RemoteOptions, u64) -> Result<Remote>,
     ) -> Result<Self> {
-        let StoreOptions { chunk_size, memory, shared_name, policy, disk, limits } = options;
+        let StoreOptions { chunk_size, memory, shared_name, policy, disk, remote, limits } =
+            options;
         let hasher = ChunkHasher::new(ChunkAlgorithm::Blake3, chunk_size)?;
         let mut boot_token = [0; 16];
         getrandom::fill(&mut boot_token).map_err(|error| {
@@ -166,6 +181,9 @@ impl Store {
             open(&DiskOptions { queue_bytes, ..options })
         });
         let disk = disk.transpose()?;
+        // Beside a disk the remote, which may be slow for long, takes a quarter of it.
+        let queue_bytes = memory / if disk.is_some() { 4 } else { 2 };
+        let remote = remote.map(|options| reach(options, queue_bytes.max(PAGE))).transpose()?;
         let region = match shared_name {
             Some(name) => shared(name, memory)?,
             None => Region::Private(Arc::new(PrivateRegion::new(memory)?)),
@@ -185,7 +203,7 @@ impl Store {
             state.headroom = state.headroom.max(disk.status().bytes.min(memory));
         }
         let state = Arc::new(Mutex::new(state));
-        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk };
+        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk, remote };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -297,7 +315,7 @@ impl Store {
         self.lookup_until(owner, key, tp_size, now, None)
     }
 
-    /// The same; what has not come from the disk by `until` makes a shorter hit.
+    /// The same; what has not come from below by `until` makes a shorter hit.
     pub(crate) fn lookup_until(
         &self,
         owner: Owner,
@@ -369,11 +387,14 @@ impl Store {
         state.counters.lookups += 1;
         state.counters.lookup_chunks += chunks.len() as u64;
         state.counters.hit_chunks += hit_chunks;
-        let Some((disk, spaces)) = self.disk().zip(layouts) else { return Ok(hit_chunks) };
+        let below = self.below();
+        let Some(spaces) = layouts.filter(|_| !below.is_empty()) else { return Ok(hit_chunks) };
         let first = chunks.start + usize::try_from(hit_chunks).unwrap_or(usize::MAX);
-        for chunk in chunks.start..first {
-            for (rank, (_, space)) in (0u32..).zip(&spaces) {
-                disk.touch(&prompt.hashes[chunk], space, rank, now); // it goes with what memory has
+        if let Some(disk) = below.disk {
+            for chunk in chunks.start..first {
+                for (rank, (_, space)) in (0u32..).zip(&spaces) {
+                    disk.touch(&prompt.hashes[chunk], space, rank, now); // it goes with what memory has
+                }
             }
         }
         let latest = now + state.limits.promotion;
@@ -386,15 +407,19 @@ impl Store {
             hit: hit_chunks,
             until: until.map_or(latest, |until| until.min(latest)),
         };
-        let loads = state.promote(disk, wanted);
+        let time = wanted.until.saturating_duration_since(now);
+        let (loads, ask) = state.promote(below, wanted);
         self.grow_if_needed(&mut state, now);
         drop(state);
         self.load(loads);
+        if let Some(ask) = ask {
+            self.ask(ask, time);
+        }
         Ok(hit_chunks)
     }
 
     /// The hit of the request's latest lookup, once; 0 for a request that is not known. `None` as long as chunks
-    /// are on their way from the disk, up to [`Limits::promotion`] after the lookup.
+    /// are on their way from below, up to [`Limits::promotion`] after the lookup.
     pub fn take_hit(&self, request_id: &str, now: Instant) -> Option<u64> {
         let mut state = self.lock();
         state.touch(request_id, now);
@@ -535,9 +560,9 @@ impl Store {
         for (handle, checksum) in reservation.objects.iter().zip(checksums) {
             state.index.keep_checksum(*handle, *checksum);
         }
-        let saves = match &self.inner.disk {
-            Some(_) => state.saves(&reservation.objects),
-            None => Vec::new(),
+        let saves = match self.below().all().count() {
+            0 => Vec::new(),
+            tiers => state.saves(&reservation.objects, tiers),
         };
         state.index.commit(&reservation.objects);
         let grants = reservation.objects.iter().filter_map(|handle| state.index.grant(*handle));
@@ -666,23 +691,19 @@ impl Store {
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
         // Under the lock: nobody may load it once more in between.
-        if let Some(disk) = self.disk() {
-            for ObjectId { chunk, space, rank } in &discarded {
-                disk.remove(chunk, space, *rank);
-            }
+        for tier in self.below().all() {
+            discarded.iter().for_each(|id| tier.remove(id));
         }
         discarded.len() as u64
     }
 
-    /// Evicts everything that is neither leased nor reserved, and all that is on the disk; says how many objects went
-    /// from memory. What is on its way from the disk arrives all the same.
+    /// Evicts everything that is neither leased nor reserved, and all that is on the disk and in the remote; says how many
+    /// objects went from memory. What is on its way from below arrives all the same.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         let cleared = state.clear();
         // Under the lock: nobody may load anything in between.
-        if let Some(disk) = self.disk() {
-            disk.clear();
-        }
+        self.below().all().for_each(|tier| tier.clear());
         cleared
     }
 
@@ -759,7 +780,7 @@ impl Store {
         let leases = state.sessions.values().flat_map(|session| session.leases.values());
         let leases = leases.map(|count| u64::from(*count)).sum();
         let counters = &state.counters;
-        vec![
+        let mut figures = vec![
             ("chunk_size", u64::from(self.inner.chunk_size)),
             ("pool_bytes", state.pool.bytes()),
             ("reserved_bytes", state.pool.reserved()),
@@ -789,7 +810,12 @@ impl Store {
             ("expired_sessions", counters.expired_sessions),
             ("promoted_chunks", counters.promoted_chunks),
             ("growth_failed", u64::from(state.growth_failed.is_some())),
-        ]
+        ];
+        if self.below().remote.is_some() {
+            figures.push(("remote_promoted_chunks", counters.remote_promoted_chunks));
+            figures.push(("remote_promoted_hit_chunks", counters.remote_promoted_hit_chunks));
+        }
+        figures
     }
 
     /// The chunks of the key's range, checked.
@@ -858,6 +884,14 @@ impl Store {
 
     pub(crate) fn disk(&self) -> Option<&Disk> {
         self.inner.disk.as_ref()
+    }
+
+    pub(crate) fn below(&self) -> Below<'_> {
+        Below { disk: self.inner.disk.as_ref(), remote: self.inner.remote.as_ref() }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakStore {
+        WeakStore(Arc::downgrade(&self.inner))
     }
 }
 

@@ -37,6 +37,7 @@ fn store() -> Store {
         shared_name: None,
         policy: Policy::Lru,
         disk: None,
+        remote: None,
         limits: Limits::default(),
     };
     Store::new(options).unwrap()

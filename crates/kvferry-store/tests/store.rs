@@ -44,6 +44,7 @@ fn engine_with(objects: u64, limits: Limits) -> Engine {
         shared_name: None,
         policy: Policy::Lru,
         disk: None,
+        remote: None,
         limits,
     };
     let store = Store::new(options).unwrap();
@@ -703,6 +704,7 @@ fn a_shared_pool_grows_off_the_request_path_until_it_has_all_its_memory() {
         shared_name: Some(name.clone()),
         policy: Policy::Lru,
         disk: None,
+        remote: None,
         limits: Limits::default(),
     };
     let store = Store::new(options.clone()).unwrap();

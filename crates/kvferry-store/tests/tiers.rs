@@ -48,6 +48,7 @@ impl Directory {
             shared_name: None,
             policy: Policy::Lru,
             disk: Some(DiskOptions::new(&self.0, 64 << 20)),
+            remote: None,
             limits: Limits::default(),
         }
     }
@@ -168,7 +169,7 @@ impl Engine {
     }
 
     fn close(self) {
-        self.store.close_disk(soon()).unwrap();
+        self.store.close_tiers(soon()).unwrap();
     }
 }
 

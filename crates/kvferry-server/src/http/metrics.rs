@@ -4,9 +4,9 @@ use std::fmt::{Display, Write as _};
 use std::sync::atomic::Ordering;
 
 use kvferry_store::AGE_BOUNDS;
+use kvferry_store::latencies::{BOUNDS, Latencies};
 
 use super::Snapshot;
-use crate::figures::BOUNDS;
 use crate::quotas::Shown;
 
 /// The format's media type.
@@ -62,8 +62,9 @@ const fn tokens(
 
 const MEMORY: &str = "tier=\"memory\"";
 const DISK: &str = "tier=\"disk\"";
+const REMOTE: &str = "tier=\"remote\"";
 
-/// Every figure of the store and of its disk. A test refuses one that is missing.
+/// Every figure of the store, of its disk and of its remote. A test refuses one that is missing.
 #[rustfmt::skip]
 const STORE: &[Series] = &[
     gauge("chunk_size", "chunk_size_tokens", "", "Tokens of one chunk."),
@@ -76,7 +77,9 @@ const STORE: &[Series] = &[
     gauge("disk_objects", "tier_objects", DISK, ""),
     gauge("disk_queue_bytes", "tier_queue_bytes", DISK, "Bytes that wait to be saved, or are being saved."),
     gauge("disk_queue_saves", "tier_queue_saves", DISK, "Objects that wait to be saved, or are being saved."),
+    gauge("remote_queue_bytes", "tier_queue_bytes", REMOTE, ""),
     gauge("disk_queue_loads", "tier_queue_loads", DISK, "Loads that wait or run."),
+    gauge("remote_queue_loads", "tier_queue_loads", REMOTE, ""),
     gauge("growth_failed", "tier_growth_failed", MEMORY, "1 while the system refuses more memory."),
     gauge("instances", "instances", "", "Registered engines' workers."),
     gauge("sessions", "sessions", "", "Requests that the server remembers something of."),
@@ -90,23 +93,43 @@ const STORE: &[Series] = &[
     tokens("lookup_chunks", "lookup_tokens_total", "", "Tokens of the chunks that were looked up."),
     counter("hit_chunks", "hit_chunks_total", MEMORY, "Chunks that lookups found."),
     counter("promoted_hit_chunks", "hit_chunks_total", DISK, ""),
+    counter("remote_promoted_hit_chunks", "hit_chunks_total", REMOTE, ""),
     tokens("hit_chunks", "hit_tokens_total", MEMORY, "Tokens of the chunks that lookups found."),
     tokens("promoted_hit_chunks", "hit_tokens_total", DISK, ""),
+    tokens("remote_promoted_hit_chunks", "hit_tokens_total", REMOTE, ""),
     counter("stored_chunks", "stored_chunks_total", MEMORY, "Chunks that became visible, each KV rank's by itself."),
     counter("stored_bytes", "stored_bytes_total", MEMORY, "Bytes of the chunks that became visible."),
     counter("promoted_chunks", "promoted_chunks_total", DISK, "Chunks that lookups brought back to memory."),
+    counter("remote_promoted_chunks", "promoted_chunks_total", REMOTE, ""),
     counter("disk_saves", "saves_total", DISK, "Objects that were written to the tier."),
+    counter("remote_saves", "saves_total", REMOTE, ""),
+    counter("remote_known_saves", "known_saves_total", REMOTE, "Objects that the tier had already, from another server or from before."),
     counter("disk_written_bytes", "written_bytes_total", DISK, "Bytes of files that were written."),
+    counter("remote_written_bytes", "written_bytes_total", REMOTE, ""),
     counter("disk_save_failures", "dropped_saves_total", "tier=\"disk\",reason=\"error\"", "Objects that the tier did not take: the system failed, it had failed before, the queue was full, too large for it."),
     counter("disk_dropped_failed", "dropped_saves_total", "tier=\"disk\",reason=\"failed\"", ""),
     counter("disk_dropped_full", "dropped_saves_total", "tier=\"disk\",reason=\"full\"", ""),
     counter("disk_dropped_large", "dropped_saves_total", "tier=\"disk\",reason=\"large\"", ""),
     counter("disk_dropped_damaged", "dropped_saves_total", "tier=\"disk\",reason=\"damaged\"", ""),
+    counter("remote_save_failures", "dropped_saves_total", "tier=\"remote\",reason=\"error\"", ""),
+    counter("remote_dropped_failed", "dropped_saves_total", "tier=\"remote\",reason=\"failed\"", ""),
+    counter("remote_dropped_full", "dropped_saves_total", "tier=\"remote\",reason=\"full\"", ""),
+    counter("remote_dropped_damaged", "dropped_saves_total", "tier=\"remote\",reason=\"damaged\"", ""),
     counter("disk_loads", "loads_total", DISK, "Objects that were loaded from the tier."),
+    counter("remote_loads", "loads_total", REMOTE, ""),
     counter("disk_read_bytes", "read_bytes_total", DISK, "Bytes of files that were read."),
+    counter("remote_read_bytes", "read_bytes_total", REMOTE, ""),
     counter("disk_load_failures", "failed_loads_total", "tier=\"disk\",reason=\"error\"", "Objects that did not come back: the system failed, too many waited, not what was written."),
     counter("disk_refused_loads", "failed_loads_total", "tier=\"disk\",reason=\"full\"", ""),
     counter("disk_damaged", "failed_loads_total", "tier=\"disk\",reason=\"damaged\"", ""),
+    counter("remote_load_failures", "failed_loads_total", "tier=\"remote\",reason=\"error\"", ""),
+    counter("remote_refused_loads", "failed_loads_total", "tier=\"remote\",reason=\"full\"", ""),
+    counter("remote_damaged", "failed_loads_total", "tier=\"remote\",reason=\"damaged\"", ""),
+    counter("remote_missing", "failed_loads_total", "tier=\"remote\",reason=\"missing\"", ""),
+    counter("remote_questions", "tier_questions_total", REMOTE, "Questions of lookups about what the tier has."),
+    counter("remote_question_failures", "failed_questions_total", REMOTE, "Questions that were not answered in time."),
+    counter("remote_retries", "tier_retries_total", REMOTE, "Requests that were sent again."),
+    counter("remote_outages", "tier_outages_total", REMOTE, "How often the tier stopped answering or taking objects."),
     counter("retrieved_chunks", "retrieved_chunks_total", MEMORY, "Chunks that readers were handed, each KV rank's by itself."),
     counter("retrieved_bytes", "retrieved_bytes_total", MEMORY, "Bytes of the chunks that readers were handed."),
     counter("failed_retrievals", "failed_retrievals_total", "", "Retrievals of what was gone or not leased."),
@@ -147,6 +170,15 @@ impl Exposition {
         let _ = writeln!(self.text, "kvferry_{}{suffix}{braced} {value}", self.last);
     }
 
+    fn histogram(&mut self, labels: &str, latencies: &Latencies) {
+        for (bound, count) in BOUNDS.iter().zip(latencies.counts) {
+            self.sample("_bucket", &format!("{labels},le=\"{}\"", seconds(*bound)), count);
+        }
+        self.sample("_bucket", &format!("{labels},le=\"+Inf\""), latencies.count());
+        self.sample("_sum", labels, seconds(latencies.nanos));
+        self.sample("_count", labels, latencies.count());
+    }
+
     fn one(&mut self, name: &'static str, kind: Kind, help: &str, value: impl Display) {
         self.metric(name, kind, help);
         self.sample("", "", value);
@@ -163,9 +195,12 @@ pub(super) fn text(now: &Snapshot) -> String {
     for series in STORE {
         let of_disk = series.labels.starts_with(DISK);
         let found = now.find(series.figure).filter(|_| !of_disk || now.disk_failure.is_some());
-        let Some(mut value) = found else { continue }; // there is no disk
+        let Some(mut value) = found else { continue }; // there is no such tier
         if series.figure == "hit_chunks" {
-            value = value.saturating_sub(now.figure("promoted_hit_chunks")); // each tier's by itself
+            // Each tier's by itself.
+            let below = ["promoted_hit_chunks", "remote_promoted_hit_chunks"];
+            let below = below.iter().filter_map(|figure| now.find(figure)).sum();
+            value = value.saturating_sub(below);
         }
         text.metric(series.metric, series.kind, series.help);
         let scale = if series.in_tokens { chunk_size } else { 1 };
@@ -176,13 +211,12 @@ pub(super) fn text(now: &Snapshot) -> String {
         let labels = format!("tier=\"{}\"", tier.name);
         text.sample("", &labels, u8::from(tier.failure.is_none()));
     }
-    if let Some(failure) = &now.disk_failure {
-        text.metric(
-            "tier_failed",
-            Kind::Gauge,
-            "1 while the tier takes nothing: the system failed it.",
-        );
-        text.sample("", DISK, u8::from(!failure.is_empty()));
+    let disk = now.disk_failure.as_ref().map(|failure| (DISK, !failure.is_empty()));
+    let remote = now.remote.as_ref().map(|remote| (REMOTE, remote.failed.is_some()));
+    for (labels, failed) in disk.into_iter().chain(remote) {
+        let help = "1 while the tier takes nothing: the system failed it, or it does not answer.";
+        text.metric("tier_failed", Kind::Gauge, help);
+        text.sample("", labels, u8::from(failed));
     }
     text.metric("tier_probe_seconds", Kind::Gauge, "What the latest store and load took.");
     for tier in &now.tiers {
@@ -229,14 +263,14 @@ pub(super) fn text(now: &Snapshot) -> String {
         "From a request to its answer, without the socket; by LMCache's names of the operations.",
     );
     for (operation, latencies) in now.figures.latencies() {
-        for (bound, count) in BOUNDS.iter().zip(latencies.counts) {
-            let labels = format!("operation=\"{operation}\",le=\"{}\"", seconds(*bound));
-            text.sample("_bucket", &labels, count);
+        text.histogram(&format!("operation=\"{operation}\""), &latencies);
+    }
+    if let Some(remote) = &now.remote {
+        let help = "From a request to the tier to its answer, each try by itself.";
+        text.metric("tier_request_seconds", Kind::Histogram, help);
+        for (request, latencies) in &remote.latencies {
+            text.histogram(&format!("{REMOTE},request=\"{request}\""), latencies);
         }
-        let labels = format!("operation=\"{operation}\"");
-        text.sample("_bucket", &format!("{labels},le=\"+Inf\""), latencies.count());
-        text.sample("_sum", &labels, seconds(latencies.nanos));
-        text.sample("_count", &labels, latencies.count());
     }
     text.text
 }
@@ -292,6 +326,7 @@ mod tests {
     use std::time::Instant;
 
     use kvferry_store::disk::DiskStatus;
+    use kvferry_store::remote::RemoteStatus;
     use kvferry_store::{Limits, Store, StoreOptions};
 
     use super::*;
@@ -304,11 +339,16 @@ mod tests {
             shared_name: None,
             policy: kvferry_store::Policy::Lru,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         };
         let status = Store::new(options).unwrap().status(Instant::now());
         let disk = DiskStatus::default().figures();
-        let known: BTreeSet<_> = status.iter().chain(&disk).map(|(name, _)| *name).collect();
+        let mut remote = RemoteStatus::default().figures();
+        // The store has these, with a remote.
+        remote.extend([("remote_promoted_chunks", 0), ("remote_promoted_hit_chunks", 0)]);
+        let figures = status.iter().chain(&disk).chain(&remote);
+        let known: BTreeSet<_> = figures.map(|(name, _)| *name).collect();
         let shown: BTreeSet<_> = STORE.iter().map(|series| series.figure).collect();
         assert_eq!(known, shown);
     }

@@ -28,6 +28,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use kvferry_core::{Error, Result};
 use kvferry_store::disk::DiskStatus;
+use kvferry_store::remote::RemoteStatus;
 use kvferry_store::{Ages, Store};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -67,7 +68,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-fxsyKo/RA9EVIc5GXqCMX8632YvJ2o6xbmQZl3z7yNY='; \
+    script-src 'sha256-Y5KEXl+lnWg/XdNlHryGa9jKuLbqyCM8I0c/P5xheK4='; \
     style-src 'sha256-F9tt2SZZV0E2dGjWgKeyFLXbrMP5O1oc2q3Ski86dOo='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");
@@ -264,10 +265,11 @@ struct Desk {
 
 /// The figures of one moment.
 struct Snapshot {
-    /// The disk's figures follow where there is one.
+    /// The disk's and the remote's figures follow where there are such.
     store: Vec<(&'static str, u64)>,
     /// Why it takes nothing; "" while it does.
     disk_failure: Option<String>,
+    remote: Option<RemoteStatus>,
     tenants: Vec<Shown>,
     /// Of what made room, by tier.
     ages: Vec<(&'static str, Ages)>,
@@ -535,18 +537,21 @@ impl Desk {
                 let _no_probe = figures.probing(); // it would be somebody's object
                 store.tenants()
             };
-            let (memory, disk) = (store.evicted_ages(), store.disk_status());
-            (figures.store(store, now), memory, disk, book.shown(tenants))
+            let (memory, below) =
+                (store.evicted_ages(), (store.disk_status(), store.remote_status()));
+            (figures.store(store, now), memory, below, book.shown(tenants))
         };
-        let (mut store, memory, disk, tenants) = self.ask(ask).await?;
+        let (mut store, memory, (disk, remote), tenants) = self.ask(ask).await?;
         let of_disk = disk.iter().map(|disk| ("disk", disk.evicted_ages));
         let ages = std::iter::once(("memory", memory)).chain(of_disk).collect();
         store.extend(disk.iter().flat_map(DiskStatus::figures));
+        store.extend(remote.iter().flat_map(RemoteStatus::figures));
         Ok(Snapshot {
             store,
             tenants,
             ages,
             disk_failure: disk.map(|disk| disk.failed.unwrap_or_default()),
+            remote,
             dropped: self.figures.dropped(),
             uptime: self.figures.uptime(now),
             tiers: self.readiness.tiers(now),
@@ -727,6 +732,7 @@ mod tests {
             shared_name: None,
             policy: kvferry_store::Policy::Lru,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         };
         let (jobs, _) = mpsc::channel(1);

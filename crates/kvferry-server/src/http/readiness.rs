@@ -7,6 +7,7 @@ use kvferry_core::cache::Slot;
 use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::disk::Loaded;
+use kvferry_store::remote::RemoteStatus;
 use kvferry_store::{Departure, Owner, PROBE_MODEL, Store};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -19,7 +20,7 @@ use crate::json::Object;
 const PERIOD: Duration = Duration::from_secs(5);
 /// A probe has failed after this long.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// An older result says nothing any more: probes have stopped.
+/// An older result says nothing any more: probes have stopped. The remote's come every 10 s.
 const AGE_MAX: Duration = Duration::from_secs(15);
 /// While the pool grows in the background a probe waits this long for it, and asks again.
 const ROOM_RETRY: Duration = Duration::from_millis(20);
@@ -28,8 +29,9 @@ const OBJECT: u32 = 64;
 /// A probe of the disk has failed after this long: it waits for what is to be saved before it.
 const DISK_DEADLINE: Duration = Duration::from_secs(5);
 const MEMORY: &str = "memory";
-/// Without it the server goes on.
+/// Without these the server goes on.
 const DISK: &str = "disk";
+const REMOTE: &str = "remote";
 
 /// How a tier's latest probe ended.
 #[derive(Debug, Clone)]
@@ -53,7 +55,7 @@ pub(super) struct Tier {
 impl Tier {
     /// Whether the server is of no use while it fails.
     pub(super) fn is_needed(&self) -> bool {
-        self.name != DISK
+        self.name == MEMORY
     }
 
     pub(super) fn json(&self) -> String {
@@ -70,16 +72,18 @@ impl Tier {
 }
 
 /// The latest probe of each tier.
-#[derive(Debug)]
 pub(super) struct Readiness {
     memory: Mutex<Option<Probe>>,
     /// `None` without one.
     disk: Option<Mutex<Option<Probe>>>,
+    /// Its remote has a keeper that stores and loads.
+    store: Store,
 }
 
 impl Readiness {
     pub(super) fn new(store: &Store) -> Self {
-        Self { memory: Mutex::default(), disk: store.has_disk().then(Mutex::default) }
+        let disk = store.has_disk().then(Mutex::default);
+        Self { memory: Mutex::default(), disk, store: store.clone() }
     }
 
     /// Probes at once and then again and again. To be dropped when the server ends.
@@ -109,7 +113,8 @@ impl Readiness {
             probe.lock().unwrap_or_else(PoisonError::into_inner).clone()
         };
         let disk = self.disk.iter().map(|disk| tier(DISK, latest(disk), now));
-        std::iter::once(tier(MEMORY, latest(&self.memory), now)).chain(disk).collect()
+        let remote = self.store.remote_status().map(|remote| remote_tier(remote, now));
+        std::iter::once(tier(MEMORY, latest(&self.memory), now)).chain(disk).chain(remote).collect()
     }
 }
 
@@ -155,6 +160,20 @@ async fn round_trip(store: &Store) -> Result<bool> {
     }))?;
     let loaded = loaded.await.map_err(|_| broken("the disk's probe ended abruptly"))??;
     Ok(loaded.is_some() && probe.is_same()?)
+}
+
+/// The keeper's latest round, and what loads and saves have found out since.
+fn remote_tier(remote: RemoteStatus, now: Instant) -> Tier {
+    let probe = remote.probe.map(|(took, ended)| Probe {
+        ended,
+        took,
+        result: remote.failed.map_or(Ok(()), |reason| Err(Error::new(ErrorCode::System, reason))),
+    });
+    let mut tier = tier(REMOTE, probe, now);
+    if tier.age.is_none() {
+        tier.failure = Some("the remote has not answered yet".to_owned());
+    }
+    tier
 }
 
 fn tier(name: &'static str, probe: Option<Probe>, now: Instant) -> Tier {
@@ -326,6 +345,7 @@ mod tests {
             shared_name: None,
             policy: kvferry_store::Policy::Lru,
             disk: None,
+            remote: None,
             limits,
         };
         Store::new(options).unwrap()
@@ -351,6 +371,7 @@ mod tests {
             shared_name: None,
             policy: kvferry_store::Policy::Lru,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         };
         assert!(attempt(&Store::new(options).unwrap(), &Figures::new(), |_| {}).unwrap());

@@ -30,6 +30,9 @@ pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
     if let Some(failure) = &now.disk_failure {
         status = status.text("disk_failure", failure);
     }
+    if let Some(remote) = &now.remote {
+        status = status.text("remote_failure", remote.failed.as_deref().unwrap_or_default());
+    }
     status = status.raw("dropped_messages", now.dropped.values().sum::<u64>());
     for (reason, count) in &now.dropped {
         status = status.raw(&format!("dropped_{}", reason.to_lowercase()), count);
@@ -52,15 +55,29 @@ pub(super) fn json(now: &Snapshot, data: Result<(), &str>) -> String {
         ("read_bytes", "disk_read_bytes"),
         ("evicted_bytes", "disk_evicted_bytes"),
     ];
-    let tier = |figures: [(&str, &str); 7]| {
-        let put = |tier: Object, (name, figure)| tier.raw(name, now.figure(figure));
-        figures.into_iter().fold(Object::new(), put)
+    let remote = [
+        ("queue_bytes", "remote_queue_bytes"),
+        ("written_bytes", "remote_written_bytes"),
+        ("read_bytes", "remote_read_bytes"),
+    ];
+    let tier = |figures: &[(&str, &str)]| {
+        let put = |tier: Object, (name, figure): &(&str, &str)| tier.raw(name, now.figure(figure));
+        figures.iter().fold(Object::new(), put)
     };
-    let mut tiers = Object::new().raw("memory", tier(memory).end());
+    let mut tiers = Object::new().raw("memory", tier(&memory).end());
     if let Some(failure) = &now.disk_failure {
-        let disk = tier(disk).raw("failed", !failure.is_empty());
+        let disk = tier(&disk).raw("failed", !failure.is_empty());
         let disk = if failure.is_empty() { disk } else { disk.text("failure", failure) };
         tiers = tiers.raw("disk", disk.end());
+    }
+    if let Some(status) = &now.remote {
+        let remote = tier(&remote).text("place", &status.place);
+        let remote = remote.raw("failed", status.failed.is_some());
+        let remote = match &status.failed {
+            Some(failure) => remote.text("failure", failure),
+            None => remote,
+        };
+        tiers = tiers.raw("remote", remote.end());
     }
     status
         .raw("tiers", tiers.end())

@@ -31,6 +31,7 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
         shared_name: Some(name),
         policy: Policy::Lru,
         disk: None,
+        remote: None,
         limits: Limits::default(),
     }
 }

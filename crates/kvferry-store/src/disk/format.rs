@@ -136,7 +136,12 @@ pub(crate) fn padded(length: u64) -> Option<u64> {
 
 /// Bytes of the object's header, whole pages.
 pub(crate) fn header_bytes(saved: &Saved) -> Result<usize> {
-    let texts = texts(saved).map(|text| 2 + text.len()).iter().sum::<usize>();
+    header_bytes_of(&saved.layout, &saved.cache_salt)
+}
+
+/// The same of all objects with this layout and salt.
+pub(crate) fn header_bytes_of(layout: &Layout, cache_salt: &str) -> Result<usize> {
+    let texts = texts(layout, cache_salt).map(|text| 2 + text.len()).iter().sum::<usize>();
     let bytes = (TEXTS + texts).next_multiple_of(4096);
     if bytes > HEADER_MAX {
         return Err(Error::invalid(format!(
@@ -146,8 +151,8 @@ pub(crate) fn header_bytes(saved: &Saved) -> Result<usize> {
     Ok(bytes)
 }
 
-fn texts(saved: &Saved) -> [&str; 3] {
-    [saved.layout.dtype.name(), &saved.layout.model_name, &saved.cache_salt]
+fn texts<'a>(layout: &'a Layout, cache_salt: &'a str) -> [&'a str; 3] {
+    [layout.dtype.name(), &layout.model_name, cache_salt]
 }
 
 /// Writes the header of an object with these bytes and checksum; `header` has [`header_bytes`].
@@ -177,7 +182,7 @@ pub(crate) fn encode(saved: &Saved, length: u64, checksum: u64, header: &mut [u8
     }
     put(&[u8::from(layout.single_plane), u8::from(layout.num_physical_slots.is_some())]);
     put(&layout.num_physical_slots.unwrap_or_default().to_le_bytes());
-    for text in texts(saved) {
+    for text in texts(layout, &saved.cache_salt) {
         put(&u16::try_from(text.len()).unwrap_or(u16::MAX).to_le_bytes());
         put(text.as_bytes());
     }

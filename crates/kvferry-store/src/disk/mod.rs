@@ -10,14 +10,14 @@
 mod ahead;
 mod buffer;
 pub(crate) mod files;
-mod format;
+pub(crate) mod format;
 mod health;
 mod index;
 mod load;
 #[cfg(test)]
 mod power;
 mod save;
-mod shared;
+pub(crate) mod shared;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -31,6 +31,7 @@ use kvferry_core::{Error, Result};
 
 use crate::ages::Ages;
 use crate::index::ObjectId;
+use crate::tiers::Tier;
 use files::{Files, SystemFiles};
 use format::{Kind, PAGE, kind};
 use shared::{LoadTask, SaveTask, Shared, State};
@@ -369,6 +370,45 @@ impl Disk {
     /// [`kvferry_core::ErrorCode::Timeout`]: it ends later.
     pub fn close(&self, deadline: Instant) -> Result<()> {
         self.shared.close(deadline)
+    }
+}
+
+impl Tier for Disk {
+    fn save(
+        &self,
+        saved: Saved,
+        memory: Arc<dyn Memory>,
+        place: (u64, u64),
+        checksum: Option<u64>,
+        done: SummedDone,
+    ) -> bool {
+        self.save_summed(saved, memory, place, checksum, done)
+    }
+
+    fn load(
+        &self,
+        ObjectId { chunk, space, rank }: &ObjectId,
+        memory: Arc<dyn Memory>,
+        (offset, length): (u64, u64),
+        done: LoadDone,
+    ) -> bool {
+        self.load((chunk, space, *rank), memory, offset, length, done)
+    }
+
+    fn remove(&self, id: &ObjectId) {
+        self.shared.remove(id);
+    }
+
+    fn clear(&self) {
+        self.clear();
+    }
+
+    fn flush(&self, deadline: Instant) -> Result<()> {
+        self.flush(deadline)
+    }
+
+    fn close(&self, deadline: Instant) -> Result<()> {
+        self.close(deadline)
     }
 }
 

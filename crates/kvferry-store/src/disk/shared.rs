@@ -42,7 +42,7 @@ impl<T> Done<T> {
 
     fn say(&mut self, result: Result<T>) {
         if let Some(done) = self.0.take() {
-            // A callback that panics must not take the disk's thread with it.
+            // A callback that panics must not take the tier's thread with it.
             let _ = catch_unwind(AssertUnwindSafe(|| done(result)));
         }
     }
@@ -50,7 +50,7 @@ impl<T> Done<T> {
 
 impl<T> Drop for Done<T> {
     fn drop(&mut self) {
-        self.say(Err(Error::new(ErrorCode::Internal, "the disk lost an operation")));
+        self.say(Err(Error::new(ErrorCode::Internal, "an operation of a tier was lost")));
     }
 }
 

@@ -12,6 +12,8 @@ use kvferry_core::key::{Dtype, Key, Layout};
 
 use crate::disk::tests::{Directory, Faulty, Gate, Operation};
 use crate::disk::{Disk, DiskOptions, DiskStatus, Loaded, Times};
+use crate::remote::Remote;
+use crate::tiers::Level;
 use crate::{Departure, Embedded, Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -88,13 +90,15 @@ impl Slow {
             shared_name: None,
             policy: Policy::Lru,
             disk: Some(directory.options(64 << 20)),
+            remote: None,
             limits,
         };
-        let store = Store::on(options, |options| {
+        let open = |options: &DiskOptions| {
             // More than a half of so little memory: what is put is saved.
             let options = DiskOptions { queue_bytes: QUEUE, ..options.clone() };
             Disk::open_on(&options, files, Times::default())
-        });
+        };
+        let store = Store::on(options, open, Remote::open);
         let store = store.unwrap();
         let owner = store.connect();
         store.register(owner, 1, layout(1)).unwrap();
@@ -111,7 +115,7 @@ impl Slow {
             slow.flush();
         }
         let Self { store, directory, .. } = slow;
-        store.close_disk(soon()).unwrap();
+        store.close_tiers(soon()).unwrap();
         Self::with(objects, Limits::default(), &directory)
     }
 
@@ -436,7 +440,7 @@ fn what_has_come_stays_for_as_long_as_the_rest_is_waited_for() {
     assert_eq!(slow.lookup(&key("a", 0, 2)), None);
     let second = handle_of(&slow, 1);
     let loaded = Loaded { checksum: 0, parent: None };
-    slow.store.lock().loaded(second, Some(&loaded)); // before the first
+    slow.store.lock().loaded(second, Level::Disk, Some(&loaded)); // before the first
     assert_eq!(slow.put(&key("w", 700, 2)), 1, "of three places one is free");
     slow.loads.open();
     assert_eq!(wait(slow.store.hit("a")), 2);
@@ -584,8 +588,8 @@ fn a_store_that_is_dropped_while_it_loads_and_saves_lets_go_of_the_directory() {
 fn a_store_whose_disk_is_closed_goes_on_in_memory() {
     let slow = Slow::stocked(2, &[0], 2);
     assert_eq!(slow.put(&key("w", 50, 2)), 2);
-    slow.store.close_disk(soon()).unwrap();
-    slow.store.close_disk(soon()).unwrap();
+    slow.store.close_tiers(soon()).unwrap();
+    slow.store.close_tiers(soon()).unwrap();
     assert_eq!(slow.lookup(&key("a", 0, 2)), Some(0), "nothing is waited for");
     assert_eq!(slow.lookup(&key("b", 50, 2)), Some(2), "and nothing went for it");
     assert_eq!(slow.store.clear(), 0);
@@ -600,7 +604,7 @@ fn too_many_sessions_end_one_that_waits() {
     let slow = Slow::stocked(8, &[0], 2);
     let limits = Limits { sessions: 1, ..Limits::default() };
     let directory = Arc::clone(&slow.directory);
-    slow.store.close_disk(soon()).unwrap();
+    slow.store.close_tiers(soon()).unwrap();
     let slow = Slow::with(8, limits, &directory);
     slow.loads.shut();
     assert_eq!(slow.lookup(&key("a", 0, 2)), None);
@@ -659,7 +663,7 @@ fn who_is_woken_may_call_the_store_at_once() {
 fn an_engine_in_this_process_waits_no_longer_than_the_limit_and_leaves_nothing_when_it_gives_up() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let stocked = Slow::stocked(8, &[0], 2);
-    stocked.store.close_disk(soon()).unwrap();
+    stocked.store.close_tiers(soon()).unwrap();
     let limits = Limits { promotion: Duration::from_millis(1), ..Limits::default() };
     let slow = Slow::with(8, limits, &stocked.directory);
     slow.loads.shut();

@@ -63,6 +63,7 @@ impl Engine {
             shared_name: None,
             policy,
             disk: None,
+            remote: None,
             limits: Limits::default(),
         })
         .unwrap();

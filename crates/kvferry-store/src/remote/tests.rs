@@ -1,0 +1,776 @@
+//! Stores that share a remote in memory, which fails, lies and hangs as it is told.
+
+use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_core::cache::Slot;
+use kvferry_core::key::{Dtype, Key, Layout};
+use kvferry_core::{Error, ErrorCode, Result};
+use tokio::sync::watch;
+
+use super::{Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
+use crate::disk::tests::Directory;
+use crate::disk::{Disk, DiskOptions};
+use crate::{Limits, Owner, Policy, Store, StoreOptions};
+
+const CHUNK: u64 = 4;
+/// One object is a page.
+const OBJECT: u64 = 4096;
+/// Where objects begin in their values: the names are short.
+const HEADER: usize = 4096;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mood {
+    Works,
+    /// No request is answered until the mood changes.
+    Hangs,
+    /// The same, of values put by a save.
+    HangsSaves,
+    /// The connection is refused.
+    Fails,
+    /// It has no room.
+    Refuses,
+}
+
+/// A remote in memory.
+struct Shelf {
+    values: Mutex<HashMap<String, Bytes>>,
+    mood: watch::Sender<Mood>,
+    questions: AtomicUsize,
+    gets: AtomicUsize,
+    puts: AtomicUsize,
+    /// Whatever is asked for goes just before.
+    evicts: AtomicBool,
+}
+
+fn is_object(key: &str) -> bool {
+    !key.contains("/probe/") && !key.ends_with("/epoch")
+}
+
+impl Shelf {
+    fn new() -> Arc<Self> {
+        Self::in_mood(Mood::Works)
+    }
+
+    fn in_mood(mood: Mood) -> Arc<Self> {
+        Arc::new(Self {
+            values: Mutex::default(),
+            mood: watch::Sender::new(mood),
+            questions: AtomicUsize::new(0),
+            gets: AtomicUsize::new(0),
+            puts: AtomicUsize::new(0),
+            evicts: AtomicBool::new(false),
+        })
+    }
+
+    fn be(&self, mood: Mood) {
+        self.mood.send_replace(mood);
+    }
+
+    fn objects(&self) -> Vec<String> {
+        let values = self.values.lock().unwrap();
+        let mut keys: Vec<_> = values.keys().filter(|key| is_object(key)).cloned().collect();
+        keys.sort();
+        keys
+    }
+
+    async fn pass(&self, puts: bool, key: &str) -> Result<()> {
+        let mut mood = self.mood.subscribe();
+        let is_save = puts && is_object(key);
+        let lets_through = |mood: &Mood| match mood {
+            Mood::Hangs => false,
+            Mood::HangsSaves => !is_save,
+            _ => true,
+        };
+        let mood = *mood.wait_for(lets_through).await.unwrap();
+        match mood {
+            Mood::Fails => Err(Error::new(ErrorCode::Unreachable, "shelf: no such luck")),
+            Mood::Refuses if puts => Err(Error::new(ErrorCode::System, "shelf: no room")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Objects for Shelf {
+    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
+        Box::pin(async move {
+            self.questions.fetch_add(1, Ordering::Relaxed);
+            self.pass(false, &keys[0]).await?;
+            let values = self.values.lock().unwrap();
+            Ok(keys.iter().map_while(|key| Some(values.get(key)?.len() as u64)).collect())
+        })
+    }
+
+    fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
+        Box::pin(async move {
+            self.gets.fetch_add(usize::from(is_object(&key)), Ordering::Relaxed);
+            self.pass(false, &key).await?;
+            if is_object(&key) && self.evicts.load(Ordering::Relaxed) {
+                self.values.lock().unwrap().remove(&key);
+            }
+            Ok(self.values.lock().unwrap().get(&key).cloned())
+        })
+    }
+
+    fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
+        Box::pin(async move {
+            self.puts.fetch_add(usize::from(is_object(&key)), Ordering::Relaxed);
+            self.pass(true, &key).await?;
+            self.values.lock().unwrap().insert(key, value);
+            Ok(())
+        })
+    }
+
+    fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
+        Box::pin(async move {
+            self.pass(false, &key).await?;
+            self.values.lock().unwrap().remove(&key);
+            Ok(())
+        })
+    }
+
+    fn place(&self) -> &str {
+        "shelf"
+    }
+}
+
+/// Short enough to be waited for, long enough for a busy machine.
+fn times() -> Times {
+    Times {
+        question: Duration::from_millis(300),
+        transfer: Duration::from_millis(600),
+        backoff: Duration::from_millis(1),
+        period: Duration::from_millis(30),
+        retry: Duration::from_millis(5),
+    }
+}
+
+fn layout() -> Layout {
+    Layout {
+        model_name: "m".into(),
+        world_size: 1,
+        block_size: 2,
+        num_layers: 1,
+        hidden_dim_size: 1024,
+        dtype: Dtype::new("uint8").unwrap(),
+        single_plane: true,
+        num_physical_slots: None,
+    }
+}
+
+/// `chunks` chunks of a prompt that begins with `first`, for a request of its own.
+fn key(first: u32, chunks: u64) -> Key {
+    static REQUESTS: AtomicUsize = AtomicUsize::new(0);
+    let end = chunks * CHUNK;
+    Key {
+        model_name: "m".into(),
+        world_size: 1,
+        worker_id: Some(0),
+        token_ids: (first..).take(usize::try_from(end).unwrap()).collect(),
+        start: 0,
+        end,
+        request_id: format!("r{}", REQUESTS.fetch_add(1, Ordering::Relaxed)),
+        cache_salt: String::new(),
+        num_kv_readers: 1,
+    }
+}
+
+fn salted(key: Key, salt: &str) -> Key {
+    Key { cache_salt: salt.into(), ..key }
+}
+
+/// What is stored of a chunk.
+fn content(key: &Key, chunk: usize) -> Vec<u8> {
+    let first = key.token_ids[chunk * usize::try_from(CHUNK).unwrap()];
+    let text = format!("{first} {}", key.cache_salt);
+    text.bytes().cycle().take(usize::try_from(OBJECT).unwrap()).collect()
+}
+
+fn first_chunk(key: &Key) -> usize {
+    usize::try_from(key.start / CHUNK).unwrap()
+}
+
+/// A server's store.
+struct Engine {
+    store: Store,
+    owner: Owner,
+}
+
+impl Engine {
+    fn on(shelf: &Arc<Shelf>) -> Self {
+        Self::with(shelf, 64, None)
+    }
+
+    fn with(shelf: &Arc<Shelf>, objects: u64, disk: Option<DiskOptions>) -> Self {
+        let options = StoreOptions {
+            chunk_size: u32::try_from(CHUNK).unwrap(),
+            memory: objects * OBJECT,
+            shared_name: None,
+            policy: Policy::Lru,
+            disk,
+            remote: Some(RemoteOptions { objects: Arc::clone(shelf) as _, prefix: "test".into() }),
+            limits: Limits::default(),
+        };
+        let reach = |options, queue| Remote::open_with(options, queue, times());
+        let store = Store::on(options, Disk::open, reach).unwrap();
+        let owner = store.connect();
+        store.register(owner, 1, layout()).unwrap();
+        Self { store, owner }
+    }
+
+    /// Stores, without a wait; how many chunks were new here.
+    fn put(&self, key: &Key) -> usize {
+        let slots = self.store.prepare_store(self.owner, key, 1, Instant::now()).unwrap();
+        for (slot, chunk) in slots.slots.iter().zip(&slots.chunk_indices) {
+            let chunk = first_chunk(key) + *chunk as usize;
+            self.store.memory().write(slot.offset, &content(key, chunk)).unwrap();
+        }
+        self.store.commit_store(key, 1, &[]).unwrap();
+        slots.slots.len()
+    }
+
+    fn save(&self, key: &Key) -> usize {
+        let new = self.put(key);
+        self.store.flush(soon()).unwrap();
+        new
+    }
+
+    /// Chunks that are found, each compared with what was stored; nothing is held afterwards.
+    fn read(&self, key: &Key) -> u64 {
+        self.store.lookup(self.owner, key, 1, Instant::now()).unwrap();
+        let hit = wait(self.store.hit(&key.request_id));
+        let range = Key { end: key.start + hit * CHUNK, ..key.clone() };
+        let now = Instant::now();
+        let slots = self.store.prepare_retrieve(self.owner, &range, 1, now).unwrap().unwrap();
+        for (chunk, Slot { offset, .. }) in (first_chunk(key)..).zip(&slots) {
+            let mut bytes = vec![0; usize::try_from(OBJECT).unwrap()];
+            self.store.memory().read(*offset, &mut bytes).unwrap();
+            assert!(bytes == content(key, chunk), "wrong bytes of chunk {chunk}");
+        }
+        self.store.commit_retrieve(&range, 1).unwrap();
+        self.store.end_session(&key.request_id);
+        hit
+    }
+
+    fn remote(&self) -> RemoteStatus {
+        self.store.remote_status().unwrap()
+    }
+
+    fn status(&self, name: &str) -> u64 {
+        let status = self.store.status(Instant::now());
+        status.iter().find(|(known, _)| *known == name).expect("a known figure").1
+    }
+
+    /// Waits until the remote's status is as it should be.
+    fn until(&self, good: impl Fn(&RemoteStatus) -> bool) -> RemoteStatus {
+        let give_up = soon();
+        loop {
+            let status = self.remote();
+            if good(&status) {
+                return status;
+            }
+            assert!(Instant::now() < give_up, "{status:?}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// Nothing of it in memory any more.
+    fn forget(&self) {
+        let memory = self.store.lock().clear();
+        assert!(memory > 0);
+    }
+
+    fn assert_nothing_is_held(&self) {
+        assert_eq!((self.status("leases"), self.status("sessions")), (0, 0));
+        let state = self.store.lock();
+        assert!(state.loading.is_empty() && state.saving.is_empty());
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Runs a future on this thread. Whoever is not woken within 20 seconds was forgotten.
+fn wait<T>(future: impl Future<Output = T>) -> T {
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let (mut future, give_up) = (pin!(future), soon());
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return value;
+        }
+        std::thread::park_timeout(give_up.saturating_duration_since(Instant::now()));
+        assert!(Instant::now() < give_up, "nobody woke it");
+    }
+}
+
+#[test]
+fn what_one_store_saved_another_finds_and_under_another_salt_nobody() {
+    let shelf = Shelf::new();
+    let (first, second) = (Engine::on(&shelf), Engine::on(&shelf));
+    assert_eq!(first.save(&salted(key(0, 5), "mine")), 5);
+    for other in ["yours", "", "min"] {
+        assert_eq!(second.read(&salted(key(0, 5), other)), 0, "{other:?}");
+    }
+    assert_eq!(shelf.gets.load(Ordering::Relaxed), 0, "nothing of it was transferred");
+    assert_eq!(second.read(&salted(key(0, 9), "mine")), 5);
+    assert_eq!(second.read(&salted(key(0, 9), "mine")), 5, "from memory");
+    let status = second.remote();
+    assert_eq!((status.loads, status.read_bytes), (5, 5 * (OBJECT + HEADER as u64)));
+    assert_eq!((second.status("remote_promoted_chunks"), second.status("promoted_chunks")), (5, 0));
+    assert_eq!(second.save(&salted(key(0, 7), "mine")), 2, "only what is missing is written");
+    assert_eq!(first.read(&salted(key(0, 7), "mine")), 7);
+    first.assert_nothing_is_held();
+    second.assert_nothing_is_held();
+    let keys = shelf.objects();
+    assert!(keys.iter().all(|key| key.starts_with("test/1/0/")), "{keys:?}");
+}
+
+#[test]
+fn a_prefix_may_be_spread_over_memory_disk_and_remote() {
+    let (shelf, directory) = (Shelf::new(), Directory::new());
+    let whole = key(0, 9);
+    let first = Engine::on(&shelf);
+    assert_eq!(first.save(&whole), 9);
+    let second = Engine::with(&shelf, 64, Some(directory.options(64 << 20)));
+    // The disk gets the first six, of which memory keeps the first three; the rest only the remote has.
+    assert_eq!(second.save(&Key { end: 6 * CHUNK, ..key(0, 9) }), 6);
+    second.forget();
+    assert_eq!(second.read(&key(0, 3)), 3);
+    assert_eq!(second.read(&key(0, 9)), 9);
+    let disk = second.store.disk_status().unwrap();
+    assert_eq!((disk.loads, second.remote().loads), (6, 3));
+    // Memory has one in the middle of what the remote has.
+    let third = Engine::on(&shelf);
+    assert_eq!(third.put(&Key { start: 4 * CHUNK, end: 5 * CHUNK, ..key(0, 9) }), 1);
+    assert_eq!(third.read(&key(0, 9)), 9);
+    assert_eq!(third.remote().loads, 8);
+    second.assert_nothing_is_held();
+    third.assert_nothing_is_held();
+}
+
+#[test]
+fn a_value_that_is_not_what_was_saved_is_a_miss_and_counted_and_what_is_stored_anew_is_whole() {
+    type Damage = fn(&[u8]) -> Vec<u8>;
+    let damages: [(&str, Damage); 6] = [
+        ("a byte of the object", |value| changed(value, HEADER + 100)),
+        ("a byte of the header", |value| changed(value, 30)),
+        ("the magic", |value| changed(value, 0)),
+        ("all zeroes", |value| vec![0; value.len()]),
+        ("the end of another length", |value| {
+            let mut value = value.to_vec();
+            value.truncate(HEADER + 4000);
+            value.resize(HEADER + 4096, 0);
+            value
+        }),
+        ("another object", |_| Vec::new()), // see below
+    ];
+    for (what, damage) in damages {
+        let shelf = Shelf::new();
+        let writer = Engine::on(&shelf);
+        writer.save(&key(0, 1));
+        let first_key = shelf.objects()[0].clone();
+        writer.save(&salted(key(0, 1), "of another tenant"));
+        let other_key = shelf.objects().into_iter().find(|key| *key != first_key).unwrap();
+        {
+            let mut values = shelf.values.lock().unwrap();
+            let mut value = damage(&values[&first_key]);
+            if value.is_empty() {
+                value = values[&other_key].to_vec();
+            }
+            values.insert(first_key.clone(), value.into());
+        }
+        let reader = Engine::on(&shelf);
+        assert_eq!(reader.read(&key(0, 1)), 0, "{what}");
+        assert_eq!((reader.remote().damaged, reader.remote().loads), (1, 0), "{what}");
+        let give_up = soon();
+        while shelf.objects().contains(&first_key) {
+            assert!(Instant::now() < give_up, "{what}: it is taken out");
+            std::thread::yield_now();
+        }
+        assert_eq!(reader.save(&key(0, 1)), 1);
+        assert_eq!(Engine::on(&shelf).read(&key(0, 1)), 1, "{what}");
+        reader.assert_nothing_is_held();
+    }
+}
+
+fn changed(value: &[u8], at: usize) -> Vec<u8> {
+    let mut value = value.to_vec();
+    value[at] ^= 1;
+    value
+}
+
+#[test]
+fn a_value_of_another_length_is_not_even_loaded() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 2));
+    let keys = shelf.objects();
+    for key in &keys {
+        let mut values = shelf.values.lock().unwrap();
+        let torn = values[key].slice(..HEADER + 4000);
+        values.insert(key.clone(), torn);
+    }
+    let reader = Engine::on(&shelf);
+    assert_eq!(reader.read(&key(0, 2)), 0);
+    assert_eq!(shelf.gets.load(Ordering::Relaxed), 0);
+    assert_eq!(reader.save(&key(0, 2)), 2);
+    assert_eq!(Engine::on(&shelf).read(&key(0, 2)), 2, "it was written over");
+}
+
+#[test]
+fn what_is_gone_between_the_question_and_the_load_is_a_miss() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 3));
+    let reader = Engine::on(&shelf);
+    shelf.evicts.store(true, Ordering::Relaxed);
+    assert_eq!(reader.read(&key(0, 3)), 0);
+    let status = reader.remote();
+    assert_eq!((status.missing, status.load_failures, status.damaged), (3, 0, 0));
+    reader.assert_nothing_is_held();
+}
+
+#[test]
+fn an_object_that_the_remote_has_is_not_written_again() {
+    let shelf = Shelf::new();
+    let (first, second) = (Engine::on(&shelf), Engine::on(&shelf));
+    first.save(&key(0, 4));
+    second.save(&key(0, 6));
+    let status = second.remote();
+    assert_eq!((status.known_saves, status.saves), (4, 2));
+    assert_eq!(shelf.puts.load(Ordering::Relaxed), 6);
+}
+
+#[test]
+fn two_lookups_of_one_prefix_share_what_is_loaded() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 3));
+    let reader = Engine::on(&shelf);
+    shelf.be(Mood::Hangs);
+    let keys = [key(0, 3), key(0, 2), key(0, 3)];
+    for key in &keys {
+        reader.store.lookup(reader.owner, key, 1, Instant::now()).unwrap();
+        assert_eq!(reader.store.take_hit(&key.request_id, Instant::now()), None);
+    }
+    shelf.be(Mood::Works);
+    let hits = keys.each_ref().map(|key| wait(reader.store.hit(&key.request_id)));
+    assert_eq!(hits, [3, 2, 3]);
+    assert_eq!(shelf.gets.load(Ordering::Relaxed), 3);
+    for key in &keys {
+        reader.store.end_session(&key.request_id);
+    }
+    reader.assert_nothing_is_held();
+}
+
+#[test]
+fn a_remote_that_fails_is_left_alone_until_it_is_back() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 3));
+    let engine = Engine::on(&shelf);
+    shelf.be(Mood::Fails);
+    // Each lookup is answered, also before the remote is taken for gone.
+    let give_up = soon();
+    while engine.remote().failed.is_none() {
+        assert_eq!(engine.read(&key(0, 3)), 0);
+        assert!(Instant::now() < give_up);
+    }
+    let failed = engine.remote();
+    assert!(failed.failed.unwrap().contains("no such luck"));
+    assert_eq!(failed.outages, 1);
+    let asked = shelf.questions.load(Ordering::Relaxed);
+    assert_eq!(engine.read(&key(0, 3)), 0);
+    assert_eq!(engine.put(&key(100, 2)), 2);
+    assert_eq!(engine.read(&key(100, 2)), 2, "from memory");
+    let status = engine.remote();
+    assert_eq!(shelf.questions.load(Ordering::Relaxed), asked, "nobody asks");
+    assert_eq!((status.dropped_failed, status.queue_bytes), (2, 0));
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    assert_eq!(engine.read(&key(0, 3)), 3, "hits return");
+    assert_eq!(engine.save(&key(200, 2)), 2);
+    assert_eq!(Engine::on(&shelf).read(&key(200, 2)), 2, "saves too");
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn a_connection_that_is_lost_once_costs_a_second_try_and_no_hit() {
+    struct Flaky(Arc<Shelf>, AtomicUsize);
+    impl Flaky {
+        fn is_lost(&self, key: &str) -> bool {
+            is_object(key) && self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
+        }
+    }
+    fn lost<T: Send + 'static>() -> RemoteFuture<'static, T> {
+        Box::pin(std::future::ready(Err(Error::new(ErrorCode::Unreachable, "connection reset"))))
+    }
+    impl Objects for Flaky {
+        fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
+            if self.is_lost(&keys[0]) { lost() } else { self.0.lengths(keys) }
+        }
+        fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
+            if self.is_lost(&key) { lost() } else { self.0.get(key) }
+        }
+        fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
+            if self.is_lost(&key) { lost() } else { self.0.put(key, value) }
+        }
+        fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
+            self.0.remove(key)
+        }
+        fn place(&self) -> &str {
+            "flaky"
+        }
+    }
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 1));
+    let options = StoreOptions {
+        chunk_size: u32::try_from(CHUNK).unwrap(),
+        memory: 8 * OBJECT,
+        shared_name: None,
+        policy: Policy::Lru,
+        disk: None,
+        remote: Some(RemoteOptions {
+            objects: Arc::new(Flaky(Arc::clone(&shelf), AtomicUsize::new(0))),
+            prefix: "test".into(),
+        }),
+        limits: Limits::default(),
+    };
+    let reach = |options, queue| Remote::open_with(options, queue, times());
+    let store = Store::on(options, Disk::open, reach).unwrap();
+    let owner = store.connect();
+    store.register(owner, 1, layout()).unwrap();
+    let engine = Engine { store, owner };
+    assert_eq!(engine.read(&key(0, 1)), 1);
+    assert_eq!((engine.remote().retries, engine.remote().outages), (2, 0));
+}
+
+#[test]
+fn a_remote_that_hangs_holds_up_no_lookup_for_longer_than_a_question_takes() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 3));
+    let engine = Engine::on(&shelf);
+    shelf.be(Mood::Hangs);
+    // Nobody lets it go on: each answer comes by a deadline of ours.
+    let give_up = soon();
+    while engine.remote().failed.is_none() {
+        assert_eq!(engine.read(&key(0, 3)), 0);
+        assert!(Instant::now() < give_up);
+    }
+    assert!(engine.remote().failed.unwrap().contains("has not answered within"));
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    assert_eq!(engine.read(&key(0, 3)), 3);
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn a_remote_without_room_goes_on_to_serve_what_it_has() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.save(&key(0, 2));
+    engine.forget();
+    shelf.be(Mood::Refuses);
+    engine.put(&key(100, 1));
+    let status = engine.until(|status| status.failed.is_some());
+    assert!(status.failed.unwrap().contains("no room"));
+    assert_eq!(engine.read(&key(0, 2)), 2);
+    engine.until(|status| status.queue_bytes == 0);
+    let before = engine.remote();
+    engine.put(&key(200, 2));
+    assert_eq!(engine.remote().dropped_failed, before.dropped_failed + 2);
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    engine.save(&key(300, 1));
+    assert_eq!(Engine::on(&shelf).read(&key(300, 1)), 1);
+}
+
+#[test]
+fn what_waits_to_be_saved_is_bounded_and_comes_free() {
+    let shelf = Shelf::new();
+    let engine = Engine::with(&shelf, 16, None);
+    shelf.be(Mood::HangsSaves);
+    assert_eq!(engine.put(&key(0, 12)), 12);
+    let status = engine.remote();
+    assert_eq!((status.queue_bytes, status.dropped_full), (8 * OBJECT, 4), "half of the memory");
+    assert_eq!(engine.put(&key(100, 8)), 8, "the others make room");
+    shelf.be(Mood::Works);
+    engine.store.flush(soon()).unwrap();
+    assert_eq!(engine.remote().queue_bytes, 0);
+    engine.forget();
+    assert_eq!(engine.status("used_bytes"), 0);
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn what_was_cleared_is_found_neither_here_nor_by_others_and_what_comes_after_is() {
+    let shelf = Shelf::new();
+    let (first, second) = (Engine::on(&shelf), Engine::on(&shelf));
+    first.save(&key(0, 3));
+    first.store.clear();
+    assert_eq!(first.read(&key(0, 3)), 0, "at once");
+    let give_up = soon();
+    while second.read(&key(0, 3)) > 0 {
+        second.forget(); // from memory it may come
+        assert!(Instant::now() < give_up, "within a round of its keeper");
+    }
+    assert_eq!(Engine::on(&shelf).read(&key(0, 3)), 0, "nor by a store that starts later");
+    assert_eq!(first.save(&key(0, 2)), 2);
+    let give_up = soon();
+    while second.read(&key(0, 3)) < 2 {
+        assert!(Instant::now() < give_up);
+    }
+    assert_eq!(first.remote().failed, None);
+}
+
+#[test]
+fn what_was_cleared_while_the_remote_was_away_stays_away() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.save(&key(0, 3));
+    shelf.be(Mood::Fails);
+    engine.until(|status| status.failed.is_some());
+    engine.store.clear();
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    assert_eq!(engine.read(&key(0, 3)), 0);
+    assert_eq!(Engine::on(&shelf).read(&key(0, 3)), 0);
+}
+
+#[test]
+fn saves_that_a_clear_overtakes_end_and_their_memory_comes_free() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    shelf.be(Mood::HangsSaves);
+    engine.put(&key(0, 8));
+    assert_eq!(engine.store.clear(), 8);
+    shelf.be(Mood::Works);
+    engine.store.flush(soon()).unwrap();
+    assert_eq!((engine.read(&key(0, 8)), engine.status("used_bytes")), (0, 0));
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn an_epoch_that_the_remote_lost_is_told_it_again() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.save(&key(0, 1));
+    engine.store.clear();
+    engine.save(&key(100, 1));
+    let epochs = || {
+        let values = shelf.values.lock().unwrap();
+        values.get("test/1/epoch").cloned()
+    };
+    let give_up = soon();
+    while epochs().is_none() {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    let told = epochs().unwrap();
+    shelf.values.lock().unwrap().remove("test/1/epoch");
+    let give_up = soon();
+    while epochs().as_ref() != Some(&told) {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    assert_eq!(Engine::on(&shelf).read(&key(0, 1)), 0);
+    assert_eq!(Engine::on(&shelf).read(&key(100, 1)), 1);
+}
+
+#[test]
+fn a_key_of_somebody_else_in_the_epochs_place_keeps_the_remote_out() {
+    let shelf = Shelf::new();
+    shelf.values.lock().unwrap().insert("test/1/epoch".into(), "mine".into());
+    let engine = Engine::on(&shelf);
+    assert!(engine.remote().failed.unwrap().contains("give another prefix"));
+    assert_eq!(engine.put(&key(0, 1)), 1);
+    assert!(shelf.objects().is_empty());
+}
+
+#[test]
+fn what_a_reader_discards_is_taken_out_for_all() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    let prompt = key(0, 2);
+    engine.save(&prompt);
+    engine.store.lookup(engine.owner, &prompt, 1, Instant::now()).unwrap();
+    let slots = engine.store.prepare_retrieve(engine.owner, &prompt, 1, Instant::now());
+    let slots = slots.unwrap().unwrap();
+    let uses = slots.iter().map(|slot| (slot.offset, slot.generation.unwrap()));
+    assert_eq!(engine.store.discard(uses), 2);
+    engine.store.commit_retrieve(&prompt, 1).unwrap();
+    engine.store.end_session(&prompt.request_id);
+    assert_eq!(engine.read(&key(0, 2)), 0);
+    let give_up = soon();
+    while !shelf.objects().is_empty() {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn bytes_that_were_damaged_in_memory_do_not_get_there() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    let prompt = key(0, 1);
+    engine.store.prepare_store(engine.owner, &prompt, 1, Instant::now()).unwrap();
+    assert!(engine.store.commit_store(&prompt, 1, &[1]).unwrap(), "of other bytes");
+    engine.store.flush(soon()).unwrap();
+    assert_eq!((engine.remote().dropped_damaged, engine.remote().saves), (1, 0));
+    assert_eq!((shelf.objects().len(), engine.status("damaged_chunks")), (0, 1));
+    assert_eq!(engine.read(&key(0, 1)), 0);
+}
+
+#[test]
+fn a_store_starts_without_its_remote_and_is_joined_by_it() {
+    let shelf = Shelf::in_mood(Mood::Fails);
+    let engine = Engine::on(&shelf);
+    assert_eq!(engine.put(&key(0, 2)), 2);
+    assert_eq!(engine.read(&key(0, 2)), 2);
+    assert!(engine.remote().failed.is_some());
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    assert_eq!(engine.save(&key(0, 3)), 1);
+    let found = Engine::on(&shelf).read(&Key { start: 2 * CHUNK, ..key(0, 3) });
+    assert_eq!(found, 1, "what was stored before is not there");
+}
+
+#[test]
+fn a_store_ends_though_its_remote_hangs() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    shelf.be(Mood::Hangs);
+    engine.put(&key(0, 8));
+    let give_up = soon();
+    while shelf.questions.load(Ordering::Relaxed) < 4 {
+        assert!(Instant::now() < give_up, "four saves are under way");
+        std::thread::yield_now();
+    }
+    let error = engine.store.close_tiers(Instant::now()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Timeout);
+    // The requests' own deadlines end it, nobody else does.
+    let closed = engine.store.close_tiers(soon());
+    assert!(closed.is_err(), "they were not saved");
+    assert_eq!(engine.remote().queue_bytes, 0);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async move { drop(engine) }); // a runtime must not end inside another
+}
+
+#[test]
+fn a_server_leaves_none_of_its_own_keys() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.until(|status| status.probe.is_some());
+    engine.store.close_tiers(soon()).unwrap();
+    assert!(shelf.values.lock().unwrap().is_empty());
+}
