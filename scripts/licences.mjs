@@ -10,6 +10,7 @@ const ALLOWED = new Set([
 	"BSD-3-Clause",
 	"BSL-1.0",
 	"CC0-1.0",
+	"CDLA-Permissive-2.0", // of data: Mozilla's certificates, where a platform has none of its own
 	"ISC",
 	"MIT",
 	"MIT-0",

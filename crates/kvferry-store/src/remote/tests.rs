@@ -207,6 +207,15 @@ impl Engine {
     }
 
     fn with(shelf: &Arc<Shelf>, objects: u64, disk: Option<DiskOptions>) -> Self {
+        Self::with_times(shelf, objects, disk, times())
+    }
+
+    fn with_times(
+        shelf: &Arc<Shelf>,
+        objects: u64,
+        disk: Option<DiskOptions>,
+        times: Times,
+    ) -> Self {
         let options = StoreOptions {
             chunk_size: u32::try_from(CHUNK).unwrap(),
             memory: objects * OBJECT,
@@ -216,7 +225,7 @@ impl Engine {
             remote: Some(RemoteOptions { objects: Arc::clone(shelf) as _, prefix: "test".into() }),
             limits: Limits::default(),
         };
-        let reach = |options, queue| Remote::open_with(options, queue, times());
+        let reach = |options, queue| Remote::open_with(options, queue, times);
         let store = Store::on(options, Disk::open, reach).unwrap();
         let owner = store.connect();
         store.register(owner, 1, layout()).unwrap();
@@ -363,6 +372,32 @@ fn a_prefix_may_be_spread_over_memory_disk_and_remote() {
 }
 
 #[test]
+fn a_lookup_to_which_the_disk_has_given_all_it_has_still_waits_for_the_remotes_word() {
+    let (shelf, directory) = (Shelf::new(), Directory::new());
+    Engine::on(&shelf).save(&key(0, 4));
+    let patient = Times { question: Duration::from_secs(20), ..times() };
+    let disk = Some(directory.options(64 << 20));
+    let engine = Engine::with_times(&shelf, 64, disk, patient);
+    engine.save(&key(0, 2));
+    engine.forget();
+    shelf.be(Mood::Hangs);
+    let prompt = key(0, 4);
+    engine.store.lookup(engine.owner, &prompt, 1, Instant::now()).unwrap();
+    let give_up = soon();
+    while engine.status("promoted_chunks") < 2 {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    let promotion = Limits::default().promotion / 2; // long before the lookup's deadline
+    let early = Instant::now().checked_sub(promotion).unwrap();
+    assert_eq!(engine.store.take_hit(&prompt.request_id, early), None);
+    shelf.be(Mood::Works);
+    assert_eq!(wait(engine.store.hit(&prompt.request_id)), 4);
+    engine.store.end_session(&prompt.request_id);
+    engine.assert_nothing_is_held();
+}
+
+#[test]
 fn a_value_that_is_not_what_was_saved_is_a_miss_and_counted_and_what_is_stored_anew_is_whole() {
     type Damage = fn(&[u8]) -> Vec<u8>;
     let damages: [(&str, Damage); 6] = [
@@ -502,6 +537,24 @@ fn a_remote_that_fails_is_left_alone_until_it_is_back() {
     assert_eq!(engine.save(&key(200, 2)), 2);
     assert_eq!(Engine::on(&shelf).read(&key(200, 2)), 2, "saves too");
     engine.assert_nothing_is_held();
+}
+
+#[test]
+fn requests_find_out_that_a_remote_is_gone_before_its_keeper_comes_round() {
+    let shelf = Shelf::new();
+    let times = Times { period: Duration::from_secs(1000), ..times() };
+    let engine = Engine::with_times(&shelf, 64, None, times);
+    engine.save(&key(0, 1));
+    engine.forget();
+    let asked = shelf.questions.load(Ordering::Relaxed);
+    shelf.be(Mood::Fails);
+    for _ in 0..10 {
+        assert_eq!(engine.read(&key(0, 1)), 0);
+    }
+    assert_eq!(shelf.questions.load(Ordering::Relaxed) - asked, 5, "then nobody asks");
+    shelf.be(Mood::Works);
+    engine.until(|status| status.failed.is_none());
+    assert_eq!((engine.read(&key(0, 1)), engine.remote().outages), (1, 1));
 }
 
 #[test]
