@@ -126,7 +126,7 @@ async fn talk(
     let mut deadline = Some(Instant::now() + HANDSHAKE);
     loop {
         send(stream, &mut output).await?;
-        input.reserve(READ);
+        input.reserve(READ.max(input.len())); // a long message comes in fewer pieces, and what is here bounds them
         let read = stream.read_buf(&mut input);
         let read = match deadline {
             Some(deadline) => {

@@ -119,6 +119,8 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
         Operation::Discard | Operation::Checksums => Reply::Integer(0),
+        Operation::Write => Reply::Boolean(false),
+        Operation::Read => Reply::Piece(None),
         _ => return None,
     })
 }

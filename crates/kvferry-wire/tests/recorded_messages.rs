@@ -291,6 +291,7 @@ fn our_own_messages_survive_the_wire() {
                 version: "0.1.0".to_owned(),
                 pid: 4711,
                 admin: false,
+                segment: Some("a:1:2".to_owned()),
             }),
         ),
         (Operation::GetExperimental, Reply::Names(vec![EXTENSION.to_owned()])),

@@ -1,0 +1,52 @@
+//! Bytes of a slot on their way in a frame.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::messagepack::{Problem, Reader, Result, frame};
+
+/// Bytes of a piece at most. What a peer may make the other hold is a few of these.
+pub const PIECE_MAX: usize = 256 << 10;
+
+/// MessagePack's marker of bytes with a length of four bytes, which all pieces have.
+const BIN32: u8 = 0xc6;
+const HEADER: usize = 5;
+
+/// A piece, as it travels: it is written once and sliced from what arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    frame: Bytes,
+    header: usize,
+}
+
+impl Piece {
+    /// A piece of so many bytes, [`PIECE_MAX`] at most, which `fill` writes.
+    ///
+    /// # Errors
+    /// What `fill` says.
+    pub fn fill<E>(bytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
+        let bytes = bytes.min(PIECE_MAX);
+        let mut frame = BytesMut::zeroed(HEADER + bytes);
+        let (mut header, data) = frame.split_at_mut(HEADER);
+        header.put_u8(BIN32);
+        header.put_uint(bytes as u64, 4);
+        fill(data)?;
+        Ok(Self { frame: frame.freeze(), header: HEADER })
+    }
+
+    /// Its bytes.
+    pub fn data(&self) -> &[u8] {
+        &self.frame[self.header..]
+    }
+
+    pub(super) fn encode(&self) -> Bytes {
+        self.frame.clone()
+    }
+
+    pub(super) fn decode(bytes: &Bytes) -> Result<Self> {
+        let length = frame(bytes, Reader::bytes)?.len();
+        if length > PIECE_MAX {
+            return Err(Problem::Inconsistent("a piece has at most 262144 bytes").into());
+        }
+        Ok(Self { frame: bytes.clone(), header: bytes.len() - length })
+    }
+}
