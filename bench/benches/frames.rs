@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use common::{layout, start, store_options};
 use kvferry_bench::Rows;
 use kvferry_client::{Client, ConnectOptions};
-use kvferry_core::cache::{Cache, Memory};
+use kvferry_core::cache::Cache;
 use kvferry_core::key::{Key, Layout};
 
 const CHUNK: u64 = 32 << 20;

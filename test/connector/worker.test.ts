@@ -100,10 +100,13 @@ describe("a worker's connector", () => {
 		}
 	}
 
-	it("does the same through a server in another process", async () => {
+	it.each([
+		["its shared memory", true],
+		["bytes in frames", false],
+	])("does the same through a server in another process, by %s", async (_, sharedMemory) => {
 		const process = await ServerProcess.start("--chunk-size", String(CHUNK));
 		open.push(process);
-		const via = await Client.connect({ url: process.url });
+		const via = await Client.connect({ url: process.url, sharedMemory });
 		open.push(via);
 		const first = new Engine({ planes: "separate", kvLayout: "NHD" });
 		fill(first, BLOCKS_OF_3);

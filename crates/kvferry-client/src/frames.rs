@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
+use bytes::BytesMut;
 use kvferry_copy::PrivateRegion;
 use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::{Error, ErrorCode, Result};
@@ -18,7 +19,9 @@ use crate::client::{Client, unexpected};
 use crate::session::{Pending, Session, lock};
 
 /// Pieces of one connection under way at most: 4 MiB.
-pub(crate) const CREDIT: usize = 16;
+const CREDIT: usize = 16;
+/// Of a transfer to the server: more of them leave the processors' caches before they are read.
+const WRITES: usize = 6;
 /// Bytes that all grants of a connection may have here together.
 const STAGED_MAX: u64 = 1 << 30;
 /// Memory that is kept for the next grant, so that its pages need not come anew.
@@ -127,7 +130,16 @@ fn pieces<'a>(
 }
 
 /// Requests under way, oldest first, each with its part of the credit and where its answer's bytes belong.
-type UnderWay<'a> = VecDeque<(Pending<'a>, SemaphorePermit<'a>, u64, usize)>;
+type UnderWay<'a> = VecDeque<Asked<'a>>;
+
+struct Asked<'a> {
+    pending: Pending<'a>,
+    _credit: SemaphorePermit<'a>,
+    here: u64,
+    bytes: usize,
+    /// What was sent; its memory is used again.
+    sent: Option<Piece>,
+}
 
 /// A transfer over one connection.
 pub(crate) struct Transfer<'a> {
@@ -145,8 +157,8 @@ pub(crate) struct Transfer<'a> {
 impl<'a> Transfer<'a> {
     /// Writes the slots. `false`: the server does not have them for us any more.
     pub(crate) async fn write(&self) -> Result<bool> {
-        self.each(|generation, slot, at, here, bytes| {
-            let piece = Piece::fill(bytes, |data| self.memory.read(here, data))?;
+        self.each(|memory, generation, slot, at, here, bytes| {
+            let piece = Piece::refill(memory, bytes, |data| self.memory.read(here, data))?;
             let offset = slot.offset;
             Ok(Request::Write { instance_id: self.instance_id, offset, generation, at, piece })
         })
@@ -155,7 +167,7 @@ impl<'a> Transfer<'a> {
 
     /// Reads the slots. `false`: they hold something else by now.
     pub(crate) async fn read(&self) -> Result<bool> {
-        self.each(|generation, slot, at, _, bytes| {
+        self.each(|_, generation, slot, at, _, bytes| {
             let (offset, bytes) = (slot.offset, bytes as u64);
             Ok(Request::Read { instance_id: self.instance_id, offset, generation, at, bytes })
         })
@@ -164,22 +176,27 @@ impl<'a> Transfer<'a> {
 
     async fn each(
         &self,
-        ask: impl Fn(u64, &Slot, u64, u64, usize) -> Result<Request>,
+        ask: impl Fn(BytesMut, u64, &Slot, u64, u64, usize) -> Result<Request>,
     ) -> Result<bool> {
         let mut under_way = UnderWay::new();
+        let mut memory = BytesMut::new();
         for (slot, at, here, bytes) in pieces(self.slots, self.placed) {
             let Some(generation) = slot.generation else {
                 let message = "the server granted a slot without its generation";
                 return Err(Error::new(ErrorCode::Protocol, message));
             };
             let credit = loop {
-                if let Ok(credit) = self.session.stage.credit.try_acquire() {
+                let full = under_way.front().is_some_and(|oldest| oldest.sent.is_some())
+                    && under_way.len() >= WRITES;
+                if !full && let Ok(credit) = self.session.stage.credit.try_acquire() {
                     break credit;
                 }
-                if let Some(oldest) = under_way.pop_front() {
+                if let Some(mut oldest) = under_way.pop_front() {
+                    let sent = oldest.sent.take();
                     if !self.end(oldest).await? {
                         return Ok(false);
                     }
+                    memory = sent.map(Piece::into_memory).unwrap_or_default();
                     continue;
                 }
                 let until = self.client.deadline(self.deadline);
@@ -191,8 +208,13 @@ impl<'a> Transfer<'a> {
                     }
                 }
             };
-            let request = ask(generation, slot, at, here, bytes)?;
-            under_way.push_back((self.session.begin(&request)?, credit, here, bytes));
+            let request = ask(std::mem::take(&mut memory), generation, slot, at, here, bytes)?;
+            let pending = self.session.begin(&request)?;
+            let sent = match request {
+                Request::Write { piece, .. } => Some(piece),
+                _ => None,
+            };
+            under_way.push_back(Asked { pending, _credit: credit, here, bytes, sent });
         }
         while let Some(oldest) = under_way.pop_front() {
             if !self.end(oldest).await? {
@@ -203,10 +225,8 @@ impl<'a> Transfer<'a> {
     }
 
     /// Waits for an answer, and puts what it brings in its place.
-    async fn end(
-        &self,
-        (pending, _credit, here, bytes): (Pending<'a>, SemaphorePermit<'a>, u64, usize),
-    ) -> Result<bool> {
+    async fn end(&self, asked: Asked<'a>) -> Result<bool> {
+        let Asked { pending, _credit, here, bytes, .. } = asked;
         let operation = pending.operation();
         match pending.wait(self.client.deadline(self.deadline)).await? {
             Reply::Boolean(written) => Ok(written),

@@ -1,6 +1,6 @@
 //! Bytes in frames, for peers that have not mapped the pool: which slots a connection may touch so.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use kvferry_core::cache::Slot;
 use kvferry_store::{ReservedObject, Store};
@@ -11,7 +11,14 @@ const LENT_MAX: usize = 131_072;
 
 /// What the connection was granted.
 #[derive(Debug, Default)]
-pub(crate) struct Frames(HashMap<u64, Lent>);
+pub(crate) struct Frames {
+    lent: HashMap<u64, Lent>,
+    /// The last pieces that were sent; memory of one that is gone is used again.
+    sent: VecDeque<Piece>,
+}
+
+/// How many of them.
+const SENT: usize = 3;
 
 #[derive(Debug)]
 struct Lent {
@@ -44,7 +51,7 @@ impl Frames {
         instance: u64,
         slots: impl ExactSizeIterator<Item = (&'a Slot, Option<ReservedObject>)>,
     ) {
-        let Self(lent) = self;
+        let lent = &mut self.lent;
         if lent.len() + slots.len() > LENT_MAX {
             lent.retain(|offset, lent| store.holds([(*offset, lent.generation)]));
         }
@@ -54,9 +61,14 @@ impl Frames {
         }
     }
 
+    /// Keeps no memory for further pieces.
+    pub(crate) fn rest(&mut self) {
+        self.sent.clear();
+    }
+
     fn find(&self, instance: u64, offset: u64, generation: u64) -> Option<&Lent> {
         let fits = |lent: &&Lent| (lent.instance, lent.generation) == (instance, generation);
-        self.0.get(&offset).filter(fits)
+        self.lent.get(&offset).filter(fits)
     }
 
     /// Whether the piece is in the slot now.
@@ -74,7 +86,7 @@ impl Frames {
 
     /// A piece of the slot.
     pub(crate) fn read(
-        &self,
+        &mut self,
         store: &Store,
         instance: u64,
         (offset, generation): (u64, u64),
@@ -86,6 +98,10 @@ impl Frames {
         at.checked_add(bytes as u64).filter(|end| *end <= lent.length)?;
         let read =
             |into: &mut [u8]| store.read(offset, generation, at, into).then_some(()).ok_or(());
-        Piece::fill(bytes, read).ok()
+        let full = self.sent.len() == SENT;
+        let memory = self.sent.pop_front_if(|_| full).map(Piece::into_memory).unwrap_or_default();
+        let piece = Piece::refill(memory, bytes, read).ok()?;
+        self.sent.push_back(piece.clone());
+        Some(piece)
     }
 }

@@ -148,6 +148,9 @@ impl Service {
                 Reply::RetrieveSlots(slots.map(|slots| self.slots(slots, instance_id)))
             }
             Request::CommitRetrieve { key, instance_id } => {
+                if let Some(frames) = &mut peer.frames {
+                    frames.rest();
+                }
                 store.commit_retrieve(&key.key, instance_id)?;
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
@@ -197,7 +200,7 @@ impl Service {
             Request::Read { instance_id, offset, generation, at, bytes } => {
                 self.map(offset, at, bytes).await;
                 let slot = (offset, generation);
-                let frames = peer.frames.as_ref();
+                let frames = peer.frames.as_mut();
                 Reply::Piece(
                     frames.and_then(|frames| frames.read(store, instance_id, slot, at, bytes)),
                 )

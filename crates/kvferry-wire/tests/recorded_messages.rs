@@ -12,7 +12,7 @@ use kvferry_core::cache::Slot;
 use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::explain::{Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause};
 use kvferry_core::key::Key;
-use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
+use kvferry_wire::message::{EXTENSION, Hello, PIECE_MAX, Piece, Slots, StoreSlots, Value};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request, RequestKey};
 use recorded::Recorded;
 
@@ -251,6 +251,14 @@ fn missing() -> MissingChunk {
     }
 }
 
+fn piece(bytes: usize) -> Piece {
+    let fill = |data: &mut [u8]| {
+        (0..).zip(data).for_each(|(at, byte): (u32, _)| *byte = at.to_le_bytes()[0]);
+        Ok::<_, ()>(())
+    };
+    Piece::fill(bytes, fill).unwrap()
+}
+
 fn explanation(missing: Option<MissingChunk>) -> Explanation {
     Explanation { chunks: 9, hit_chunks: 8, registered: true, missing }
 }
@@ -308,6 +316,11 @@ fn our_own_messages_survive_the_wire() {
         (Operation::Confirm, Reply::Boolean(false)),
         (Operation::Discard, Reply::Integer(1)),
         (Operation::Checksums, Reply::Integer(2)),
+        (Operation::Frames, Reply::None),
+        (Operation::Write, Reply::Boolean(true)),
+        (Operation::Read, Reply::Piece(Some(piece(PIECE_MAX)))),
+        (Operation::Read, Reply::Piece(Some(piece(0)))),
+        (Operation::Read, Reply::Piece(None)),
         (Operation::Events, Reply::Events(events())),
         (Operation::Explain, Reply::Explanation(explanation(Some(missing())))),
         (Operation::Explain, Reply::Explanation(explanation(None))),
@@ -329,6 +342,9 @@ fn our_own_messages_survive_the_wire() {
             checksums: vec![0, u64::MAX],
         },
         Request::Events { cursor: 1 << 40, max: 1000 },
+        Request::Frames,
+        Request::Write { instance_id: 5, offset: 4096, generation: 2, at: 9, piece: piece(3) },
+        Request::Read { instance_id: 5, offset: 4096, generation: 2, at: 9, bytes: 10 },
     ];
     for request in requests {
         let frames = request.encode(300, Dialect::Current);

@@ -24,8 +24,23 @@ impl Piece {
     /// # Errors
     /// What `fill` says.
     pub fn fill<E>(bytes: usize, fill: impl FnOnce(&mut [u8]) -> Result<(), E>) -> Result<Self, E> {
+        Self::refill(BytesMut::new(), bytes, fill)
+    }
+
+    /// The same in memory that [`Piece::into_memory`] gave, which saves clearing it.
+    ///
+    /// # Errors
+    /// What `fill` says.
+    pub fn refill<E>(
+        mut frame: BytesMut,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Self, E> {
         let bytes = bytes.min(PIECE_MAX);
-        let mut frame = BytesMut::zeroed(HEADER + bytes);
+        if frame.is_empty() {
+            frame = BytesMut::zeroed(HEADER + bytes);
+        }
+        frame.resize(HEADER + bytes, 0);
         let (mut header, data) = frame.split_at_mut(HEADER);
         header.put_u8(BIN32);
         header.put_uint(bytes as u64, 4);
@@ -36,6 +51,11 @@ impl Piece {
     /// Its bytes.
     pub fn data(&self) -> &[u8] {
         &self.frame[self.header..]
+    }
+
+    /// Its memory, for another one; empty while others have it too.
+    pub fn into_memory(self) -> BytesMut {
+        self.frame.try_into_mut().unwrap_or_default()
     }
 
     pub(super) fn encode(&self) -> Bytes {
