@@ -53,7 +53,7 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 		const status = await statusOf(client, options);
 		const checks = [
 			checkServer(options.url, status),
-			await checkBytes(client, options),
+			...(status === undefined ? [] : [await checkBytes(client, options)]),
 			checkChunkSize(client.chunkSize, options.chunkSize),
 			checkHashing(status, options),
 			...checkMemory(status),
