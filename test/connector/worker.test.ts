@@ -49,7 +49,9 @@ async function worker(
 	engine: Engine,
 	parallelStrategy = ParallelStrategy.single(),
 ): Promise<WorkerConnector> {
-	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy });
+	// However busy the machine is, nothing is left out for that.
+	const saveTimeoutMs = 20_000;
+	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy, saveTimeoutMs });
 	const connector = new WorkerConnector({ adapter, parallelStrategy });
 	open.push(connector);
 	await connector.registerKvCaches(engine.caches, engine.layout);
