@@ -35,6 +35,11 @@ export interface ClientOptions extends WaitOptions, TokenOptions {
 	 * Default 256, a server's own default.
 	 */
 	readonly chunkSize?: number;
+	/**
+	 * Whether the server's memory is mapped where that is possible. Where it is not (another machine, user or container), and
+	 * with false, the bytes go through the connection, which takes longer; see {@link Client.inFrames}. Default true.
+	 */
+	readonly sharedMemory?: boolean;
 	/** Gets the warning. Default: `process.emitWarning(message, "KvferryWarning")`. */
 	readonly onWarning?: (message: string) => void;
 }
@@ -92,11 +97,15 @@ export class Client implements AsyncDisposable {
 	 */
 	static async connect(options: ClientOptions = {}): Promise<Client> {
 		const { url = "tcp://127.0.0.1:5555", whenUnreachable = "throw", chunkSize = 256 } = options;
+		const { sharedMemory = true } = options;
 		const { onWarning = (message) => process.emitWarning(message, "KvferryWarning") } = options;
 		checkText("url", url);
 		checkInteger("chunkSize", chunkSize, 1, 2 ** 32 - 1);
 		if (whenUnreachable !== "throw" && whenUnreachable !== "warn") {
 			throw invalid(`whenUnreachable is ${named(whenUnreachable)}: it must be "throw" or "warn"`);
+		}
+		if (typeof sharedMemory !== "boolean") {
+			throw invalid(`sharedMemory is ${named(sharedMemory)}: it must be true or false`);
 		}
 		if (typeof onWarning !== "function") {
 			throw invalid("onWarning must be a function");
@@ -107,8 +116,14 @@ export class Client implements AsyncDisposable {
 		const client = await waitFor(
 			() =>
 				warn
-					? native().Client.connect(url, Math.min(timeoutMs, WARN_AFTER_MS), chunkSize, token)
-					: native().Client.connect(url, timeoutMs, undefined, token),
+					? native().Client.connect(
+							url,
+							Math.min(timeoutMs, WARN_AFTER_MS),
+							chunkSize,
+							token,
+							sharedMemory,
+						)
+					: native().Client.connect(url, timeoutMs, undefined, token, sharedMemory),
 			options.signal,
 			(late) => late.close(timeoutMs),
 		);
@@ -124,6 +139,25 @@ export class Client implements AsyncDisposable {
 	/** Whether there is a connection now. Why there is none, the error of any call says. */
 	get connected(): boolean {
 		return typeof this.#native.failure !== "string";
+	}
+
+	/**
+	 * Why bytes go through the connection (in frames) and not through shared memory; undefined where they do not. It is
+	 * found out when a cache or a connector registers, and undefined before.
+	 */
+	get inFrames(): string | undefined {
+		return this.#native.inFrames ?? undefined;
+	}
+
+	/**
+	 * Finds out what {@link Client.inFrames} says.
+	 *
+	 * @internal
+	 */
+	async findWay(options: WaitOptions = {}): Promise<string | undefined> {
+		this.#checkOpen();
+		const timeoutMs = timeoutOf(options);
+		return (await waitFor(() => this.#native.findWay(timeoutMs), options.signal)) ?? undefined;
 	}
 
 	/** Asks the server for a sign of life; resolves to the milliseconds that it took. */

@@ -24,11 +24,15 @@ export declare class ChunkHasher {
 /** A connection. */
 export declare class Client {
   /** Connects to `tcp://host:port` or `ipc:///path`. With a chunk size, the lack of a server is no error. */
-  static connect(url: string, timeoutMs: number, assumedChunkSize?: number | undefined | null, token?: string | undefined | null): Promise<Client>
+  static connect(url: string, timeoutMs: number, assumedChunkSize: number | undefined | null, token: string | undefined | null, sharedMemory: boolean): Promise<Client>
   /** Tokens of one chunk. */
   get chunkSize(): number
   /** Why there is no connection now, as `CODE: message`; absent while there is one. */
   get failure(): string | null
+  /** Why bytes go in frames and not through shared memory; absent where they do not, or before it is known. */
+  get inFrames(): string | null
+  /** Finds out whether bytes go in frames; the reason, as above. */
+  findWay(timeoutMs: number): Promise<string | undefined | null>
   /** Milliseconds that a sign of life takes. */
   ping(timeoutMs: number): Promise<number>
   /** The server's figures, by name. */

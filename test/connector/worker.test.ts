@@ -49,7 +49,9 @@ async function worker(
 	engine: Engine,
 	parallelStrategy = ParallelStrategy.single(),
 ): Promise<WorkerConnector> {
-	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy });
+	// However busy the machine is, nothing is left out for that.
+	const saveTimeoutMs = 20_000;
+	const adapter = createWorkerAdapter({ via, modelName: "m", parallelStrategy, saveTimeoutMs });
 	const connector = new WorkerConnector({ adapter, parallelStrategy });
 	open.push(connector);
 	await connector.registerKvCaches(engine.caches, engine.layout);
@@ -100,10 +102,13 @@ describe("a worker's connector", () => {
 		}
 	}
 
-	it("does the same through a server in another process", async () => {
+	it.each([
+		["its shared memory", true],
+		["bytes in frames", false],
+	])("does the same through a server in another process, by %s", async (_, sharedMemory) => {
 		const process = await ServerProcess.start("--chunk-size", String(CHUNK));
 		open.push(process);
-		const via = await Client.connect({ url: process.url });
+		const via = await Client.connect({ url: process.url, sharedMemory });
 		open.push(via);
 		const first = new Engine({ planes: "separate", kvLayout: "NHD" });
 		fill(first, BLOCKS_OF_3);

@@ -10,7 +10,7 @@ import { readTokens } from "./tokens.js";
 
 /** What one step of the examination came to. */
 export interface Check {
-	readonly check: "server" | "chunk size" | "hashing" | "memory" | "disk" | "prompt";
+	readonly check: "server" | "bytes" | "chunk size" | "hashing" | "memory" | "disk" | "prompt";
 	/** `finding`: a reason for misses. `note`: worth knowing, or cannot be known. */
 	readonly result: "ok" | "note" | "finding";
 	readonly message: string;
@@ -53,6 +53,7 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 		const status = await statusOf(client, options);
 		const checks = [
 			checkServer(options.url, status),
+			...(status === undefined ? [] : [await checkBytes(client, options)]),
 			checkChunkSize(client.chunkSize, options.chunkSize),
 			checkHashing(status, options),
 			...checkMemory(status),
@@ -94,6 +95,23 @@ function checkServer(url: string, status: Status | undefined): Check {
 	const { version, pid, uptime_seconds: seconds } = status;
 	const message = `${url} is kvferry ${version}, process ${pid}, up ${Math.round(Number(seconds))} s.`;
 	return { check: "server", result: "ok", message };
+}
+
+/** How the bytes would get there and back. */
+async function checkBytes(client: Client, options: DoctorOptions): Promise<Check> {
+	const check = "bytes";
+	try {
+		const why = await client.findWay(options);
+		return why === undefined
+			? { check, result: "ok", message: "They go through shared memory." }
+			: {
+					check,
+					result: "note",
+					message: `They go through the connection, which takes longer than shared memory: ${why}.`,
+				};
+	} catch (error) {
+		return { check, result: "finding", message: failureOf(error).message };
+	}
 }
 
 function checkChunkSize(size: number, expected = size): Check {

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvferry_core::cache::{Cache, CacheFuture, RetrieveGrant, Slot, StoreGrant, check_checksums};
+use kvferry_core::cache::{
+    Cache, CacheFuture, Memory, RetrieveGrant, Slot, StoreGrant, check_checksums,
+};
 use kvferry_core::events::Events;
 use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_salt};
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::message::Slots;
+use kvferry_wire::message::{Slots, StoreSlots};
 use kvferry_wire::{Operation, Reply, Request, RequestKey};
 
 use crate::client::{Client, unexpected};
+use crate::frames::Transfer;
 use crate::pool::Pool;
-use crate::session::{Session, Undo};
+use crate::session::{Grant, Session, Undo};
 
 /// Between the first two questions for a lookup's result; doubled from there on.
 const POLL_MIN: Duration = Duration::from_millis(1);
@@ -36,7 +39,9 @@ impl Cache for Client {
             let undo = Undo::new(Arc::clone(&session), Some(Request::Unregister { instance_id }));
             let reply =
                 session.request(&Request::Register { instance_id, layout }, deadline).await?;
-            session.map(reply)?;
+            if let Some(frames) = session.map(reply)? {
+                session.request(&frames, deadline).await?;
+            }
             undo.disarm();
             forget.disarm();
             Ok(instance_id)
@@ -131,18 +136,15 @@ impl Cache for Client {
                     format!("the server granted chunks {:?} of {chunks}", store.chunk_indices),
                 ));
             }
-            let pool = session.pool().ok_or_else(no_pool)?;
-            map(&pool, &store.slots.slots).await?;
-            if !store.slots.slots.is_empty() {
-                session.grant(Operation::PrepareStore, key, instance, store.slots.slots.clone());
+            let granted = store.slots.slots;
+            let (slots, memory, staged) = place(&session, &granted).await?;
+            if !granted.is_empty() {
+                let grant = Grant { slots: granted, staged };
+                session.grant(Operation::PrepareStore, key, instance, grant);
             }
             undo.disarm();
-            Ok(StoreGrant {
-                slots: store.slots.slots,
-                chunk_indices: store.chunk_indices,
-                refused: store.refused,
-                memory: session.memory(pool),
-            })
+            let StoreSlots { chunk_indices, refused, .. } = store;
+            Ok(StoreGrant { slots, chunk_indices, refused, memory })
         })
     }
 
@@ -158,9 +160,31 @@ impl Cache for Client {
             if let Some(slots) = session.granted(Operation::PrepareStore, key, instance) {
                 check_checksums(checksums, slots)?;
             }
-            let Some(slots) = session.take_grant(Operation::PrepareStore, key, instance) else {
+            let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(false);
             };
+            let slots = grant.slots;
+            if let Some((placed, memory)) = &grant.staged {
+                // However it fails: what is not written whole is never seen.
+                let abandon =
+                    Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+                let undo = Undo::new(Arc::clone(&session), Some(abandon));
+                let (session, memory) = (&*session, &**memory);
+                let slots = &slots;
+                let transfer = Transfer {
+                    client: self,
+                    session,
+                    instance_id: instance,
+                    slots,
+                    placed,
+                    memory,
+                    deadline,
+                };
+                if !transfer.write().await? {
+                    return Ok(false);
+                }
+                undo.disarm();
+            }
             let told = session.keeps_checksums && !checksums.is_empty();
             if let Some((offsets, generations)) = uses(&slots).filter(|_| told) {
                 // Before the commit on the wire. Nobody waits for the answer: what cannot be kept, the
@@ -225,12 +249,27 @@ impl Cache for Client {
                     format!("the server granted {} slots for {chunks} chunks", slots.slots.len()),
                 ));
             }
-            let pool = session.pool().ok_or_else(no_pool)?;
-            map(&pool, &slots.slots).await?;
-            // Its commit is told the slots.
-            session.grant(Operation::PrepareRetrieve, key, instance, Vec::new());
+            let granted = slots.slots;
+            let (slots, memory, staged) = place(&session, &granted).await?;
+            if let Some((placed, memory)) = &staged {
+                let (session, memory, slots) = (&*session, &**memory, &granted);
+                let transfer = Transfer {
+                    client: self,
+                    session,
+                    instance_id: instance,
+                    slots,
+                    placed,
+                    memory,
+                    deadline,
+                };
+                if !transfer.read().await? {
+                    return Ok(None);
+                }
+            }
+            let grant = Grant { slots: granted, staged };
+            session.grant(Operation::PrepareRetrieve, key, instance, grant);
             undo.disarm();
-            Ok(Some(RetrieveGrant { slots: slots.slots, memory: session.memory(pool) }))
+            Ok(Some(RetrieveGrant { slots, memory }))
         })
     }
 
@@ -271,9 +310,10 @@ impl Cache for Client {
         Box::pin(async move {
             let (session, deadline) = (self.session()?, self.deadline(deadline));
             // Slots of a connection that ended may have been used anew during the copy.
-            if session.take_grant(Operation::PrepareRetrieve, key, instance).is_none() {
+            let Some(grant) = session.take_grant(Operation::PrepareRetrieve, key, instance) else {
                 return Ok(false);
-            }
+            };
+            let slots = if grant.staged.is_some() { &grant.slots } else { slots };
             let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
             let commit = boolean(&session, &commit, deadline);
             let uses = uses(slots).filter(|_| session.hello.is_some());
@@ -368,6 +408,19 @@ impl Client {
         let key = Key { worker_id: None, num_kv_readers: readers, ..key.clone() };
         Ok((key.into(), readers.into()))
     }
+}
+
+/// Where granted slots are in this process: their places, the memory, and again both when they are not in the pool.
+type Placed = (Vec<Slot>, Arc<dyn Memory>, Option<(Vec<Slot>, Arc<dyn Memory>)>);
+
+async fn place(session: &Session, granted: &[Slot]) -> Result<Placed> {
+    if session.in_frames().is_some() {
+        let (placed, memory) = session.stage.lay_out(granted)?;
+        return Ok((placed.clone(), Arc::clone(&memory), Some((placed, memory))));
+    }
+    let pool = session.pool().ok_or_else(no_pool)?;
+    map(&pool, granted).await?;
+    Ok((granted.to_vec(), session.memory(pool), None))
 }
 
 /// Maps the pages of what was granted on a thread that nobody else waits for: it may take 13 ms for each 64 MiB, once.

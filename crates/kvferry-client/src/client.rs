@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvferry_core::key::Layout;
+use kvferry_core::cache::Cache;
+use kvferry_core::key::{Dtype, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{EXTENSION, Value};
 use kvferry_wire::{Dialect, Operation, Reply, Request};
@@ -36,6 +37,9 @@ pub struct ConnectOptions {
     /// What the server lets clients in for; it is sent in clear, and to a server that asks for one only. None unless
     /// told.
     pub token: Option<Token>,
+    /// Whether the server's pool is mapped where that is possible; else, and where it is not, bytes go in frames. True
+    /// unless told.
+    pub shared_memory: bool,
     /// How long any request may take, beside the deadline that its caller gives; 5 s unless told.
     pub request_timeout: Duration,
     /// From connecting to being ready; 3 s unless told. Later connections have at least 3 s.
@@ -55,6 +59,7 @@ impl ConnectOptions {
         Self {
             address: address.into(),
             token: None,
+            shared_memory: true,
             request_timeout: Duration::from_secs(5),
             connect_timeout: CONNECT,
             heartbeat_interval: Duration::from_secs(5),
@@ -138,7 +143,7 @@ impl Client {
     pub async fn connect(mut options: ConnectOptions) -> Result<Self> {
         let mut address = Address::parse(&options.address, options.token.clone())?;
         address.chunk_size = options.assumed_chunk_size;
-        let opened = open(&address, options.connect_timeout, None).await;
+        let opened = open(&address, &options, options.connect_timeout, None).await;
         let (state, info) = match (&opened, options.assumed_chunk_size) {
             (Ok(opened), _) => (State::Connected(Arc::clone(&opened.1)), opened.3.clone()),
             (Err(error), Some(chunk_size)) if is_absence(error) => {
@@ -187,6 +192,34 @@ impl Client {
     /// Why there is no connection now; `None` while there is one.
     pub fn failure(&self) -> Option<Error> {
         self.session().err()
+    }
+
+    /// Why bytes go to and from the server in frames, where they do: its pool cannot be mapped here, or
+    /// [`ConnectOptions::shared_memory`] is false. Found out with the first registration of a connection; `None` before,
+    /// and for shared memory.
+    pub fn in_frames(&self) -> Option<Error> {
+        self.session().ok()?.in_frames()
+    }
+
+    /// Finds out what [`Client::in_frames`] says, by a registration that is taken back.
+    ///
+    /// # Errors
+    /// As [`Cache::register`]: there is neither shared memory nor a server that takes frames.
+    pub async fn find_way(&self, deadline: Instant) -> Result<Option<Error>> {
+        let layout = Layout {
+            model_name: "kvferry/doctor".into(),
+            world_size: 1,
+            block_size: 1,
+            num_layers: 1,
+            hidden_dim_size: 1,
+            dtype: Dtype::new("uint8")?,
+            single_plane: true,
+            num_physical_slots: Some(1),
+        };
+        let instance = self.register(layout, deadline).await?;
+        let way = self.in_frames();
+        self.unregister(instance, deadline).await?;
+        Ok(way)
     }
 
     /// Asks for a sign of life and says how long it took.
@@ -436,7 +469,8 @@ async fn serve(
 async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
     let Shared { address, options, .. } = shared;
     let deadline = Instant::now() + options.connect_timeout;
-    let (mut link, session, outgoing, info) = open(address, options.connect_timeout, last).await?;
+    let (mut link, session, outgoing, info) =
+        open(address, options, options.connect_timeout, last).await?;
     let (was, is) = (lock(&shared.info).chunk_size, info.chunk_size);
     if was != is {
         return Err(Error::new(
@@ -465,7 +499,12 @@ async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
         for (instance_id, layout) in layouts {
             let register = Request::Register { instance_id, layout };
             let late = || silent(address, options.connect_timeout);
-            session.map(by(deadline, link.exchange(&register), late).await?)?;
+            if let Some(frames) =
+                session.map(by(deadline, link.exchange(&register), late).await?)?
+            {
+                by(deadline, link.exchange(&frames), || silent(address, options.connect_timeout))
+                    .await?;
+            }
             registered.push(instance_id);
         }
     }
@@ -497,7 +536,12 @@ fn silent(address: &Address, waited: Duration) -> Error {
 }
 
 /// Connects, and learns what the server can.
-async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Result<Opened> {
+async fn open(
+    address: &Address,
+    options: &ConnectOptions,
+    time: Duration,
+    last: Option<&Session>,
+) -> Result<Opened> {
     let deadline = Instant::now() + time;
     let silent = || silent(address, time);
     let unknown = || {
@@ -535,9 +579,15 @@ async fn open(address: &Address, time: Duration, last: Option<&Session>) -> Resu
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let checksums = release.announces(Operation::Checksums.name());
-    let (session, outgoing) =
-        Session::new(address.clone(), dialect, link.uid(), hello, checksums, pool);
+    let (session, outgoing) = Session::new(
+        address.clone(),
+        dialect,
+        link.uid(),
+        hello,
+        options.shared_memory,
+        |name| release.announces(name),
+        pool,
+    );
     Ok((link, Arc::new(session), outgoing, info))
 }
 

@@ -6,6 +6,7 @@
 mod address;
 mod cache;
 mod client;
+mod frames;
 mod gate;
 mod link;
 mod pool;

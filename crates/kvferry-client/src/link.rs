@@ -1,9 +1,9 @@
 //! A socket that is through the ZMTP handshake.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType, ZmtpError};
-use kvferry_wire::{Dialect, MessageError, Reply, Request};
+use kvferry_wire::{Dialect, MessageError, Output, Reply, Request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -11,6 +11,7 @@ use crate::address::{Address, Place};
 
 /// Bytes that are read at once.
 const READ: usize = 64 << 10;
+const READ_MAX: usize = 512 << 10;
 /// Bytes that may wait for the socket before no more messages are taken.
 const WRITE: usize = 256 << 10;
 
@@ -52,7 +53,9 @@ pub(crate) struct Link {
     stream: Stream,
     zmtp: Connection,
     input: BytesMut,
-    output: BytesMut,
+    /// Bytes to have room for.
+    read_next: usize,
+    output: Output,
     uids: u64,
     /// Whose ids the server knows.
     pub(crate) dialect: Dialect,
@@ -63,23 +66,24 @@ impl Link {
     pub(crate) async fn open(address: &Address) -> Result<Self> {
         let cannot = |error: std::io::Error| unreachable(address, error);
         let stream = Stream::connect(&address.place).await.map_err(cannot)?;
-        let mut output = BytesMut::new();
+        let mut output = Output::default();
         let mechanism = match &address.token {
             Some(token) => Mechanism::PlainClient(token.credentials()),
             None => Mechanism::Null,
         };
-        let zmtp = Connection::new(Config::new(SocketType::Dealer, mechanism), &mut output);
+        let zmtp = Connection::new(Config::new(SocketType::Dealer, mechanism), output.tail());
         let mut link = Self {
             address: address.clone(),
             stream,
             zmtp,
             input: BytesMut::new(),
+            read_next: READ,
             output,
             uids: 0,
             dialect: Dialect::Current,
         };
         loop {
-            let event = link.zmtp.receive(&mut link.input, &mut link.output);
+            let event = link.zmtp.receive(&mut link.input, link.output.tail());
             match event.map_err(|error| link.not_let_in(error))? {
                 Some(Event::Ready) => return Ok(link),
                 Some(_) | None => link.progress().await?,
@@ -152,7 +156,7 @@ impl Link {
     /// A message that has arrived whole.
     pub(crate) fn next_message(&mut self) -> Result<Option<Vec<Bytes>>> {
         loop {
-            let event = self.zmtp.receive(&mut self.input, &mut self.output);
+            let event = self.zmtp.receive(&mut self.input, self.output.tail());
             match event.map_err(|error| self.broken(error))? {
                 Some(Event::Message(frames)) => return Ok(Some(frames)),
                 Some(_) => {}
@@ -169,24 +173,35 @@ impl Link {
 
     /// Whether more messages should be given to [`Link::send`].
     pub(crate) fn has_room(&self) -> bool {
-        self.output.len() < WRITE
+        self.output.remaining() < WRITE
     }
 
     /// Appends a message to what goes out; an error when it is too long.
     pub(crate) fn send(&mut self, frames: &[Bytes]) -> Result<()> {
-        let sent = self.zmtp.send(frames, &mut self.output);
+        let sent = self.zmtp.send_shared(frames, &mut self.output);
         sent.map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))
     }
 
     /// Waits until bytes came or went. May be dropped and called again.
     pub(crate) async fn progress(&mut self) -> Result<()> {
-        let Self { input, output, .. } = self;
+        let Self { input, output, zmtp, read_next, .. } = self;
+        // Long frames come whole, not in parts that are copied together.
+        if zmtp.missing(input) > READ {
+            *read_next = READ_MAX;
+        }
+        input.reserve(*read_next);
         let (read, bytes) = match &mut self.stream {
             Stream::Tcp(stream) => pump(stream.split(), input, output).await,
             #[cfg(unix)]
             Stream::Ipc(stream) => pump(stream.split(), input, output).await,
         };
         match bytes {
+            Ok(bytes) if read && bytes > 0 => {
+                if bytes < READ {
+                    self.read_next = READ;
+                }
+                Ok(())
+            }
             Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),
             Ok(_) => Ok(()),
             Err(error) => Err(unreachable(&self.address, error)),
@@ -198,11 +213,10 @@ impl Link {
 async fn pump(
     (mut reader, mut writer): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
     input: &mut BytesMut,
-    output: &mut BytesMut,
+    output: &mut Output,
 ) -> (bool, std::io::Result<usize>) {
-    input.reserve(READ);
     tokio::select! {
         read = reader.read_buf(input) => (true, read),
-        sent = writer.write_buf(output), if !output.is_empty() => (false, sent),
+        sent = writer.write_buf(output), if output.has_remaining() => (false, sent),
     }
 }

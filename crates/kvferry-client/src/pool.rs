@@ -21,7 +21,10 @@ impl Pool {
     }
 
     /// Maps the segment that a registration's reply names.
-    pub(crate) fn map(name: &str, bytes: u64) -> Result<Self> {
+    ///
+    /// # Errors
+    /// It is not there, or is another server's: `segment` is which one it has to be, as far as the server says.
+    pub(crate) fn map(name: &str, bytes: u64, segment: Option<&str>) -> Result<Self> {
         if name.is_empty() || bytes == 0 {
             return Err(Error::new(
                 ErrorCode::UnsupportedOption,
@@ -35,17 +38,26 @@ impl Pool {
                 format!("the server names a pool {name:?}, which is no segment's name"),
             ));
         }
-        Ok(Self { name: name.to_owned(), bytes, memory: open(name, bytes)? })
+        Ok(Self { name: name.to_owned(), bytes, memory: open(name, bytes, segment)? })
     }
 }
 
 #[cfg(target_os = "linux")]
-fn open(name: &str, bytes: u64) -> Result<Arc<dyn Memory>> {
-    Ok(Arc::new(kvferry_copy::SharedRegion::open(name, bytes)?))
+fn open(name: &str, bytes: u64, segment: Option<&str>) -> Result<Arc<dyn Memory>> {
+    let region = kvferry_copy::SharedRegion::open(name, bytes)?;
+    if let Some(segment) = segment
+        && region.identity()? != segment
+    {
+        return Err(Error::new(
+            ErrorCode::Protocol,
+            format!("the pool {name:?} here is not the server's, which runs elsewhere"),
+        ));
+    }
+    Ok(Arc::new(region))
 }
 
 #[cfg(not(target_os = "linux"))]
-fn open(_name: &str, _bytes: u64) -> Result<Arc<dyn Memory>> {
+fn open(_name: &str, _bytes: u64, _segment: Option<&str>) -> Result<Arc<dyn Memory>> {
     Err(Error::new(
         ErrorCode::UnsupportedPlatform,
         "a server's pool is shared memory of Linux; use an embedded store on this platform",

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
 use crate::address::Address;
+use crate::frames::Stage;
 use crate::gate::{Gate, Gated, LOOK};
 use crate::pool::Pool;
 
@@ -50,6 +51,13 @@ struct Granted {
     end: u64,
 }
 
+/// A grant's slots at the server, and where they are here when bytes go in frames.
+#[derive(Clone)]
+pub(crate) struct Grant {
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) staged: Option<(Vec<Slot>, Arc<dyn Memory>)>,
+}
+
 impl Granted {
     fn new(operation: Operation, key: &Key, instance: u64) -> Self {
         let Key { request_id, start, end, .. } = key;
@@ -69,9 +77,15 @@ pub(crate) struct Session {
     requests: Mutex<Requests>,
     queue: mpsc::UnboundedSender<Outgoing>,
     queued_bytes: AtomicUsize,
-    /// The slots of each, oldest first, as their commits come.
-    granted: Mutex<HashMap<Granted, VecDeque<Vec<Slot>>>>,
+    /// Oldest first, as their commits come.
+    granted: Mutex<HashMap<Granted, VecDeque<Grant>>>,
     pool: Mutex<Option<Pool>>,
+    /// Whether the server takes bytes in frames.
+    offers_frames: bool,
+    shared_memory: bool,
+    /// Why bytes go in frames; `None` while they do not.
+    in_frames: Mutex<Option<Error>>,
+    pub(crate) stage: Arc<Stage>,
     gate: Arc<Gate>,
 }
 
@@ -82,7 +96,8 @@ impl Session {
         dialect: Dialect,
         uid: u64,
         hello: Option<Hello>,
-        keeps_checksums: bool,
+        shared_memory: bool,
+        announces: impl Fn(&str) -> bool,
         pool: Option<Pool>,
     ) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
         let (queue, outgoing) = mpsc::unbounded_channel();
@@ -90,13 +105,17 @@ impl Session {
             address,
             dialect,
             hello,
-            keeps_checksums,
+            keeps_checksums: announces(Operation::Checksums.name()),
             uids: AtomicU64::new(uid),
             requests: Mutex::new(Ok(HashMap::new())),
             queue,
             queued_bytes: AtomicUsize::new(0),
             granted: Mutex::default(),
             pool: Mutex::new(pool),
+            offers_frames: announces(Operation::Frames.name()),
+            shared_memory,
+            in_frames: Mutex::default(),
+            stage: Arc::default(),
             gate: Arc::default(),
         };
         (session, outgoing)
@@ -119,18 +138,15 @@ impl Session {
     /// Sends a request and waits for its reply until `deadline`. A reply that comes later is
     /// dropped.
     pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {
+        self.begin(request)?.wait(deadline).await
+    }
+
+    /// Sends a request, whose reply is waited for later.
+    pub(crate) fn begin(&self, request: &Request) -> Result<Pending<'_>> {
         let (answer, answered) = oneshot::channel();
         let operation = request.operation();
         let uid = self.enqueue(request, Some(Waiting { operation, answer }))?;
-        let _forget = Forget { session: self, uid };
-        match tokio::time::timeout_at(deadline.into(), answered).await {
-            Ok(Ok(reply)) => reply,
-            Ok(Err(_)) => Err(self.ended()),
-            Err(_) => Err(Error::new(
-                ErrorCode::Timeout,
-                format!("the server at {} did not answer {operation} in time", self.address),
-            )),
-        }
+        Ok(Pending { session: self, uid, operation, answered })
     }
 
     /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its
@@ -224,25 +240,25 @@ impl Session {
     }
 
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.
-    pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64, slots: Vec<Slot>) {
+    pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64, grant: Grant) {
         let granted = Granted::new(operation, key, instance);
-        lock(&self.granted).entry(granted).or_default().push_back(slots);
+        lock(&self.granted).entry(granted).or_default().push_back(grant);
     }
 
     /// How many slots the grant has that [`Session::take_grant`] would forget; `None` for none.
     pub(crate) fn granted(&self, operation: Operation, key: &Key, instance: u64) -> Option<usize> {
         let granted = lock(&self.granted);
-        granted.get(&Granted::new(operation, key, instance))?.front().map(Vec::len)
+        granted.get(&Granted::new(operation, key, instance))?.front().map(|grant| grant.slots.len())
     }
 
-    /// Forgets it again and gives its slots, of several the oldest. `None`: this session has not granted
+    /// Forgets it again and gives it, of several the oldest. `None`: this session has not granted
     /// it. A commit must not go to the server then: what it would end is another's.
     pub(crate) fn take_grant(
         &self,
         operation: Operation,
         key: &Key,
         instance: u64,
-    ) -> Option<Vec<Slot>> {
+    ) -> Option<Grant> {
         let granted = Granted::new(operation, key, instance);
         let mut all = lock(&self.granted);
         let grants = all.get_mut(&granted)?;
@@ -280,24 +296,71 @@ impl Session {
         self.gate.is_quiet()
     }
 
-    /// Maps the pool that a registration's reply names, unless it is mapped.
-    pub(crate) fn map(&self, reply: Reply) -> Result<()> {
-        let Reply::Registered { shm_name, pool_size } = reply else { return Ok(()) };
+    /// Maps the pool that a registration's reply names, unless it is mapped. What it gives has to be sent: bytes go in
+    /// frames from then on.
+    pub(crate) fn map(&self, reply: Reply) -> Result<Option<Request>> {
+        let Reply::Registered { shm_name, pool_size } = reply else { return Ok(None) };
         let mut pool = lock(&self.pool);
-        if !pool.as_ref().is_some_and(|pool| pool.is(&shm_name, pool_size)) {
-            *pool = Some(Pool::map(&shm_name, pool_size)?);
+        let mut in_frames = lock(&self.in_frames);
+        if in_frames.is_some() || pool.as_ref().is_some_and(|pool| pool.is(&shm_name, pool_size)) {
+            return Ok(None);
         }
-        Ok(())
+        let segment = self.hello.as_ref().and_then(|hello| hello.segment.as_deref());
+        let mapped = if self.shared_memory {
+            Pool::map(&shm_name, pool_size, segment)
+        } else {
+            let message =
+                "shared memory was not asked for; this server takes bytes in no other way";
+            Err(Error::new(ErrorCode::UnsupportedOption, message))
+        };
+        match mapped {
+            Ok(mapped) => {
+                *pool = Some(mapped);
+                Ok(None)
+            }
+            Err(why) if self.offers_frames => {
+                *in_frames = Some(why);
+                *pool = None;
+                Ok(Some(Request::Frames))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Why bytes go in frames; `None` while they do not.
+    pub(crate) fn in_frames(&self) -> Option<Error> {
+        lock(&self.in_frames).clone()
     }
 }
 
-/// Takes a request out of those that wait, however the wait ended.
-struct Forget<'a> {
+/// A request that was sent. Dropped, its reply is, too.
+pub(crate) struct Pending<'a> {
     session: &'a Session,
     uid: Bytes,
+    operation: Operation,
+    answered: oneshot::Receiver<Result<Reply>>,
 }
 
-impl Drop for Forget<'_> {
+impl Pending<'_> {
+    pub(crate) fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// Waits for the reply until `deadline`.
+    pub(crate) async fn wait(mut self, deadline: Instant) -> Result<Reply> {
+        let Self { session, operation, .. } = self;
+        match tokio::time::timeout_at(deadline.into(), &mut self.answered).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(_)) => Err(session.ended()),
+            Err(_) => Err(Error::new(
+                ErrorCode::Timeout,
+                format!("the server at {} did not answer {operation} in time", session.address),
+            )),
+        }
+    }
+}
+
+impl Drop for Pending<'_> {
     fn drop(&mut self) {
         self.session.take(&self.uid);
     }

@@ -91,6 +91,16 @@ impl SharedRegion {
         Self::map(file, bytes)
     }
 
+    /// Which file of which kernel it is. A name alone says nothing to a peer on another machine or in another container,
+    /// where a segment of the same name may be another server's.
+    pub fn identity(&self) -> Result<String> {
+        const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+        let cannot = |error: io::Error| Error::system("cannot tell which pool this is", &error);
+        let boot = std::fs::read_to_string(BOOT).map_err(cannot)?;
+        let metadata = self.file.metadata().map_err(cannot)?;
+        Ok(format!("{}:{:x}:{:x}", boot.trim(), metadata.dev(), metadata.ino()))
+    }
+
     /// Removes segments of this user whose names begin with `prefix` and whose servers are dead: they
     /// would take memory until the machine restarts. Those that cannot be removed stay.
     pub fn remove_stale(prefix: &str) {
@@ -344,6 +354,7 @@ mod tests {
         assert_eq!(&four, b"over");
         assert!(client.read(POOL_STEP + 4094, &mut four).is_err(), "out of bounds");
         assert!(server.reserve(2).is_err());
+        assert_eq!(client.identity().unwrap(), server.identity().unwrap());
         let mode = std::fs::metadata(path_of(&name).unwrap()).unwrap().mode();
         assert_eq!(mode & 0o777, 0o600);
         drop(server);
@@ -408,6 +419,7 @@ mod tests {
         let first = SharedRegion::create(&name, 4096).unwrap();
         remove_file(path_of(&name).unwrap()).unwrap();
         let second = SharedRegion::create(&name, 4096).unwrap();
+        assert_ne!(first.identity().unwrap(), second.identity().unwrap(), "of one name");
         drop(first);
         assert!(SharedRegion::open(&name, 4096).is_ok());
         drop(second);

@@ -41,9 +41,11 @@ impl Client {
         timeout_ms: u32,
         assumed_chunk_size: Option<u32>,
         token: Option<String>,
+        shared_memory: bool,
     ) -> Result<PromiseRaw<'_, Client>> {
         promise(env, async move {
             let mut options = ConnectOptions::new(url);
+            options.shared_memory = shared_memory;
             options.token = token.map(Token::new).transpose()?;
             options.connect_timeout = Duration::from_millis(timeout_ms.into());
             options.assumed_chunk_size = assumed_chunk_size;
@@ -66,6 +68,24 @@ impl Client {
             Ok(client) => client.failure().map(|error| error.to_string()),
             Err(closed) => Some(closed.reason.clone()),
         }
+    }
+
+    /// Why bytes go in frames and not through shared memory; absent where they do not, or before it is known.
+    #[napi(getter, catch_unwind)]
+    pub fn in_frames(&self) -> Option<String> {
+        let why = self.client().ok()?.in_frames();
+        why.map(|error| error.message)
+    }
+
+    /// Finds out whether bytes go in frames; the reason, as above.
+    #[napi(catch_unwind, ts_return_type = "Promise<string | undefined | null>")]
+    pub fn find_way<'env>(
+        &self,
+        env: &'env Env,
+        timeout_ms: u32,
+    ) -> Result<PromiseRaw<'env, Option<String>>> {
+        let (client, until) = (self.client()?, deadline(timeout_ms));
+        promise(env, async move { Ok(client.find_way(until).await?.map(|error| error.message)) })
     }
 
     /// Milliseconds that a sign of life takes.

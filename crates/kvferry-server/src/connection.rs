@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use kvferry_store::Departure;
+use kvferry_wire::Output;
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -20,6 +21,8 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const MESSAGE: Duration = Duration::from_secs(30);
 /// What is read at once, and what an idle connection keeps.
 const READ: usize = 16 << 10;
+/// The same while a long frame arrives.
+const READ_MAX: usize = 512 << 10;
 /// Answers are sent when there is this much of them, if not before.
 const WRITE: usize = 256 << 10;
 /// Bytes of unfinished messages that all connections may hold together.
@@ -121,12 +124,18 @@ async fn talk(
         peer.make_admin();
     }
     let mut part = Part { all: unfinished, bytes: 0 };
-    let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
-    let mut zmtp = Connection::new(Config::new(SocketType::Router, door.mechanism()), &mut output);
+    let (mut input, mut output) = (BytesMut::new(), Output::default());
+    let mut zmtp =
+        Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
     let mut deadline = Some(Instant::now() + HANDSHAKE);
+    let mut read_next = READ;
     loop {
         send(stream, &mut output).await?;
-        input.reserve(READ);
+        // Long frames come whole, not in parts that are copied together.
+        if zmtp.missing(&input) > READ {
+            read_next = READ_MAX;
+        }
+        input.reserve(read_next);
         let read = stream.read_buf(&mut input);
         let read = match deadline {
             Some(deadline) => {
@@ -134,13 +143,15 @@ async fn talk(
             }
             None => read.await, // an idle connection costs little; its end is noticed
         };
-        if read? == 0 {
-            return Ok(());
+        match read? {
+            0 => return Ok(()),
+            bytes if bytes < READ => read_next = READ,
+            _ => {}
         }
         let arrived = input.len();
         let mut ready = false;
         loop {
-            let event = match zmtp.receive(&mut input, &mut output) {
+            let event = match zmtp.receive(&mut input, output.tail()) {
                 Ok(Some(event)) => event,
                 Ok(None) => break,
                 Err(error) => {
@@ -153,21 +164,21 @@ async fn talk(
                     ready = true;
                     let now = std::time::Instant::now();
                     if let Some(reply) = service.answer(peer, &frames, now).await {
-                        zmtp.send(&reply, &mut output).map_err(Malformed::io)?;
+                        zmtp.send_shared(&reply, &mut output).map_err(Malformed::io)?;
                     }
                 }
                 // The name says nothing: the token is whose it is.
                 Event::Credentials(given) if door.admits(&given.password, peer) => {
-                    zmtp.accept(&mut output).map_err(Malformed::io)?;
+                    zmtp.accept(output.tail()).map_err(Malformed::io)?;
                 }
                 Event::Credentials(_) => {
-                    zmtp.reject("wrong token", &mut output).map_err(Malformed::io)?;
+                    zmtp.reject("wrong token", output.tail()).map_err(Malformed::io)?;
                     send(stream, &mut output).await?;
                     return Err(io::ErrorKind::PermissionDenied.into());
                 }
                 Event::Ready => ready = true,
             }
-            if output.len() > WRITE {
+            if output.remaining() > WRITE {
                 send(stream, &mut output).await?;
             }
         }
@@ -189,14 +200,13 @@ async fn talk(
     }
 }
 
-async fn send(stream: &mut (impl AsyncWrite + Unpin), output: &mut BytesMut) -> io::Result<()> {
-    if !output.is_empty() {
-        let sent = timeout(MESSAGE, stream.write_all(output)).await;
+async fn send(stream: &mut (impl AsyncWrite + Unpin), output: &mut Output) -> io::Result<()> {
+    if output.has_remaining() {
+        let sent = timeout(MESSAGE, stream.write_all_buf(output)).await;
         sent.map_err(|_| io::ErrorKind::TimedOut)??;
-        if output.capacity() > WRITE {
-            *output = BytesMut::new(); // an idle peer does not keep a large answer's space
+        if output.tail().capacity() > WRITE {
+            *output.tail() = BytesMut::new(); // an idle peer does not keep a large answer's space
         }
-        output.clear();
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod connection;
 mod figures;
+mod frames;
 mod http;
 #[cfg(unix)]
 mod ipc;

@@ -11,6 +11,7 @@ use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
 use crate::figures::Figures;
+use crate::frames::Frames;
 use crate::notes::Level;
 use crate::quotas::Labels;
 
@@ -25,11 +26,13 @@ pub(crate) struct Peer {
     extended: bool,
     /// It may do what concerns everybody.
     admin: bool,
+    /// It takes and gives bytes in frames.
+    frames: Option<Frames>,
 }
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        Self { owner, extended: false, admin: false }
+        Self { owner, extended: false, admin: false, frames: None }
     }
 
     pub(crate) fn make_admin(&mut self) {
@@ -58,7 +61,8 @@ impl Service {
         labels: Labels,
     ) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let hello = Hello { boot_token, version, pid: std::process::id(), admin: true };
+        let segment = store.segment();
+        let hello = Hello { boot_token, version, pid: std::process::id(), admin: true, segment };
         Self { store, hello, figures, labels }
     }
 
@@ -139,16 +143,22 @@ impl Service {
                 Reply::None
             }
             Request::PrepareStore { key, instance_id } => {
-                self.prepare_store(owner, &key.key, instance_id, now)?
+                self.prepare_store(peer, &key.key, instance_id, now)?
             }
             Request::CommitStore { key, instance_id } => {
                 Reply::Boolean(store.commit_store(&key.key, instance_id, &[])?)
             }
             Request::PrepareRetrieve { key, instance_id } => {
                 let slots = store.prepare_retrieve(owner, &key.key, instance_id, now)?;
+                if let (Some(frames), Some(slots)) = (&mut peer.frames, &slots) {
+                    frames.lend_to_read(store, instance_id, slots);
+                }
                 Reply::RetrieveSlots(slots.map(|slots| self.slots(slots, instance_id)))
             }
             Request::CommitRetrieve { key, instance_id } => {
+                if let Some(frames) = &mut peer.frames {
+                    frames.rest();
+                }
                 store.commit_retrieve(&key.key, instance_id)?;
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
@@ -162,7 +172,8 @@ impl Service {
             Request::ReportBlockAllocation { .. } => Reply::None,
             Request::Noop => Reply::Text("OK".into()),
             Request::GetExperimental => {
-                Reply::Names(vec![EXTENSION.into(), Operation::Checksums.name().into()])
+                let named = [Operation::Checksums.name(), Operation::Frames.name()];
+                Reply::Names([EXTENSION].into_iter().chain(named).map(str::to_owned).collect())
             }
             Request::Hello => {
                 peer.extended = true;
@@ -177,12 +188,31 @@ impl Service {
                     && store.holds(offsets.into_iter().zip(generations));
                 Reply::Boolean(held)
             }
-            Request::Discard { offsets, generations, .. } => {
-                Reply::Integer(store.discard(offsets.into_iter().zip(generations)))
-            }
+            // A peer without the pool has offsets of its own.
+            Request::Discard { generations, .. } => Reply::Integer(store.discard(generations)),
             Request::Checksums { instance_id, offsets, generations, checksums } => {
                 let slots = offsets.into_iter().zip(generations);
                 Reply::Integer(store.keep_checksums(instance_id, slots.zip(checksums)))
+            }
+            Request::Frames => {
+                peer.frames.get_or_insert_default();
+                Reply::None
+            }
+            Request::Write { instance_id, offset, generation, at, piece } => {
+                self.map(offset, at, piece.data().len() as u64).await;
+                let slot = (offset, generation);
+                let frames = peer.frames.as_ref();
+                Reply::Boolean(
+                    frames.is_some_and(|frames| frames.write(store, instance_id, slot, at, &piece)),
+                )
+            }
+            Request::Read { instance_id, offset, generation, at, bytes } => {
+                self.map(offset, at, bytes).await;
+                let slot = (offset, generation);
+                let frames = peer.frames.as_mut();
+                Reply::Piece(
+                    frames.and_then(|frames| frames.read(store, instance_id, slot, at, bytes)),
+                )
             }
             Request::Status => Reply::Status(self.status(now)),
             Request::Events { cursor, max } => Reply::Events(store.events(cursor, max)),
@@ -195,13 +225,31 @@ impl Service {
         })
     }
 
-    fn prepare_store(&self, owner: Owner, key: &Key, instance: u64, now: Instant) -> Result<Reply> {
-        let reserved = self.store.prepare_store(owner, key, instance, now)?;
+    fn prepare_store(
+        &self,
+        peer: &mut Peer,
+        key: &Key,
+        instance: u64,
+        now: Instant,
+    ) -> Result<Reply> {
+        let reserved = self.store.prepare_store(peer.owner, key, instance, now)?;
+        if let Some(frames) = &mut peer.frames {
+            frames.lend_to_write(&self.store, instance, &reserved.slots, &reserved.objects);
+        }
         Ok(Reply::StoreSlots(Some(StoreSlots {
             slots: self.slots(reserved.slots, instance),
             chunk_indices: reserved.chunk_indices,
             refused: Some(reserved.refused),
         })))
+    }
+
+    /// Maps pages of the pool that this process has not touched yet on another thread: it takes milliseconds, once.
+    async fn map(&self, offset: u64, at: u64, bytes: u64) {
+        let (memory, place) = (self.store.memory(), offset.saturating_add(at));
+        if !memory.is_mapped(place, bytes) {
+            // Whoever copies tries again, and says so.
+            let _ = tokio::task::spawn_blocking(move || memory.map(place, bytes)).await;
+        }
     }
 
     fn slots(&self, slots: Vec<kvferry_core::cache::Slot>, instance: u64) -> Slots {
@@ -256,9 +304,10 @@ fn refusal(operation: Operation) -> Option<Reply> {
     Some(match operation {
         Operation::PrepareStore => Reply::StoreSlots(Some(StoreSlots::default())),
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
-        Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
+        Operation::CommitStore | Operation::Confirm | Operation::Write => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
         Operation::Discard | Operation::Checksums => Reply::Integer(0),
+        Operation::Read => Reply::Piece(None),
         _ => return None,
     })
 }

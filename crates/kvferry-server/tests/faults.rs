@@ -16,7 +16,7 @@ use kvferry_core::cache::Slot;
 use kvferry_core::key::Key;
 use kvferry_server::{Server, ServerOptions};
 use kvferry_store::{Store, StoreOptions};
-use kvferry_wire::message::{BlockAllocation, StoreSlots};
+use kvferry_wire::message::{BlockAllocation, Piece, StoreSlots};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request, RequestKey};
 
 const PAGE: u64 = 4096;
@@ -35,6 +35,7 @@ fn server_and_engine(objects: u64) -> (Server, Client) {
 fn requests() -> Vec<Request> {
     let (key, request_id) = (key("r", 0, 2), "r".to_owned());
     let request_key = || key.clone().into();
+    let piece = || Piece::fill(3, |_| Ok::<_, ()>(())).unwrap();
     let requests = vec![
         Request::Lookup { key: request_key(), tp_size: 1 },
         Request::QueryPrefetchStatus { request_id: request_id.clone() },
@@ -71,6 +72,9 @@ fn requests() -> Vec<Request> {
             generations: vec![1],
             checksums: vec![2],
         },
+        Request::Frames,
+        Request::Write { instance_id: INSTANCE, offset: 0, generation: 1, at: 0, piece: piece() },
+        Request::Read { instance_id: INSTANCE, offset: 0, generation: 1, at: 0, bytes: 1 },
         Request::Status,
         Request::Events { cursor: 1, max: 9 },
         Request::Explain { key: request_key() },
@@ -119,6 +123,8 @@ fn refusal(operation: Operation) -> Option<Reply> {
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
         Operation::Discard | Operation::Checksums => Reply::Integer(0),
+        Operation::Write => Reply::Boolean(false),
+        Operation::Read => Reply::Piece(None),
         _ => return None,
     })
 }

@@ -35,7 +35,9 @@ fn a_listener_hears_what_others_store_and_what_is_evicted() {
     engine.register(7, layout("m"));
     let mut listener = Client::connect(server.address());
     let names = listener.call(&Request::GetExperimental);
-    let announced = vec![EXTENSION.into(), Operation::Checksums.name().into()];
+    let announced = [EXTENSION, Operation::Checksums.name(), Operation::Frames.name()]
+        .map(str::to_owned)
+        .to_vec();
     assert_eq!(names, Reply::Names(announced), "the operations are announced");
     assert_eq!(events(&mut listener, 0, 9).next(), 1);
     engine.store(key("a", 0, 2), 7);

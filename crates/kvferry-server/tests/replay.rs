@@ -31,7 +31,11 @@ fn nothing_to_store() -> Difference {
 }
 
 fn extension() -> Difference {
-    Difference::Other(Reply::Names(vec!["kvferry.v1".into(), "kvferry.checksums".into()]))
+    Difference::Other(Reply::Names(vec![
+        "kvferry.v1".into(),
+        "kvferry.checksums".into(),
+        "kvferry.frames".into(),
+    ]))
 }
 
 struct Step {

@@ -154,8 +154,7 @@ impl Cache for Embedded {
         slots: &'a [Slot],
         _deadline: Instant,
     ) -> CacheFuture<'a, ()> {
-        let uses = slots.iter().filter_map(|slot| Some((slot.offset, slot.generation?)));
-        self.store.discard(uses);
+        self.store.discard(slots.iter().filter_map(|slot| slot.generation));
         Box::pin(ready(Ok(())))
     }
 

@@ -242,6 +242,11 @@ impl Index {
         self.object(handle).map(|object| &object.grant)
     }
 
+    /// The slot of an object that is still being written.
+    pub(crate) fn reserved_slot(&self, handle: Handle) -> Option<Slot> {
+        self.object(handle).filter(|object| !object.is_visible()).map(|object| object.grant.slot())
+    }
+
     /// What it is, where from, and where its bytes are.
     pub(crate) fn describe(&self, handle: Handle) -> Option<(ObjectId, Origin, Slot)> {
         let object = self.object(handle)?;

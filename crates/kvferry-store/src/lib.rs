@@ -27,5 +27,5 @@ pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;
 pub use probe::{DiskProbe, PROBE_MODEL};
-pub use store::{Departure, Limits, Owner, Reserved, Shape, Store, StoreOptions};
+pub use store::{Departure, Limits, Owner, Reserved, ReservedObject, Shape, Store, StoreOptions};
 pub use tenants::{Quota, Quotas, TenantStatus};

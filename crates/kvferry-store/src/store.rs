@@ -118,7 +118,13 @@ pub struct Reserved {
     pub chunk_indices: Vec<u32>,
     /// Chunks at the range's end for which there was no room.
     pub refused: u32,
+    /// The object of each slot, for [`Store::write`].
+    pub objects: Vec<ReservedObject>,
 }
+
+/// An object that is being written, in this use of its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReservedObject(Handle);
 
 /// The shape that an instance registered, for replies.
 #[derive(Debug)]
@@ -230,6 +236,36 @@ impl Store {
     /// The pool's bytes, for an engine in this process.
     pub fn memory(&self) -> Arc<dyn Memory> {
         self.inner.region.memory()
+    }
+
+    /// Which file of which kernel the pool is; `None` when it is not shared.
+    pub fn segment(&self) -> Option<String> {
+        match &self.inner.region {
+            #[cfg(target_os = "linux")]
+            Region::Shared { region, .. } => region.identity().ok(),
+            Region::Private(_) => None,
+        }
+    }
+
+    /// Writes a piece of an object that is reserved and not committed, for a peer that cannot reach the pool. `false`, and
+    /// nothing is written, when it is neither any more, or the piece does not lie in it.
+    ///
+    /// Whoever may commit it, or unregister its instance, is not to do so at the same time.
+    pub fn write(&self, object: ReservedObject, at: u64, bytes: &[u8]) -> bool {
+        let slot = self.lock().index.reserved_slot(object.0);
+        let end = at.checked_add(bytes.len() as u64);
+        let inside = |slot: &Slot| end.is_some_and(|end| end <= slot.length);
+        let Some(slot) = slot.filter(inside) else { return false };
+        self.inner.region.memory().write(slot.offset + at, bytes).is_ok()
+    }
+
+    /// Reads from byte `at` of the slot at `offset`. `false` when it was used anew before the end: what was read must be
+    /// thrown away.
+    pub fn read(&self, offset: u64, generation: u64, at: u64, into: &mut [u8]) -> bool {
+        let held = || self.lock().index.holds(offset, generation);
+        let place = offset.checked_add(at).filter(|_| held());
+        let read = |place| self.inner.region.memory().read(place, into).is_ok();
+        place.is_some_and(read) && held()
     }
 
     /// A new peer.
@@ -478,7 +514,12 @@ impl Store {
         state.expire(now);
         let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
         state.belongings(owner).instances.insert(instance);
-        let mut reserved = Reserved { slots: Vec::new(), chunk_indices: Vec::new(), refused: 0 };
+        let mut reserved = Reserved {
+            slots: Vec::new(),
+            chunk_indices: Vec::new(),
+            refused: 0,
+            objects: Vec::new(),
+        };
         let Some(range) = range else { return Ok(reserved) };
         state.place_rank(key, range.rank, &registered);
         let id = |chunk: usize| ObjectId {
@@ -529,6 +570,7 @@ impl Store {
             let origin = Origin { space: Arc::clone(space), parent: before };
             let handle = state.index.reserve(id(chunk), origin, grant, parent);
             objects.push(handle);
+            reserved.objects.push(ReservedObject(handle));
             parent = Some(handle);
         }
         state.unpin(&kept);
@@ -680,14 +722,11 @@ impl Store {
         slots.into_iter().all(|(offset, generation)| state.index.holds(offset, generation))
     }
 
-    /// Drops the objects in these slots (offset, generation) whose bytes are not what was stored; says how
-    /// many it were. A slot that was used anew meanwhile is left alone.
-    pub fn discard(&self, slots: impl IntoIterator<Item = (u64, u64)>) -> u64 {
+    /// Drops the objects in these uses of slots whose bytes are not what was stored; says how many it were. A slot that
+    /// was used anew meanwhile is left alone: no two uses have one generation.
+    pub fn discard(&self, generations: impl IntoIterator<Item = u64>) -> u64 {
         let mut state = self.lock();
-        let held = slots
-            .into_iter()
-            .filter(|(offset, generation)| state.index.holds(*offset, *generation));
-        let generations = held.map(|(_, generation)| generation).collect();
+        let generations = generations.into_iter().collect();
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
         // Under the lock: nobody may load it once more in between.

@@ -29,8 +29,10 @@
 pub mod message;
 mod messagepack;
 mod operation;
+mod output;
 pub mod zmtp;
 
 pub use message::{Header, MessageError, Reply, Request, RequestKey};
 pub use messagepack::{Malformed, Problem};
 pub use operation::{Dialect, Operation};
+pub use output::Output;

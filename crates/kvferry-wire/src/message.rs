@@ -11,6 +11,7 @@
 
 mod events;
 mod explain;
+mod piece;
 mod reply;
 mod request;
 
@@ -19,6 +20,7 @@ use bytes::Bytes;
 use crate::messagepack::{Malformed, Problem, Reader, Result, Writer, frame, within};
 pub use crate::operation::EXTENSION;
 use crate::operation::{Dialect, Operation};
+pub use piece::{PIECE_MAX, Piece};
 pub use reply::{Hello, Reply, Slots, StoreSlots, Value};
 pub use request::{BlockAllocation, Request, RequestKey};
 

@@ -100,6 +100,13 @@ pub enum Operation {
     /// kvferry: the checksums of what was written, before its commit. Sent only to a server whose
     /// `get_experimental` reply holds this operation's name.
     Checksums,
+    /// kvferry: this connection takes and gives the bytes of slots in frames, as it has not mapped the pool. Sent only to
+    /// a server whose `get_experimental` reply holds this operation's name, as the next two.
+    Frames,
+    /// kvferry: a piece of what is written to a slot.
+    Write,
+    /// kvferry: a piece of what a slot holds.
+    Read,
     /// kvferry: the server's counters.
     Status,
     /// kvferry: what became visible and what went.
@@ -114,7 +121,7 @@ pub const EXTENSION: &str = "kvferry.v1";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 28] = [
         Self::Lookup,
         Self::QueryPrefetchStatus,
         Self::WaitPrefetchStatus,
@@ -137,6 +144,9 @@ impl Operation {
         Self::Confirm,
         Self::Discard,
         Self::Checksums,
+        Self::Frames,
+        Self::Write,
+        Self::Read,
         Self::Status,
         Self::Events,
         Self::Explain,
@@ -170,6 +180,9 @@ impl Operation {
             | Self::Confirm
             | Self::Discard
             | Self::Checksums
+            | Self::Frames
+            | Self::Write
+            | Self::Read
             | Self::Status
             | Self::Events
             | Self::Explain => [0; 4],
@@ -205,6 +218,9 @@ impl Operation {
             Self::Confirm => "kvferry.confirm",
             Self::Discard => "kvferry.discard",
             Self::Checksums => "kvferry.checksums",
+            Self::Frames => "kvferry.frames",
+            Self::Write => "kvferry.write",
+            Self::Read => "kvferry.read",
             Self::Status => "kvferry.status",
             Self::Events => "kvferry.events",
             Self::Explain => "kvferry.explain",

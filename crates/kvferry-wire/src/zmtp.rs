@@ -26,6 +26,8 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use crate::output::Output;
+
 /// Bytes of a greeting.
 const GREETING: usize = 64;
 /// Bytes of a greeting after which the peer's version is known.
@@ -285,6 +287,18 @@ impl Connection {
         self.state == State::Traffic
     }
 
+    /// Bytes that are missing of the frame that `input` begins with, as far as its length is here and is allowed.
+    pub fn missing(&self, input: &[u8]) -> usize {
+        match input {
+            [flags, header @ ..] if self.is_ready() && flags & LONG != 0 => {
+                let length = header.first_chunk().map(|length| u64::from_be_bytes(*length));
+                let whole = length.and_then(|length| self.admit(*flags, length).ok());
+                whole.map_or(0, |length| (9 + length).saturating_sub(input.len()))
+            }
+            _ => 0,
+        }
+    }
+
     /// Bytes of the frames that are here of a message whose last frame is not; `None` between
     /// messages.
     pub fn unfinished(&self) -> Option<usize> {
@@ -339,6 +353,21 @@ impl Connection {
     /// Before [`Event::Ready`], and when the message exceeds our own limits, which are the peer's
     /// too.
     pub fn send(&self, frames: &[impl AsRef<[u8]>], output: &mut BytesMut) -> Result<()> {
+        self.each(frames, |more, frame| put_frame(more, frame.as_ref(), output))
+    }
+
+    /// The same; long frames are not copied.
+    ///
+    /// # Errors
+    /// As [`Connection::send`].
+    pub fn send_shared(&self, frames: &[Bytes], output: &mut Output) -> Result<()> {
+        self.each(frames, |more, frame| {
+            put_header(more, frame.len(), output.tail());
+            output.put(frame);
+        })
+    }
+
+    fn each<T: AsRef<[u8]>>(&self, frames: &[T], mut put: impl FnMut(u8, &T)) -> Result<()> {
         if self.state != State::Traffic {
             return Err(ZmtpError::OutOfTurn("a message before the handshake is done"));
         }
@@ -353,8 +382,8 @@ impl Connection {
         if bytes > message_bytes_max {
             return Err(ZmtpError::MessageTooLong(message_bytes_max));
         }
-        before.iter().for_each(|frame| put_frame(MORE, frame.as_ref(), output));
-        put_frame(0, last.as_ref(), output);
+        before.iter().for_each(|frame| put(MORE, frame));
+        put(0, last);
         Ok(())
     }
 
@@ -653,12 +682,16 @@ fn put_error(reason: &str, output: &mut BytesMut) {
 }
 
 fn put_frame(flags: u8, body: &[u8], output: &mut BytesMut) {
-    match u8::try_from(body.len()) {
+    put_header(flags, body.len(), output);
+    output.put_slice(body);
+}
+
+fn put_header(flags: u8, length: usize, output: &mut BytesMut) {
+    match u8::try_from(length) {
         Ok(length) => output.put_slice(&[flags, length]),
         Err(_) => {
             output.put_u8(flags | LONG);
-            output.put_u64(body.len() as u64);
+            output.put_u64(length as u64);
         }
     }
-    output.put_slice(body);
 }

@@ -11,6 +11,7 @@ use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
 use kvferry_core::events::{EVENT_SPACES_MAX, EVENTS_MAX, EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::key::{Key, MODEL_NAME_BYTES_MAX, SALT_CHARS_MAX, WORLD_SIZE_MAX};
+use kvferry_wire::message::PIECE_MAX;
 use kvferry_wire::zmtp::{Config, Connection, Event, Limits, SocketType, ZmtpError};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Problem, Reply, Request};
 
@@ -403,6 +404,34 @@ fn each_slot_of_a_request_has_a_generation_and_a_checksum() {
         ([b"\x91\x00", b"\x91\x02", b"\xdd\xff\xff\xff\xff"], "truncated"),
     ] {
         assert_eq!(decode(lists), Err(label), "{lists:?}");
+    }
+}
+
+#[test]
+fn a_piece_is_bytes_of_a_bounded_number() {
+    let decode = |frame: Vec<u8>| {
+        let reply = Reply::decode(Operation::Read, &[Bytes::from(frame)]);
+        reply.map_err(|error| error.label()).map(|reply| match reply {
+            Reply::Piece(piece) => piece.map(|piece| piece.data().len()),
+            other => panic!("{other:?}"),
+        })
+    };
+    let bytes = |length: usize| {
+        let header = u32::try_from(length).unwrap().to_be_bytes();
+        [&[0xc6], &header[..], &vec![1; length]].concat()
+    };
+    assert_eq!(decode(bytes(PIECE_MAX)), Ok(Some(PIECE_MAX)));
+    assert_eq!(decode(b"\xc4\x02ab".to_vec()), Ok(Some(2)), "in whatever way the length is said");
+    assert_eq!(decode(b"\xc0".to_vec()), Ok(None));
+    for (frame, label) in [
+        (bytes(PIECE_MAX + 1), "inconsistent"),
+        (b"\xc6\xff\xff\xff\xffab".to_vec(), "truncated"),
+        (b"\xc4\x02abc".to_vec(), "trailing_bytes"),
+        (b"\xa2ab".to_vec(), "wrong_type"),
+        (b"\x80".to_vec(), "wrong_type"),
+        (Vec::new(), "truncated"),
+    ] {
+        assert_eq!(decode(frame), Err(label));
     }
 }
 

@@ -14,7 +14,7 @@ use kvferry_core::explain::{
     Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
 };
 use kvferry_core::key::Key;
-use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
+use kvferry_wire::message::{EXTENSION, Hello, PIECE_MAX, Piece, Slots, StoreSlots, Value};
 use kvferry_wire::{Dialect, Header, MessageError, Operation, Reply, Request, RequestKey};
 use recorded::Recorded;
 
@@ -257,6 +257,14 @@ fn missing() -> MissingChunk {
     }
 }
 
+fn piece(bytes: usize) -> Piece {
+    let fill = |data: &mut [u8]| {
+        (0..).zip(data).for_each(|(at, byte): (u32, _)| *byte = at.to_le_bytes()[0]);
+        Ok::<_, ()>(())
+    };
+    Piece::fill(bytes, fill).unwrap()
+}
+
 fn explanation(missing: Option<MissingChunk>) -> Explanation {
     Explanation { chunks: 9, hit_chunks: 8, registered: true, missing }
 }
@@ -297,6 +305,7 @@ fn our_own_messages_survive_the_wire() {
                 version: "0.1.0".to_owned(),
                 pid: 4711,
                 admin: false,
+                segment: Some("a:1:2".to_owned()),
             }),
         ),
         (Operation::GetExperimental, Reply::Names(vec![EXTENSION.to_owned()])),
@@ -313,6 +322,11 @@ fn our_own_messages_survive_the_wire() {
         (Operation::Confirm, Reply::Boolean(false)),
         (Operation::Discard, Reply::Integer(1)),
         (Operation::Checksums, Reply::Integer(2)),
+        (Operation::Frames, Reply::None),
+        (Operation::Write, Reply::Boolean(true)),
+        (Operation::Read, Reply::Piece(Some(piece(PIECE_MAX)))),
+        (Operation::Read, Reply::Piece(Some(piece(0)))),
+        (Operation::Read, Reply::Piece(None)),
         (Operation::Events, Reply::Events(events())),
         (Operation::Explain, Reply::Explanation(explanation(Some(missing())))),
         (Operation::Explain, Reply::Explanation(explanation(None))),
@@ -334,6 +348,9 @@ fn our_own_messages_survive_the_wire() {
             checksums: vec![0, u64::MAX],
         },
         Request::Events { cursor: 1 << 40, max: 1000 },
+        Request::Frames,
+        Request::Write { instance_id: 5, offset: 4096, generation: 2, at: 9, piece: piece(3) },
+        Request::Read { instance_id: 5, offset: 4096, generation: 2, at: 9, bytes: 10 },
     ];
     for request in requests {
         let frames = request.encode(300, Dialect::Current);

@@ -5,7 +5,7 @@ use kvferry_core::cache::Slot;
 use kvferry_core::events::Events;
 use kvferry_core::explain::Explanation;
 
-use super::{MessageError, Payload, events, explain, one, refuse_data};
+use super::{MessageError, Payload, Piece, events, explain, one, refuse_data};
 use crate::messagepack::{Kind, Problem, Reader, Result, Writer, frame, once, required, within};
 use crate::operation::Operation;
 
@@ -36,6 +36,8 @@ pub enum Reply {
     RetrieveSlots(Option<Slots>),
     /// Who the server is.
     Hello(Hello),
+    /// Bytes of a slot, or none.
+    Piece(Option<Piece>),
     /// Counters and settings, by name.
     Status(Vec<(String, Value)>),
     /// What became visible and what went.
@@ -79,6 +81,9 @@ pub struct Hello {
     pub version: String,
     /// The server's process.
     pub pid: u32,
+    /// Which file of which kernel its pool is: another server's pool, elsewhere, may have the same name. `None` when
+    /// it is not shared, and from servers that do not say so.
+    pub segment: Option<String>,
     /// Whether this connection may do what concerns everybody: clear, and ask for figures, events and explanations.
     /// Servers that do not say so let everybody.
     pub admin: bool,
@@ -116,11 +121,15 @@ impl Reply {
 
     /// The frame after the header; `None` when there is none.
     pub fn encode(&self) -> Option<Bytes> {
+        if let Self::Piece(Some(piece)) = self {
+            return Some(piece.encode());
+        }
         if *self == Self::None {
             return None;
         }
         Some(one(|w| match self {
             Self::None => {}
+            Self::Piece(_) => w.uint_or_nil(None::<u64>),
             Self::Integer(value) => w.uint(*value),
             Self::Boolean(value) => w.boolean(*value),
             Self::Text(value) => w.str(value),
@@ -167,7 +176,7 @@ impl Reply {
                 }
             }
             Self::Hello(hello) => {
-                w.map(4);
+                w.map(5);
                 w.str("boot_token");
                 w.bytes(&hello.boot_token);
                 w.str("version");
@@ -176,6 +185,11 @@ impl Reply {
                 w.uint(hello.pid);
                 w.str("admin");
                 w.boolean(hello.admin);
+                w.str("segment");
+                match &hello.segment {
+                    Some(segment) => w.str(segment),
+                    None => w.uint_or_nil(None::<u64>),
+                }
             }
             Self::Events(events) => events::encode(events, w),
             Self::Explanation(explanation) => explain::encode(explanation, w),
@@ -203,6 +217,7 @@ impl Reply {
             | Operation::Unregister
             | Operation::Clear
             | Operation::ReportBlockAllocation
+            | Operation::Frames
             | Operation::AbandonStore => Self::None,
             Operation::QueryPrefetchStatus | Operation::WaitPrefetchStatus
                 if payload.is_empty() =>
@@ -217,6 +232,7 @@ impl Reply {
             Operation::CommitStore
             | Operation::CommitRetrieve
             | Operation::Ping
+            | Operation::Write
             | Operation::Confirm => Self::Boolean(p.next("result", Reader::coerced_bool)?),
             Operation::Noop => Self::Text(p.next("result", Reader::string)?),
             Operation::GetExperimental => {
@@ -226,6 +242,7 @@ impl Reply {
             Operation::PrepareStore => Self::StoreSlots(p.next("result", StoreSlots::decode)?),
             Operation::PrepareRetrieve => Self::RetrieveSlots(p.retrieve_slots()?),
             Operation::Hello => Self::Hello(p.next("result", Hello::decode)?),
+            Operation::Read => Self::Piece(p.piece_or_none()?),
             Operation::Status => Self::Status(p.next("result", decode_status)?),
             Operation::Events => Self::Events(p.next("result", events::decode)?),
             Operation::Explain => Self::Explanation(p.next("result", explain::decode)?),
@@ -236,6 +253,16 @@ impl Reply {
 }
 
 impl Payload<'_> {
+    fn piece_or_none(&mut self) -> Result<Option<Piece>, MessageError> {
+        const NIL: &[u8] = &[0xc0];
+        let frame = self.frame()?;
+        if *frame == NIL {
+            return Ok(None);
+        }
+        let piece = Piece::decode(frame);
+        self.within("result", piece).map(Some)
+    }
+
     fn retrieve_slots(&mut self) -> Result<Option<Slots>, MessageError> {
         let (success, data, context) = self.next("result", |r| {
             let mut success = None;
@@ -447,12 +474,18 @@ impl Hello {
         let mut version = None;
         let mut pid = None;
         let mut admin = None;
+        let mut segment = None;
         for _ in 0..r.map_len()? {
             match r.str()? {
                 "boot_token" => once(&mut boot_token, "boot_token", r.fixed_bytes()),
                 "version" => once(&mut version, "version", r.string()),
                 "pid" => once(&mut pid, "pid", r.integer()),
                 "admin" => once(&mut admin, "admin", r.boolean()),
+                "segment" => once(
+                    &mut segment,
+                    "segment",
+                    if r.nil() { Ok(None) } else { r.string().map(Some) },
+                ),
                 _ => r.skip().map(drop),
             }?;
         }
@@ -461,6 +494,7 @@ impl Hello {
             version: required(version, "version")?,
             pid: required(pid, "pid")?,
             admin: admin.unwrap_or(true),
+            segment: segment.flatten(),
         })
     }
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use kvferry_core::key::{Dtype, Key, Layout};
 
-use super::{MessageError, Payload, encode_operation, one, refuse_data};
+use super::{MessageError, Payload, Piece, encode_operation, one, refuse_data};
 use crate::messagepack::{Problem, Reader, Result, Writer, frame, once, required};
 use crate::operation::{Dialect, Operation};
 
@@ -168,6 +168,14 @@ pub enum Request {
     /// instance has reserved, in the use that the generation counts, and has not committed. The lists
     /// have the same length.
     Checksums { instance_id: u64, offsets: Vec<u64>, generations: Vec<u64>, checksums: Vec<u64> },
+    /// Answer: `Reply::None`.
+    Frames,
+    /// Answer: `Reply::Boolean`, whether the bytes are in the slot, from its byte `at` on: the instance has reserved it,
+    /// in the use that the generation counts, and has not committed it.
+    Write { instance_id: u64, offset: u64, generation: u64, at: u64, piece: Piece },
+    /// Answer: `Reply::Piece`, of the slot's bytes from `at` on; none when it does not hold the generation any more, or was
+    /// not granted to this connection.
+    Read { instance_id: u64, offset: u64, generation: u64, at: u64, bytes: u64 },
     /// Answer: `Reply::Status`.
     Status,
     /// Answer: `Reply::Events`, at most `max` from the one of sequence `cursor` on; 0 is the oldest.
@@ -202,6 +210,9 @@ impl Request {
             Self::Confirm { .. } => Operation::Confirm,
             Self::Discard { .. } => Operation::Discard,
             Self::Checksums { .. } => Operation::Checksums,
+            Self::Frames => Operation::Frames,
+            Self::Write { .. } => Operation::Write,
+            Self::Read { .. } => Operation::Read,
             Self::Status => Operation::Status,
             Self::Events { .. } => Operation::Events,
             Self::Explain { .. } => Operation::Explain,
@@ -281,6 +292,21 @@ impl Request {
                 let checksums = p.one_each("checksums", &offsets)?;
                 Self::Checksums { instance_id, offsets, generations, checksums }
             }
+            Operation::Frames => Self::Frames,
+            Operation::Write => Self::Write {
+                instance_id: p.uint("instance_id")?,
+                offset: p.uint("offset")?,
+                generation: p.uint("generation")?,
+                at: p.uint("at")?,
+                piece: p.piece()?,
+            },
+            Operation::Read => Self::Read {
+                instance_id: p.uint("instance_id")?,
+                offset: p.uint("offset")?,
+                generation: p.uint("generation")?,
+                at: p.uint("at")?,
+                bytes: p.uint("bytes")?,
+            },
             Operation::Status => Self::Status,
             Operation::Events => {
                 Self::Events { cursor: p.uint("cursor")?, max: p.next("max", Reader::integer)? }
@@ -342,6 +368,15 @@ impl Request {
                 one(|w| w.uints(generations)),
                 one(|w| w.uints(checksums)),
             ]),
+            Self::Write { instance_id, offset, generation, at, piece } => {
+                frames.extend([instance_id, offset, generation, at].map(|n| one(|w| w.uint(*n))));
+                frames.push(piece.encode());
+            }
+            Self::Read { instance_id, offset, generation, at, bytes } => {
+                frames.extend(
+                    [instance_id, offset, generation, at, bytes].map(|n| one(|w| w.uint(*n))),
+                );
+            }
             Self::Events { cursor, max } => {
                 frames.extend([one(|w| w.uint(*cursor)), one(|w| w.uint(*max))]);
             }
@@ -350,6 +385,7 @@ impl Request {
             | Self::Noop
             | Self::GetExperimental
             | Self::Hello
+            | Self::Frames
             | Self::Status => {}
         }
         frames
@@ -372,6 +408,11 @@ impl Payload<'_> {
                 Err(Problem::Inconsistent("each offset has one").into())
             }
         })
+    }
+
+    fn piece(&mut self) -> Result<Piece, MessageError> {
+        let piece = Piece::decode(self.frame()?);
+        self.within("piece", piece)
     }
 
     fn no_data(&mut self) -> Result<(), MessageError> {
