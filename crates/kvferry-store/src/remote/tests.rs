@@ -759,7 +759,7 @@ fn what_a_reader_discards_is_taken_out_for_all() {
     engine.store.lookup(engine.owner, &prompt, 1, Instant::now()).unwrap();
     let slots = engine.store.prepare_retrieve(engine.owner, &prompt, 1, Instant::now());
     let slots = slots.unwrap().unwrap();
-    let uses = slots.iter().map(|slot| (slot.offset, slot.generation.unwrap()));
+    let uses = slots.iter().map(|slot| slot.generation.unwrap());
     assert_eq!(engine.store.discard(uses), 2);
     engine.store.commit_retrieve(&prompt, 1).unwrap();
     engine.store.end_session(&prompt.request_id);
