@@ -5,7 +5,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use kvferry_core::key::{Dtype, Key, Layout};
@@ -243,9 +243,14 @@ impl Client {
         let request_id = key.request_id.clone();
         let key = RequestKey::from(Key { worker_id: None, ..key });
         assert_eq!(self.call(&Request::Lookup { key, tp_size: 1 }), Reply::None);
-        match self.call(&Request::QueryPrefetchStatus { request_id }) {
-            Reply::Integer(chunks) => chunks,
-            other => panic!("{other:?}"),
+        // The server waits for the tiers below the memory, but not for long at once.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.call(&Request::QueryPrefetchStatus { request_id: request_id.clone() }) {
+                Reply::Integer(chunks) => return chunks,
+                Reply::None if Instant::now() < deadline => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
