@@ -278,13 +278,13 @@ impl Client {
 
     /// Waits until one of the server's figures is `value`.
     pub(crate) fn wait_for(&mut self, name: &str, value: i64) {
-        let deadline = std::time::Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let now = self.status(name);
             if now == value {
                 return;
             }
-            assert!(std::time::Instant::now() < deadline, "{name} stays {now}, not {value}");
+            assert!(Instant::now() < deadline, "{name} stays {now}, not {value}");
             std::thread::yield_now();
         }
     }
