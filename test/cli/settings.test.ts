@@ -127,6 +127,8 @@ describe("settings", () => {
 		const shown = settingsTable(table, found) + JSON.stringify(settingsJson(table, found));
 		expect(shown).not.toContain("4711");
 		expect(shown).toContain("redis://me:(hidden)@host/0");
+		const odd = findSettings(table, { remote: "redis://me:47@1/1@host/0" }, {});
+		expect(settingsTable(table, odd)).toContain("redis://me:(hidden)@host/0");
 		expect(() => findSettings(table, { token: "47x11" }, {})).toThrow(/^--token: give an integer/);
 		const picky: Settings = {
 			remote: { value: "URL", help: "", read: (given) => integer(given, 0, 1) },

@@ -68,6 +68,7 @@ async function onOwnServer(
 	options: BenchOptions,
 	signal: AbortSignal,
 ): Promise<{ url: string; rows: Row[] }> {
+	process.env.KVFERRY_TOKEN = ""; // another server's
 	const memory = 2 * options.bytes + 2 ** 24;
 	await using server = await Server.start({ port: 0, httpPort: 0, memory, signal });
 	const url = `tcp://${server.address}`;
@@ -166,7 +167,8 @@ async function clear(client: Client, salt: string, options: BenchOptions): Promi
 	const { timeoutMs } = options;
 	const until = performance.now() + SAVED_MS;
 	while (performance.now() < until) {
-		const { disk_queue_bytes: waiting = 0 } = await client.status({ timeoutMs });
+		const status = await client.status({ timeoutMs });
+		const waiting = Number(status.disk_queue_bytes ?? 0) + Number(status.remote_queue_bytes ?? 0);
 		if (waiting === 0) {
 			break;
 		}

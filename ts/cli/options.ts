@@ -162,8 +162,10 @@ export function benchOptions(args: string[]): BenchOptions {
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	});
-	if (values.http !== undefined && values.url === undefined) {
-		throw invalid(`--http ${values.http} has no use here: give the server's --url too.`);
+	for (const name of ["http", "token-file"] as const) {
+		if (values[name] !== undefined && values.url === undefined) {
+			throw invalid(`--${name} ${values[name]} has no use here: give the server's --url too.`);
+		}
 	}
 	const [size, chunk] = [flag("size", values.size), flag("chunk-bytes", values["chunk-bytes"])];
 	const total = bytes(size);
@@ -176,6 +178,7 @@ export function benchOptions(args: string[]): BenchOptions {
 	}
 	return {
 		...(values.url === undefined ? {} : { url: values.url }),
+		...fileOf(values["token-file"]),
 		http: httpUrl(flag("http", values.http ?? "http://127.0.0.1:8080")),
 		bytes: total,
 		chunkBytes,

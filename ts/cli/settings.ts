@@ -277,7 +277,7 @@ export function settingsJson(table: Settings, found: ReadonlyMap<string, Found>)
 
 /** The password in an address is nobody's to read. */
 function hidden(text: string): string {
-	return text.replace(/^(\w[\w+.-]*:\/\/[^/@:]*:)[^/@]*@/, "$1(hidden)@");
+	return text.replace(/^(\w[\w+.-]*:\/\/[^/@:]*:).*@/, "$1(hidden)@");
 }
 
 /** The lines of the help. */

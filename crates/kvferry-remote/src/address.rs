@@ -106,6 +106,12 @@ fn parse_with(url: &str, environment: impl Fn(&str) -> Option<String>) -> Result
                 Url::parse(text)
                     .is_ok_and(|it| matches!(it.scheme(), "http" | "https") && it.has_host())
             };
+            // Encoded, it has come past the check above.
+            if endpoint.as_ref().is_some_and(|endpoint| endpoint.contains('@')) {
+                return Err(wrong(
+                    "has credentials in its endpoint: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                ));
+            }
             if endpoint.as_ref().is_some_and(|endpoint| !is_http(endpoint)) {
                 return Err(wrong("has an endpoint that is no http or https URL"));
             }
@@ -155,7 +161,9 @@ pub(crate) fn redacted(url: &str) -> String {
         .split('&')
         .filter(|pair| !pair.is_empty())
         .map(|pair| match pair.split_once('=') {
-            Some((name, _)) if !matches!(name, "region" | "endpoint" | "prefix") => {
+            Some((name, value))
+                if !matches!(name, "region" | "endpoint" | "prefix") || value.contains("%40") =>
+            {
                 format!("{name}=***")
             }
             _ => pair.to_owned(),
@@ -239,6 +247,7 @@ mod tests {
             "redis://:hunter2@a/x",
             "redis://:hunter2@a/-1",
             "redis+cluster://:hunter2@a/1",
+            "s3://b?endpoint=http%3A%2F%2Fkey%3Ahunter2%40h",
             "redis://a/?password=hunter2",
             "redis://%ffhunter2@a",
             "s3://key:hunter2@bucket",

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{Departure, Store};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,6 +24,8 @@ use crate::tokens::Tokens;
 
 /// Connections at most; one more is closed at once.
 const CONNECTIONS_MAX: usize = 1024;
+/// After so long without a word the system asks whether the peer's machine is there.
+const IDLE: Duration = Duration::from_secs(60);
 /// After `accept` failed (no file descriptor, say) the next try waits this long.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -274,15 +277,21 @@ impl Listener {
         None
     }
 
-    async fn accept(&self) -> std::io::Result<Box<dyn Duplex>> {
+    /// A connection, and whether it is of another machine.
+    async fn accept(&self) -> std::io::Result<(Box<dyn Duplex>, bool)> {
         Ok(match self {
             Self::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
+                let (stream, from) = listener.accept().await?;
                 let _ = stream.set_nodelay(true); // without it answers come late, and still come
-                Box::new(stream)
+                // A machine that is gone does not say so, and what it was granted would be kept for ever.
+                let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 4);
+                let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
+                let here = from.ip().to_canonical();
+                let local = stream.local_addr().map(|to| to.ip().to_canonical());
+                (Box::new(stream), !here.is_loopback() && local.ok() != Some(here))
             }
             #[cfg(unix)]
-            Self::Ipc(listener) => Box::new(listener.accept().await?.0),
+            Self::Ipc(listener) => (Box::new(listener.accept().await?.0), false),
         })
     }
 }
@@ -300,7 +309,7 @@ impl Hall {
         let Some(listener) = listener else { return std::future::pending().await };
         let Self { connections_max, store, service, figures } = self;
         loop {
-            let Ok(stream) = listener.accept().await else {
+            let Ok((stream, distant)) = listener.accept().await else {
                 service.drop_message("accept");
                 tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
@@ -313,7 +322,8 @@ impl Hall {
             figures.connections.fetch_add(1, Ordering::Relaxed);
             let counted = Counted(Arc::clone(figures));
             tokio::task::spawn_local(async move {
-                let peer = Peer::new(store.connect());
+                let owner = store.connect();
+                let peer = if distant { Peer::distant(owner) } else { Peer::new(owner) };
                 let mut peer = Leaving { peer, departure: Departure::GivenUp, store };
                 let unfinished = &counted.0.unfinished;
                 peer.departure = serve(stream, &service, &mut peer.peer, unfinished, &door).await;
@@ -340,7 +350,9 @@ struct Leaving {
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        self.store.disconnect(self.peer.owner(), self.departure);
+        // What writes through its connection alone writes nothing without it.
+        let ended = self.peer.is_distant().then_some(Departure::Ended);
+        self.store.disconnect(self.peer.owner(), ended.unwrap_or(self.departure));
     }
 }
 

@@ -28,11 +28,22 @@ pub(crate) struct Peer {
     admin: bool,
     /// It takes and gives bytes in frames.
     frames: Option<Frames>,
+    distant: bool,
 }
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        Self { owner, extended: false, admin: false, frames: None }
+        Self { owner, extended: false, admin: false, frames: None, distant: false }
+    }
+
+    /// Of another machine, which cannot have mapped the pool, whatever it says.
+    pub(crate) fn distant(owner: Owner) -> Self {
+        Self { frames: Some(Frames::default()), distant: true, ..Self::new(owner) }
+    }
+
+    /// Whether it writes to the pool by itself.
+    pub(crate) fn is_distant(&self) -> bool {
+        self.distant
     }
 
     pub(crate) fn make_admin(&mut self) {
@@ -146,6 +157,13 @@ impl Service {
                 self.prepare_store(peer, &key.key, instance_id, now)?
             }
             Request::CommitStore { key, instance_id } => {
+                if let Some(frames) = &mut peer.frames {
+                    // What no piece was written to has the bytes of whoever had the slot before.
+                    let reserved = store.reserved(&key.key, instance_id)?;
+                    if !frames.take_whole(instance_id, &reserved) {
+                        store.abandon_store(&key.key, instance_id)?;
+                    }
+                }
                 Reply::Boolean(store.commit_store(&key.key, instance_id, &[])?)
             }
             Request::PrepareRetrieve { key, instance_id } => {
@@ -156,10 +174,12 @@ impl Service {
                 Reply::RetrieveSlots(slots.map(|slots| self.slots(slots, instance_id)))
             }
             Request::CommitRetrieve { key, instance_id } => {
-                if let Some(frames) = &mut peer.frames {
-                    frames.rest();
-                }
                 store.commit_retrieve(&key.key, instance_id)?;
+                if let Some(frames) = &mut peer.frames
+                    && store.retrievals(instance_id) == 0
+                {
+                    frames.end_reads(instance_id);
+                }
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
             Request::Clear { .. } => {
@@ -180,6 +200,9 @@ impl Service {
                 Reply::Hello(Hello { admin: peer.admin, ..self.hello.clone() })
             }
             Request::AbandonStore { key, instance_id } => {
+                if let Some(frames) = &mut peer.frames {
+                    frames.take_whole(instance_id, &store.reserved(&key.key, instance_id)?);
+                }
                 store.abandon_store(&key.key, instance_id)?;
                 Reply::None
             }
@@ -189,7 +212,9 @@ impl Service {
                 Reply::Boolean(held)
             }
             // A peer without the pool has offsets of its own.
-            Request::Discard { generations, .. } => Reply::Integer(store.discard(generations)),
+            Request::Discard { instance_id, generations, .. } => {
+                Reply::Integer(store.discard_read(instance_id, generations))
+            }
             Request::Checksums { instance_id, offsets, generations, checksums } => {
                 let slots = offsets.into_iter().zip(generations);
                 Reply::Integer(store.keep_checksums(instance_id, slots.zip(checksums)))
@@ -199,20 +224,22 @@ impl Service {
                 Reply::None
             }
             Request::Write { instance_id, offset, generation, at, piece } => {
-                self.map(offset, at, piece.data().len() as u64).await;
-                let slot = (offset, generation);
-                let frames = peer.frames.as_ref();
-                Reply::Boolean(
-                    frames.is_some_and(|frames| frames.write(store, instance_id, slot, at, &piece)),
-                )
+                let (slot, bytes) = ((offset, generation), piece.data().len() as u64);
+                let may = |frames: &&mut Frames| frames.may(instance_id, slot, at, bytes, true);
+                let Some(frames) = peer.frames.as_mut().filter(may) else {
+                    return Ok(Reply::Boolean(false));
+                };
+                self.map(offset, at, bytes).await;
+                Reply::Boolean(frames.write(store, instance_id, slot, at, &piece))
             }
             Request::Read { instance_id, offset, generation, at, bytes } => {
-                self.map(offset, at, bytes).await;
                 let slot = (offset, generation);
-                let frames = peer.frames.as_mut();
-                Reply::Piece(
-                    frames.and_then(|frames| frames.read(store, instance_id, slot, at, bytes)),
-                )
+                let may = |frames: &&mut Frames| frames.may(instance_id, slot, at, bytes, false);
+                let Some(frames) = peer.frames.as_mut().filter(may) else {
+                    return Ok(Reply::Piece(None));
+                };
+                self.map(offset, at, bytes).await;
+                Reply::Piece(frames.read(store, instance_id, slot, at, bytes))
             }
             Request::Status => Reply::Status(self.status(now)),
             Request::Events { cursor, max } => Reply::Events(store.events(cursor, max)),

@@ -213,6 +213,22 @@ impl Raw {
         self.0.call(&write) == Reply::Boolean(true)
     }
 
+    /// Writes all of it.
+    fn fill(&mut self, slot: &Slot) {
+        let piece = PIECE_MAX as u64;
+        for at in (0..OBJECT).step_by(PIECE_MAX) {
+            assert!(self.write(slot, at, piece.min(OBJECT - at).try_into().unwrap()));
+        }
+    }
+
+    /// Stores the key's chunks; how many were new.
+    fn store(&mut self, key: Key) -> usize {
+        let slots = self.0.prepare_store(key.clone(), INSTANCE).slots.slots;
+        slots.iter().for_each(|slot| self.fill(slot));
+        assert!(self.0.commit_store(key, INSTANCE));
+        slots.len()
+    }
+
     fn read(&mut self, slot: &Slot, at: u64, bytes: u64) -> Option<Vec<u8>> {
         let (offset, generation) = (slot.offset, slot.generation.unwrap());
         let read = Request::Read { instance_id: INSTANCE, offset, generation, at, bytes };
@@ -234,7 +250,9 @@ fn a_peer_touches_what_it_was_granted_and_nothing_else() {
         ..slot.clone()
     };
     let generation = slot.generation.unwrap();
-    assert!(one.write(&slot, 0, 10) && one.write(&slot, OBJECT - 10, 10));
+    assert!(one.write(&slot, 0, 10));
+    assert!(!one.write(&slot, OBJECT - 10, 10), "a gap");
+    assert_eq!(one.read(&slot, 0, 10), None, "what it is to write, it may not read");
     for (what, wrong, at) in [
         ("another use", of(generation + 1, slot.offset), 0),
         ("another slot", of(generation, slot.offset + 4096), 0),
@@ -249,6 +267,11 @@ fn a_peer_touches_what_it_was_granted_and_nothing_else() {
     assert_eq!(other.read(&slot, 0, 10), None);
     assert_eq!(one.read(&slot, 0, PIECE_MAX as u64 + 1), None, "more than a piece");
 
+    assert!(!one.0.commit_store(key("w", 0, 1), INSTANCE), "the rest is a former owner's");
+    assert_eq!(one.0.lookup(key("q", 0, 1)), 0);
+    one.0.end_session("q");
+    let slot = one.0.prepare_store(key("w", 0, 1), INSTANCE).slots.slots.remove(0);
+    one.fill(&slot);
     assert!(one.0.commit_store(key("w", 0, 1), INSTANCE));
     assert!(!one.write(&slot, 0, 10), "what is visible is not changed any more");
     assert_eq!(one.0.lookup(key("r", 0, 1)), 1);
@@ -276,20 +299,47 @@ fn what_was_written_in_part_is_never_seen_and_its_room_comes_back() {
     watcher.0.wait_for("slots_writing", 0);
     assert_eq!(watcher.0.lookup(key("s", 0, 2)), 0);
     watcher.0.end_session("s");
-    assert_eq!(watcher.0.store(key("x", 500, 2), INSTANCE), 2);
+    assert_eq!(watcher.store(key("x", 500, 2)), 2);
 }
 
 #[test]
 fn a_slot_that_was_used_anew_is_not_read() {
     let server = server(1);
     let mut one = Raw::connect(&server);
-    assert_eq!(one.0.store(key("w", 0, 1), INSTANCE), 1);
+    assert_eq!(one.store(key("w", 0, 1)), 1);
     assert_eq!(one.0.lookup(key("r", 0, 1)), 1);
     let read = one.0.prepare_retrieve(key("r", 0, 1), INSTANCE).unwrap().slots.remove(0);
     assert!(one.read(&read, 0, 10).is_some());
     let ended = Request::CommitRetrieve { key: key("r", 0, 1).into(), instance_id: INSTANCE };
     assert_eq!(one.0.call(&ended), Reply::Boolean(true));
     one.0.end_session("r");
-    assert_eq!(one.0.store(key("x", 500, 1), INSTANCE), 1, "in the place of the first");
+    assert_eq!(one.store(key("x", 500, 1)), 1, "in the place of the first");
     assert_eq!(one.read(&read, 0, 10), None);
+}
+
+#[test]
+fn nobody_drops_what_it_does_not_read() {
+    let server = server(4);
+    let mut one = Raw::connect(&server);
+    assert_eq!(one.store(key("w", 0, 2)), 2);
+    assert_eq!(one.0.lookup(key("r", 0, 1)), 1);
+    let read = one.0.prepare_retrieve(key("r", 0, 1), INSTANCE).unwrap().slots.remove(0);
+    let generation = read.generation.unwrap();
+    let discard = |instance_id, generations: Vec<u64>| Request::Discard {
+        instance_id,
+        offsets: vec![0; generations.len()],
+        generations,
+    };
+    // All that were or will be, of another's.
+    let guessed: Vec<u64> =
+        (0..64).flat_map(|place| [1 << 28, 2 << 28, 3 << 28].map(|it| it | place)).collect();
+    let mut other = Raw::connect(&server);
+    other.0.register(8, layout());
+    assert_eq!(other.0.call(&discard(8, guessed.clone())), Reply::Integer(0));
+    assert_eq!(
+        one.0.call(&discard(INSTANCE, guessed)),
+        Reply::Integer(1),
+        "what it reads, and no more"
+    );
+    assert_eq!(one.0.call(&discard(INSTANCE, vec![generation])), Reply::Integer(0), "gone");
 }

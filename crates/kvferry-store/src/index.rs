@@ -55,6 +55,13 @@ pub(crate) struct Handle {
     index: u32,
 }
 
+impl Handle {
+    /// Of the slot's use.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.get()
+    }
+}
+
 /// There may be millions of these.
 struct Object {
     chunk: [u8; 32],

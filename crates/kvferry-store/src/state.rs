@@ -39,6 +39,8 @@ pub(crate) struct State {
     pub(crate) sequence: u64,
     pub(crate) limits: Limits,
     pub(crate) headroom: u64,
+    /// Bytes that are reserved for loads from the remote.
+    pub(crate) coming_bytes: u64,
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
     /// Objects that come from a tier below, and the requests that wait for them.
@@ -209,6 +211,7 @@ impl State {
             sequence: 0,
             limits,
             headroom: POOL_STEP / 2,
+            coming_bytes: 0,
             growth_failed: None,
             counters: Counters::default(),
             loading: HashMap::new(),

@@ -3,7 +3,7 @@
 //! Every call takes the time, so that a simulated clock can drive it. One lock guards the whole state;
 //! it is held for bookkeeping only, never while hashing, copying or reserving memory.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -722,6 +722,42 @@ impl Store {
         slots.into_iter().all(|(offset, generation)| state.index.holds(offset, generation))
     }
 
+    /// The same for a reader, of what the instance retrieves just now and has not committed.
+    pub fn discard_read(&self, instance: u64, generations: impl IntoIterator<Item = u64>) -> u64 {
+        let told: HashSet<u64> = generations.into_iter().take(SLOTS_MAX).collect();
+        let read: Vec<u64> = {
+            let state = self.lock();
+            let known = state.instances.get(&instance);
+            let retrievals = known.into_iter().flat_map(|known| known.retrievals.values());
+            let objects = retrievals.flatten().flat_map(|retrieval| &retrieval.objects);
+            objects.map(Handle::generation).filter(|generation| told.contains(generation)).collect()
+        };
+        self.discard(read)
+    }
+
+    /// Retrievals of the instance that are not committed.
+    pub fn retrievals(&self, instance: u64) -> usize {
+        self.lock().retrievals(instance)
+    }
+
+    /// What the range's next commit would make visible, with the offsets of its slots.
+    ///
+    /// # Errors
+    /// As [`Store::commit_store`].
+    pub fn reserved(&self, key: &Key, instance: u64) -> Result<Vec<(ReservedObject, u64)>> {
+        let Some((state, range)) = self.reserved_range(key, instance)? else {
+            return Ok(Vec::new());
+        };
+        let known = state.instances.get(&instance);
+        let next = known.and_then(|known| known.stores.get(&range)?.front());
+        let objects = next.map(|reservation| reservation.objects.as_slice()).unwrap_or_default();
+        let with_offset = |handle: &Handle| {
+            let offset = state.index.grant(*handle)?.offset();
+            Some((ReservedObject(*handle), offset))
+        };
+        Ok(objects.iter().filter_map(with_offset).collect())
+    }
+
     /// Drops the objects in these uses of slots whose bytes are not what was stored; says how many it were. A slot that
     /// was used anew meanwhile is left alone: no two uses have one generation.
     pub fn discard(&self, generations: impl IntoIterator<Item = u64>) -> u64 {
@@ -747,15 +783,13 @@ impl Store {
     }
 
     /// Takes the tenant's objects out that are neither leased, reserved nor being saved; says how many it were. They go
-    /// from the disk as well; what is there alone stays until it is evicted.
+    /// from the tiers below as well; what is there alone stays until it is evicted.
     pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
         let mut state = self.lock();
         let mut cleared = 0;
         while let Some((id, grant)) = state.index.clear_one(cache_salt) {
             state.pool.give_back(grant);
-            if let Some(disk) = self.disk() {
-                disk.remove(&id.chunk, &id.space, id.rank);
-            }
+            self.below().all().for_each(|tier| tier.remove(&id));
             cleared += 1;
         }
         cleared

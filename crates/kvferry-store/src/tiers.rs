@@ -353,6 +353,16 @@ impl State {
         let mut kept_to_end = 0;
         let mut full = false;
         for (places, kept) in known {
+            // What a lookup does not live to see stays reserved until it is there.
+            let of_remote = places.iter().zip(layouts);
+            let of_remote = of_remote
+                .filter(|((_, place), _)| matches!(place, Place::Below(Level::Remote)))
+                .map(|(_, layout)| layout.object_bytes.next_multiple_of(PAGE))
+                .sum::<u64>();
+            if self.coming_bytes > 0 && self.coming_bytes + of_remote > self.pool.bytes() / 4 {
+                full = true;
+                break;
+            }
             let Some(of_chunk) = self.reserve(wants, end, &places) else {
                 self.headroom = self.headroom.max(missing); // as the pool grows, the next lookup finds it
                 full = true;
@@ -409,10 +419,14 @@ impl State {
             }
             let Place::Below(from) = place else { continue };
             let Some(grant) = self.allocate(layout.object_bytes, cache_salt) else {
-                loads.iter().rev().for_each(|load: &Load| self.take_back(load.handle));
+                loads.iter().rev().for_each(|load: &Load| {
+                    self.has_come(load.handle, load.from);
+                    self.take_back(load.handle);
+                });
                 return None;
             };
             let slot = grant.slot();
+            self.coming_bytes += if *from == Level::Remote { grant.bytes() } else { 0 };
             let space = self.spaces.get(id.space, layout, cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
             loads.push(Load { handle, id: *id, slot, from: *from });
@@ -427,8 +441,16 @@ impl State {
         }
     }
 
+    /// The remote's load has ended.
+    fn has_come(&mut self, handle: Handle, from: Level) {
+        if let (Level::Remote, Some(grant)) = (from, self.index.grant(handle)) {
+            self.coming_bytes = self.coming_bytes.saturating_sub(grant.bytes());
+        }
+    }
+
     /// A load has ended.
     fn loaded(&mut self, handle: Handle, from: Level, loaded: Option<&Loaded>) {
+        self.has_come(handle, from);
         let Some(requests) = self.loading.remove(&handle) else { return };
         let mut waiting = Vec::new();
         for request_id in requests {

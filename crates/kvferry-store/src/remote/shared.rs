@@ -117,6 +117,8 @@ pub(crate) struct State {
     unwritable: Option<String>,
     /// In a row.
     failures: u32,
+    /// When a request last succeeded.
+    succeeded: Option<Instant>,
     rounds: u64,
     probe: Option<(Duration, Instant)>,
     /// Its counters; the rest is filled in when asked for.
@@ -377,12 +379,20 @@ impl Shared {
         let first = state.rounds == 0;
         state.rounds += 1;
         state.probe = Some((begun.elapsed(), Instant::now()));
+        // Behind large values a small one comes late: a remote that carries them has not failed for it.
+        let works = state.succeeded.is_some_and(|at| at > begun);
+        let is_late = |error: &Error| works && error.code == ErrorCode::Timeout;
         match result {
             Ok(writable) => {
                 state.failures = 0;
                 state.unreachable = None;
-                state.unwritable = writable.err().map(|error| error.message);
+                match writable {
+                    Ok(()) => state.unwritable = None,
+                    Err(error) if is_late(&error) => {}
+                    Err(error) => state.unwritable = Some(error.message),
+                }
             }
+            Err(error) if is_late(&error) => {}
             Err(error) => state.unreachable = Some(error.message),
         }
         let fails = state.unreachable.is_some() || state.unwritable.is_some();
@@ -395,7 +405,8 @@ impl Shared {
     }
 
     pub(crate) fn succeeded(&self) {
-        self.lock().failures = 0;
+        let mut state = self.lock();
+        (state.failures, state.succeeded) = (0, Some(Instant::now()));
     }
 
     /// A request was not answered. `false`: there is no use in sending it again.

@@ -478,6 +478,18 @@ fn what_is_gone_between_the_question_and_the_load_is_a_miss() {
 }
 
 #[test]
+fn what_lookups_wait_for_takes_a_quarter_of_the_memory_at_most() {
+    let shelf = Shelf::new();
+    assert_eq!(Engine::on(&shelf).save(&key(0, 12)), 12);
+    let small = Engine::with(&shelf, 16, None);
+    for hit in [4, 8, 12] {
+        assert_eq!(small.read(&key(0, 12)), hit, "the next one finds more");
+        assert_eq!(small.store.lock().coming_bytes, 0);
+    }
+    small.assert_nothing_is_held();
+}
+
+#[test]
 fn an_object_that_the_remote_has_is_not_written_again() {
     let shelf = Shelf::new();
     let (first, second) = (Engine::on(&shelf), Engine::on(&shelf));
