@@ -184,7 +184,7 @@ export class World {
 			}
 			if (this.device !== undefined && random.chance(0.2)) {
 				// A call of ours that the engine does not make itself.
-				const calls = ["cuMemcpyBatchAsync", "cuEventRecord", "cuStreamWaitEvent", "cuEventQuery"];
+				const calls = ["cuLaunchKernel", "cuEventRecord", "cuStreamWaitEvent", "cuEventQuery"];
 				const [call, number] = [random.pick(calls), random.integer(1, 300)];
 				this.device.addon.simulatorCudaFail(call, number, random.pick([1, 2, 46]));
 			}
