@@ -1,6 +1,8 @@
 //! One connection: bytes in, answers out, with a bound and a deadline for everything.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -25,6 +27,11 @@ const READ: usize = 16 << 10;
 const READ_MAX: usize = 512 << 10;
 /// Answers are sent when there is this much of them, if not before.
 const WRITE: usize = 256 << 10;
+/// For so long after an answer the next request is waited for awake: a thread that sleeps is woken up in more time than
+/// most requests take.
+const AWAKE: Duration = Duration::from_micros(100);
+/// A pause between two requests of a peer that runs on the same processor is shorter.
+const SHARED: Duration = Duration::from_micros(15);
 /// Bytes of unfinished messages that all connections may hold together.
 const UNFINISHED_MAX: usize = 256 << 20;
 
@@ -129,6 +136,7 @@ async fn talk(
         Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
     let mut deadline = Some(Instant::now() + HANDSHAKE);
     let mut read_next = READ;
+    let (mut awake, mut turn) = (false, 0);
     loop {
         send(stream, &mut output).await?;
         // Long frames come whole, not in parts that are copied together.
@@ -136,7 +144,8 @@ async fn talk(
             read_next = READ_MAX;
         }
         input.reserve(read_next);
-        let read = stream.read_buf(&mut input);
+        let answered = std::time::Instant::now();
+        let read = awake_until(awake.then(|| answered + AWAKE), stream.read_buf(&mut input));
         let read = match deadline {
             Some(deadline) => {
                 timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
@@ -148,6 +157,11 @@ async fn talk(
             bytes if bytes < READ => read_next = READ,
             _ => {}
         }
+        let before = std::mem::replace(&mut turn, service.next_turn());
+        // Not where it was in vain, nor where others keep the thread awake; and who is as fast as this shares our
+        // processor, and needs it.
+        awake = turn == before + 1
+            && (SHARED..if awake { AWAKE } else { 2 * AWAKE }).contains(&answered.elapsed());
         let arrived = input.len();
         let mut ready = false;
         loop {
@@ -200,6 +214,19 @@ async fn talk(
     }
 }
 
+/// The same, without letting the thread sleep before then. Other tasks run in between.
+async fn awake_until<T>(until: Option<std::time::Instant>, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    poll_fn(|context| {
+        let polled = future.as_mut().poll(context);
+        if polled.is_pending() && until.is_some_and(|until| std::time::Instant::now() < until) {
+            context.waker().wake_by_ref();
+        }
+        polled
+    })
+    .await
+}
+
 async fn send(stream: &mut (impl AsyncWrite + Unpin), output: &mut Output) -> io::Result<()> {
     if output.has_remaining() {
         let sent = timeout(MESSAGE, stream.write_all_buf(output)).await;
@@ -242,12 +269,15 @@ fn label(error: &io::Error) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
     use bytes::Bytes;
     use kvferry_store::{Limits, Policy, Store, StoreOptions};
     use kvferry_wire::message::Value;
     use kvferry_wire::zmtp::Credentials;
     use kvferry_wire::{Operation, Reply, Request};
-    use tokio::io::{DuplexStream, duplex};
+    use tokio::io::{DuplexStream, ReadBuf, duplex};
     use tokio::time::{advance, sleep};
 
     use super::*;
@@ -435,6 +465,78 @@ mod tests {
         };
         let ((departure, _), ()) = tokio::join!(host.serve(far), client);
         assert_eq!(departure, Departure::Ended);
+    }
+
+    /// A stream that counts how often it is asked for bytes.
+    struct Counted(DuplexStream, Arc<AtomicUsize>);
+
+    impl AsyncRead for Counted {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            Pin::new(&mut self.0).poll_read(context, buffer)
+        }
+    }
+
+    impl AsyncWrite for Counted {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(context, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_flush(context)
+        }
+
+        fn poll_shutdown(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(context)
+        }
+    }
+
+    #[tokio::test]
+    async fn who_asks_fast_is_waited_for_awake_and_who_has_stopped_asking_is_not() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (mut near, far) = duplex(4096);
+        let stream = Counted(far, Arc::clone(&asked));
+        // A task of its own: else it would be asked whenever the client goes on.
+        let serving = tokio::spawn(async move {
+            let host = Host::new();
+            let mut peer = Peer::new(host.store.connect());
+            let door = Door { tokens: None, open: true };
+            let serving = serve(stream, &host.service, &mut peer, &host.unfinished, &door);
+            assert_eq!(serving.await, Departure::Ended);
+        });
+        let client = async move {
+            near.write_all(&handshake()).await.unwrap();
+            let mut buffer = [0; 4096];
+            let mut most = 0;
+            for _ in 0..1000 {
+                near.write_all(&noop()).await.unwrap();
+                near.read(&mut buffer).await.unwrap();
+                let before = asked.load(Ordering::Relaxed);
+                let pause = std::time::Instant::now();
+                while pause.elapsed() < 2 * SHARED {
+                    tokio::task::yield_now().await;
+                }
+                most = most.max(asked.load(Ordering::Relaxed) - before);
+            }
+            assert!(most > 2, "it is asked again and again: {most}");
+            sleep(2 * AWAKE).await;
+            let before = asked.load(Ordering::Relaxed);
+            sleep(Duration::from_millis(20)).await;
+            assert_eq!(asked.load(Ordering::Relaxed), before, "it sleeps");
+            drop(near);
+        };
+        tokio::join!(serving, client).0.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,6 +1,7 @@
 //! From a message to its answer: what LMCache's operations mean for the store.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -62,6 +63,8 @@ pub(crate) struct Service {
     hello: Hello,
     figures: Arc<Figures>,
     labels: Labels,
+    /// Which time it is that something arrived.
+    turns: AtomicU64,
 }
 
 impl Service {
@@ -74,7 +77,12 @@ impl Service {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let segment = store.segment();
         let hello = Hello { boot_token, version, pid: std::process::id(), admin: true, segment };
-        Self { store, hello, figures, labels }
+        Self { store, hello, figures, labels, turns: AtomicU64::new(0) }
+    }
+
+    /// Counts that something arrived; two of a peer are one apart where no other's came between them.
+    pub(crate) fn next_turn(&self) -> u64 {
+        self.turns.fetch_add(1, Ordering::Relaxed)
     }
 
     /// The reply to a message; `None` for one that LMCache would not answer either. It is counted.
@@ -348,7 +356,7 @@ fn ranks(tp_size: u64) -> Result<u32> {
 mod tests {
     use std::os::unix::fs::OpenOptionsExt;
     use std::process::Command;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
 
     use kvferry_core::key::{Dtype, Layout};
     use kvferry_store::disk::DiskOptions;
