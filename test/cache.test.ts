@@ -132,6 +132,13 @@ describe("PrefixCache in this process", () => {
 		await expect(hit.load()).rejects.toMatchObject({ code: "CLOSED" });
 	});
 
+	it("leaves no session of a prompt that is not stored", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		expect((await cache.lookup(tokens(2 * CHUNK))).chunks).toBe(0);
+		expect(store.status().sessions).toBe(0);
+	});
+
 	it("gives room and leases back when its signal aborts in the middle, or before", async () => {
 		const store = await server();
 		const cache = await cacheOf(store);

@@ -4,6 +4,7 @@ import { type AddressInfo, createServer, type Server, type Socket } from "node:n
 /** LMCache's ids of the operations that {@link LmcacheServer} answers. */
 const LOOKUP = 8;
 const QUERY = 9;
+const REGISTER = 14;
 const CHUNK_SIZE = 21;
 const EXPERIMENTAL = 32;
 
@@ -24,15 +25,27 @@ export class LmcacheServer implements AsyncDisposable {
 		this.#server = server;
 	}
 
-	/** Starts one of this chunk size (below 128) whose every lookup finds `hits` chunks. */
-	static async start(chunkSize: number, hits: number): Promise<LmcacheServer> {
+	/**
+	 * Starts one of this chunk size (below 128) whose every lookup finds `hits` chunks. It offers a pool of so many
+	 * bytes (below 128) as a segment of this name; without, it does not answer registrations.
+	 */
+	static async start(
+		chunkSize: number,
+		hits: number,
+		pool?: { name: string; bytes: number },
+	): Promise<LmcacheServer> {
 		const server = createServer();
 		const lmcache = new LmcacheServer(server);
-		const answers: Record<number, number> = {
-			[CHUNK_SIZE]: chunkSize,
-			[QUERY]: hits,
-			[EXPERIMENTAL]: 0x90,
+		const answers: Record<number, Buffer> = {
+			[CHUNK_SIZE]: Buffer.of(chunkSize),
+			[QUERY]: Buffer.of(hits),
+			[EXPERIMENTAL]: Buffer.of(0x90),
 		};
+		if (pool !== undefined) {
+			const name = text(pool.name);
+			const parts = [Buffer.of(0x82), text("shm_name"), name, text("pool_size")];
+			answers[REGISTER] = Buffer.concat([...parts, Buffer.of(pool.bytes)]);
+		}
 		server.on("connection", (socket) => {
 			lmcache.#sockets.add(socket);
 			socket.on("error", () => {}); // the client may go at any time
@@ -58,8 +71,9 @@ export class LmcacheServer implements AsyncDisposable {
 						const id = operation[0] ?? 0;
 						lmcache.asked.push(id);
 						const answer = answers[id];
-						const body = answer === undefined ? [] : [Buffer.of(answer)];
-						socket.write(message([uid, operation, ...body]));
+						if (id !== REGISTER || answer !== undefined) {
+							socket.write(message([uid, operation, ...(answer === undefined ? [] : [answer])]));
+						}
 						frames = [];
 					}
 				}
@@ -113,6 +127,11 @@ function take(input: Buffer): Frame | undefined {
 		command: (flags & 4) !== 0,
 		rest: input.subarray(head + length),
 	};
+}
+
+/** A short text as MessagePack has it. */
+function text(value: string): Buffer {
+	return Buffer.concat([Buffer.of(0xa0 + value.length), Buffer.from(value, "latin1")]);
 }
 
 function command(text: string): Buffer {

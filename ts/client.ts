@@ -142,6 +142,15 @@ export class Client implements AsyncDisposable {
 	}
 
 	/**
+	 * Between which releases of LMCache the server is, by what it answers.
+	 *
+	 * @internal
+	 */
+	get releases(): string | undefined {
+		return this.#native.releases ?? undefined;
+	}
+
+	/**
 	 * Why bytes go through the connection (in frames) and not through shared memory; undefined where they do not. It is
 	 * found out when a cache or a connector registers, and undefined before.
 	 */

@@ -27,6 +27,8 @@ export declare class Client {
   static connect(url: string, timeoutMs: number, assumedChunkSize: number | undefined | null, token: string | undefined | null, sharedMemory: boolean): Promise<Client>
   /** Tokens of one chunk. */
   get chunkSize(): number
+  /** Between which releases of LMCache the server is, or whose it speaks. */
+  get releases(): string | null
   /** Why there is no connection now, as `CODE: message`; absent while there is one. */
   get failure(): string | null
   /** Why bytes go in frames and not through shared memory; absent where they do not, or before it is known. */

@@ -210,15 +210,28 @@ describe("kvferry doctor at LMCache's server", () => {
 		[2, 0],
 		[1, 1],
 	])("tells what can be known: %i of 2 chunks", async (hits, expected) => {
-		await using lmcache = await LmcacheServer.start(CHUNK, hits);
+		const name = `kvferry-doctor-${process.pid}`;
+		writeFileSync(`/dev/shm/${name}`, new Uint8Array(64));
+		await using lmcache = await LmcacheServer.start(CHUNK, hits, { name, bytes: 64 });
 		const args = ["--server", lmcache.url, "--tokens", "-", "--model", "m"];
 		const { code, out, err } = await doctor([...prompt(2)].join(" "), ...args);
+		rmSync(`/dev/shm/${name}`);
 		expect([code, err]).toEqual([expected, ""]);
-		expect(out).toMatch(/^note +server +.*LMCache's/);
+		expect(out).toMatch(/^note +server +.*LMCache 0\.5\.5 or 0\.5\.6/);
+		expect(out).toMatch(
+			/\nok +bytes +They go through shared memory \(LMCache's engine_driven mode\)\.\n/,
+		);
 		expect(out).toMatch(/\nok +chunk size +16 tokens\.\n/);
 		expect(out).toMatch(/\nnote +hashing +LMCache's server does not tell its --hash-algorithm/);
 		expect(out).toMatch(hits === 2 ? /All 2 whole chunks/ : /finds 1 of 2.*does not tell/);
 		expect(lmcache.lookups).toBe(1);
 		expect(lmcache.asked).toContain(12); // free_lookup_locks: its leases are given back
+	});
+
+	it("says what a server has to be started with whose memory cannot be mapped", async () => {
+		await using lmcache = await LmcacheServer.start(CHUNK, 0);
+		const { code, out } = await doctor("", "--server", lmcache.url);
+		expect(out).toMatch(/^finding +bytes .*--no-l1-use-lazy --shm-name NAME/m);
+		expect(code).toBe(1);
 	});
 });

@@ -1,10 +1,7 @@
-import { once } from "node:events";
-import { createServer } from "node:net";
 import { setImmediate } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
 import {
 	createConnector,
-	type EngineRequest,
 	type EventsOptions,
 	KvConnectors,
 	ParallelStrategy,
@@ -12,11 +9,9 @@ import {
 	Server,
 } from "../../ts/index.js";
 import { ServerProcess } from "../server-process.js";
+import { BLOCK, Engine, freePort, lmcache, range } from "./token-engine.js";
 
 const CHUNK = 16;
-const BLOCK = 4;
-const BLOCKS = 32;
-const range = (from: number, to: number) => Array.from({ length: to - from }, (_, i) => from + i);
 
 const open: AsyncDisposable[] = [];
 
@@ -26,113 +21,19 @@ afterEach(async () => {
 	}
 });
 
+async function opened(kv: KvConnectors | undefined): Promise<Engine> {
+	const engine = await Engine.open(kv);
+	open.push(engine);
+	return engine;
+}
+
 const native = resolveOffloading({ kvOffloadingSize: 2 ** -8 });
-
-async function lmcache(port: number) {
-	return resolveOffloading({
-		kvOffloadingSize: 1,
-		kvOffloadingBackend: "lmcache",
-		kvTransferConfig: { kvConnectorExtraConfig: { "lmcache.mp.port": port } },
-	});
-}
-
-async function freePort(): Promise<number> {
-	const server = createServer().listen(0, "127.0.0.1");
-	await once(server, "listening");
-	const { port } = server.address() as { port: number };
-	server.close();
-	await once(server, "close");
-	return port;
-}
-
-/** An engine with one layer of KV in each worker, whose every element says which token it is of. */
-class Engine {
-	readonly kv: KvConnectors;
-	readonly memory: Uint32Array[];
-	#next = 0;
-
-	private constructor(kv: KvConnectors) {
-		this.kv = kv;
-		this.memory = kv.workers.map(() => new Uint32Array(BLOCKS * BLOCK * 2));
-	}
-
-	static async open(kv: KvConnectors | undefined): Promise<Engine> {
-		const engine = new Engine(kv as KvConnectors);
-		open.push(engine.kv);
-		for (const [rank, worker] of engine.kv.workers.entries()) {
-			await worker.registerKvCaches(
-				{ layer: engine.memory[rank] as Uint32Array },
-				{ numBlocks: BLOCKS, blockSize: BLOCK, numKvHeads: 1, headSize: 1, dtype: "int32" },
-			);
-		}
-		return engine;
-	}
-
-	async #step(requests: EngineRequest[], tokens: number): Promise<Set<string>> {
-		const { scheduler, workers } = this.kv;
-		const metadata = scheduler.buildConnectorMeta({
-			scheduledNewReqs: requests,
-			scheduledCachedReqs: [],
-			numScheduledTokens: Object.fromEntries(requests.map(({ requestId }) => [requestId, tokens])),
-		});
-		const loaded: Set<string>[] = [];
-		for (const worker of workers) {
-			worker.bindConnectorMetadata(metadata);
-			worker.startLoadKv();
-			await worker.waitForSave();
-			loaded.push(worker.getFinished(new Set())[1]);
-		}
-		const [first = new Set<string>(), ...others] = loaded;
-		return new Set([...first].filter((id) => others.every((other) => other.has(id))));
-	}
-
-	/** Runs a prompt through; says how many of its tokens were loaded. */
-	async run(tokens: number[], cacheSalt?: string): Promise<number> {
-		const { scheduler, workers } = this.kv;
-		const request = { requestId: `r${this.#next++}`, allTokenIds: tokens, cacheSalt };
-		let [found] = scheduler.getNumNewMatchedTokens(request, 0);
-		while (found === null) {
-			await setImmediate();
-			[found] = scheduler.getNumNewMatchedTokens(request, 0);
-		}
-		const blocks = range(0, Math.ceil(tokens.length / BLOCK));
-		scheduler.updateStateAfterAlloc(request, blocks, found);
-		if (found > 0) {
-			let loaded = await this.#step([], 0);
-			while (!loaded.has(request.requestId)) {
-				await setImmediate();
-				loaded = await this.#step([], 0);
-			}
-			scheduler.updateStateAfterAlloc(request, blocks, 0);
-		}
-		for (const [rank, memory] of this.memory.entries()) {
-			for (const at of range(0, found)) {
-				expect([memory[at], memory[BLOCKS * BLOCK + at]]).toEqual([tokens[at], (-1 - rank) >>> 0]);
-			}
-			memory.set(tokens);
-			memory.fill((-1 - rank) >>> 0, BLOCKS * BLOCK);
-		}
-		await this.#step([request], tokens.length - found);
-		scheduler.requestFinished(request, blocks);
-		let left = workers.length;
-		let ended = new Set([request.requestId]);
-		while (left > 0) {
-			await setImmediate();
-			left -= workers.filter((worker) => worker.getFinished(ended)[0].size > 0).length;
-			ended = new Set();
-		}
-		for (const memory of this.memory) {
-			memory.fill(0);
-		}
-		return found;
-	}
-}
 
 describe("createConnector", () => {
 	it("offloads to this process's memory, for all its workers", async () => {
 		const workers = [0, 1].map((rank) => ParallelStrategy.tensorParallel(2, rank));
 		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK, workers };
-		const engine = await Engine.open(await createConnector(native, options));
+		const engine = await opened(await createConnector(native, options));
 		const tokens = range(1000, 1000 + 3 * CHUNK + 2);
 		expect(await engine.run(tokens)).toBe(0);
 		expect(await engine.run(tokens)).toBe(3 * CHUNK);
@@ -143,7 +44,7 @@ describe("createConnector", () => {
 
 	it("tells routers what is stored and what goes, in order and without gaps", async () => {
 		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK };
-		const engine = await Engine.open(await createConnector(native, options));
+		const engine = await opened(await createConnector(native, options));
 		await engine.run(range(0, 2 * CHUNK));
 		await engine.kv.scheduler.resetCache();
 		const told = [];
@@ -163,7 +64,7 @@ describe("createConnector", () => {
 
 	it("tells routers all that a cache stored that was started anew", async () => {
 		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK };
-		const engine = await Engine.open(await createConnector(native, options));
+		const engine = await opened(await createConnector(native, options));
 		const taken = async () => {
 			let told = engine.kv.scheduler.takeEvents();
 			while (told === undefined || told.events.length === 0) {
@@ -178,7 +79,7 @@ describe("createConnector", () => {
 		const other = await Server.start({ listen: false, memory: 2 ** 22, chunkSize: CHUNK });
 		open.push(other);
 		engine.kv.via.events = (asked) => other.events(asked as EventsOptions);
-		const second = await Engine.open(new KvConnectors(other, options));
+		const second = await opened(new KvConnectors(other, options));
 		await second.run(range(0, 4 * CHUNK));
 		const told = await taken();
 		expect(told.incarnation).not.toBe(first.incarnation);
@@ -191,7 +92,7 @@ describe("createConnector", () => {
 		const onWarning = (text: string) => warnings.push(text);
 		const options = { modelName: "m", blockSize: BLOCK, chunkSize: CHUNK, onWarning };
 		const begin = performance.now();
-		const engine = await Engine.open(await createConnector(await lmcache(port), options));
+		const engine = await opened(await createConnector(await lmcache(port), options));
 		expect(performance.now() - begin).toBeLessThan(10_000);
 		expect(warnings).toEqual([
 			expect.stringMatching(new RegExp(`localhost:${port}.*npx kvferry serve --port ${port}`)),
@@ -214,7 +115,7 @@ describe("createConnector", () => {
 		const port = Number(new URL(server.url).port);
 		const options = { modelName: "m", blockSize: BLOCK };
 		const engines = await Promise.all(
-			[0, 1].map(async () => Engine.open(await createConnector(await lmcache(port), options))),
+			[0, 1].map(async () => opened(await createConnector(await lmcache(port), options))),
 		);
 		const tokens = range(0, 2 * CHUNK + 1);
 		expect(await engines[0]?.run(tokens, "tenant")).toBe(0);

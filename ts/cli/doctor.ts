@@ -52,8 +52,8 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 	try {
 		const status = await statusOf(client, options);
 		const checks = [
-			checkServer(options.url, status),
-			...(status === undefined ? [] : [await checkBytes(client, options)]),
+			checkServer(options.url, client, status),
+			await checkBytes(client, options, status),
 			checkChunkSize(client.chunkSize, options.chunkSize),
 			checkHashing(status, options),
 			...checkMemory(status),
@@ -82,14 +82,14 @@ async function statusOf(client: Client, options: DoctorOptions): Promise<Status 
 	}
 }
 
-function checkServer(url: string, status: Status | undefined): Check {
+function checkServer(url: string, client: Client, status: Status | undefined): Check {
 	if (status === undefined) {
 		return {
 			check: "server",
 			result: "note",
 			message:
-				`${url} is not kvferry's but LMCache's, or speaks as it does. It tells neither its ` +
-				"version nor why a prompt misses: only its chunk size and how much a lookup finds.",
+				`${url} is not kvferry's but LMCache's, or speaks as it does: as ${client.releases}. It does not ` +
+				"tell why a prompt misses: only its chunk size and how much a lookup finds.",
 		};
 	}
 	const { version, pid, uptime_seconds: seconds } = status;
@@ -98,12 +98,17 @@ function checkServer(url: string, status: Status | undefined): Check {
 }
 
 /** How the bytes would get there and back. */
-async function checkBytes(client: Client, options: DoctorOptions): Promise<Check> {
+async function checkBytes(
+	client: Client,
+	options: DoctorOptions,
+	status: Status | undefined,
+): Promise<Check> {
 	const check = "bytes";
+	const mode = status === undefined ? " (LMCache's engine_driven mode)" : "";
 	try {
 		const why = await client.findWay(options);
 		return why === undefined
-			? { check, result: "ok", message: "They go through shared memory." }
+			? { check, result: "ok", message: `They go through shared memory${mode}.` }
 			: {
 					check,
 					result: "note",

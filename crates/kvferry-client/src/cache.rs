@@ -1,5 +1,6 @@
 //! The client as a [`Cache`].
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_sal
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{Slots, StoreSlots};
 use kvferry_wire::{Operation, Reply, Request, RequestKey};
+use tokio::time::timeout;
 
 use crate::client::{Client, unexpected};
 use crate::frames::Transfer;
@@ -20,6 +22,8 @@ use crate::session::{Grant, Session, Undo};
 
 /// Between the first two questions for a lookup's result; doubled from there on.
 const POLL_MIN: Duration = Duration::from_millis(1);
+/// How long a registration may be answered later than what was asked after it.
+const LATE: Duration = Duration::from_secs(1);
 /// Between two questions at most.
 const POLL_MAX: Duration = Duration::from_millis(16);
 
@@ -38,7 +42,7 @@ impl Cache for Client {
             let forget = Forget { client: self, instance_id, armed: true };
             let undo = Undo::new(Arc::clone(&session), Some(Request::Unregister { instance_id }));
             let reply =
-                session.request(&Request::Register { instance_id, layout }, deadline).await?;
+                registered(&session, Request::Register { instance_id, layout }, deadline).await?;
             if let Some(frames) = session.map(reply)? {
                 session.request(&frames, deadline).await?;
             }
@@ -466,11 +470,39 @@ async fn boolean(session: &Session, request: &Request, deadline: Instant) -> Res
     }
 }
 
+/// The answer to a registration. LMCache's server gives none in its other mode, in which it copies from and to the
+/// engine's memory by itself.
+async fn registered(session: &Session, register: Request, deadline: Instant) -> Result<Reply> {
+    let mut answer = pin!(session.request(&register, deadline));
+    if session.hello.is_some() {
+        return answer.await;
+    }
+    tokio::select! {
+        biased;
+        reply = &mut answer => reply,
+        alive = session.request(&Request::Noop, deadline) => {
+            alive?;
+            // It answers both in their order.
+            match timeout(LATE, answer).await {
+                Ok(reply) => reply,
+                Err(_) => Err(unmapped("the server answers, but takes no registration")),
+            }
+        }
+    }
+}
+
 fn pickles() -> Error {
+    unmapped("the server asks for pickles")
+}
+
+/// Why there is no shared memory, and what to do about it.
+pub(crate) fn unmapped(why: &str) -> Error {
     Error::new(
         ErrorCode::UnsupportedOption,
-        "the server asks for pickles; LMCache's server needs the options \
-         --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven",
+        format!(
+            "{why}; LMCache's server needs the options \
+             --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven"
+        ),
     )
 }
 

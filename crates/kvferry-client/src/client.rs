@@ -75,6 +75,8 @@ pub struct ServerInfo {
     pub chunk_size: u32,
     /// kvferry's version; `None` for LMCache's server, which does not say.
     pub version: Option<String>,
+    /// What it speaks, which says of LMCache's server between which releases it is.
+    pub dialect: Dialect,
     /// Random at each start of the server; `None` for LMCache's.
     pub boot_token: Option<[u8; 16]>,
     /// The server's process; `None` for LMCache's.
@@ -147,7 +149,13 @@ impl Client {
         let (state, info) = match (&opened, options.assumed_chunk_size) {
             (Ok(opened), _) => (State::Connected(Arc::clone(&opened.1)), opened.3.clone()),
             (Err(error), Some(chunk_size)) if is_absence(error) => {
-                let info = ServerInfo { chunk_size, version: None, boot_token: None, pid: None };
+                let info = ServerInfo {
+                    chunk_size,
+                    version: None,
+                    dialect: Dialect::Current,
+                    boot_token: None,
+                    pid: None,
+                };
                 (State::disconnected(error.clone()), info)
             }
             (Err(error), _) => return Err(error.clone()),
@@ -570,6 +578,7 @@ async fn open(
     let info = ServerInfo {
         chunk_size,
         version: hello.as_ref().map(|hello| hello.version.clone()),
+        dialect,
         boot_token: hello.as_ref().map(|hello| hello.boot_token),
         pid: hello.as_ref().map(|hello| hello.pid),
     };

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 
+use crate::cache::unmapped;
+
 /// A mapped pool.
 #[derive(Clone)]
 pub(crate) struct Pool {
@@ -26,11 +28,7 @@ impl Pool {
     /// It is not there, or is another server's: `segment` is which one it has to be, as far as the server says.
     pub(crate) fn map(name: &str, bytes: u64, segment: Option<&str>) -> Result<Self> {
         if name.is_empty() || bytes == 0 {
-            return Err(Error::new(
-                ErrorCode::UnsupportedOption,
-                "the server offers no shared memory; LMCache's server needs the options \
-                 --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven",
-            ));
+            return Err(unmapped("the server offers no shared memory"));
         }
         if name.contains(['/', '\0']) {
             return Err(Error::new(

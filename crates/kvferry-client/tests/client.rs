@@ -353,6 +353,21 @@ async fn a_server_that_does_not_announce_checksums_is_committed_to_without() {
 }
 
 #[tokio::test]
+async fn a_server_in_another_transfer_mode_is_told_what_to_be_started_with() {
+    let router = Router::start("unused", |_, request| match request {
+        Request::GetExperimental => Some(Answer::Reply(Reply::Names(Vec::new()))),
+        Request::Register { .. } => Some(Answer::Silence),
+        Request::Noop => Some(Answer::Reply(Reply::Text("OK".to_owned()))),
+        _ => None,
+    })
+    .await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let error = client.register(layout(), soon()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::UnsupportedOption, "{error}");
+    assert!(error.message.contains("--supported-transfer-mode engine_driven"), "{error}");
+}
+
+#[tokio::test]
 async fn nothing_is_written_to_granted_slots_once_the_server_may_give_them_away() {
     let (name, region) = pool("gate");
     for ending in ["close", "drop", "silence"] {

@@ -73,7 +73,14 @@ impl SharedRegion {
     pub fn open(name: &str, bytes: u64) -> Result<Self> {
         let path = path_of(name)?;
         let file = open(&path, false).map_err(|error| {
-            Error::system(format!("cannot open the server's pool {}", path.display()), &error)
+            let what = format!("cannot open the server's pool {}", path.display());
+            match error.kind() {
+                std::io::ErrorKind::PermissionDenied => {
+                    let hint = "it is another user's: run the server and this process as one user";
+                    Error::system(format!("{what} ({hint})"), &error)
+                }
+                _ => Error::system(what, &error),
+            }
         })?;
         let metadata = file.metadata().map_err(|error| {
             Error::system(format!("cannot read the size of {}", path.display()), &error)

@@ -183,6 +183,10 @@ impl PrefixCache {
         }
         let chunks = self.cache.lookup(&key, deadline).await?.min(hashes.len() as u64);
         key.end = chunks * u64::from(self.chunk_size);
+        if chunks == 0 {
+            // There is nothing to end for who asked; if this fails, the session ends by itself.
+            let _ = self.cache.end_session(&key.request_id, deadline).await;
+        }
         Ok(Hit { key, chunks: u32::try_from(chunks).unwrap_or(u32::MAX), hashes })
     }
 

@@ -61,6 +61,12 @@ impl Client {
         self.chunk_size
     }
 
+    /// Between which releases of LMCache the server is, or whose it speaks.
+    #[napi(getter, catch_unwind)]
+    pub fn releases(&self) -> Option<String> {
+        Some(self.client().ok()?.server().dialect.releases().to_owned())
+    }
+
     /// Why there is no connection now, as `CODE: message`; absent while there is one.
     #[napi(getter, catch_unwind)]
     pub fn failure(&self) -> Option<String> {

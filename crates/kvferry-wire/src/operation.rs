@@ -33,6 +33,17 @@ impl Dialect {
     /// The releases, for a message.
     pub const RELEASES: &'static str = "LMCache 0.4.7 and 0.5.0 to 0.5.6";
 
+    /// The releases that speak it, for a message.
+    #[must_use]
+    pub const fn releases(self) -> &'static str {
+        match self {
+            Self::Current => "LMCache 0.5.5 or 0.5.6",
+            Self::Lmcache053 => "LMCache 0.5.3 or 0.5.4",
+            Self::Lmcache050 => "LMCache 0.5.0 to 0.5.2",
+            Self::Lmcache047 => "LMCache 0.4.7",
+        }
+    }
+
     /// How many leases a lookup takes on each object that `readers` workers are going to read, told
     /// of them in the key's `num_kv_readers` and in `tp_size` alike.
     ///
