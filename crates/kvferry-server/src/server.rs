@@ -351,8 +351,14 @@ struct Leaving {
 impl Drop for Leaving {
     fn drop(&mut self) {
         // What writes through its connection alone writes nothing without it.
-        let ended = self.peer.is_distant().then_some(Departure::Ended);
-        self.store.disconnect(self.peer.owner(), ended.unwrap_or(self.departure));
+        let mut departure = self.departure;
+        if self.peer.is_distant() {
+            departure = Departure::Ended;
+        }
+        if self.peer.is_ours() && departure == Departure::Ended {
+            departure = Departure::Left;
+        }
+        self.store.disconnect(self.peer.owner(), departure);
     }
 }
 

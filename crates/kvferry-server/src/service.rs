@@ -47,6 +47,11 @@ impl Peer {
         self.distant
     }
 
+    /// Whether it is a client of kvferry's.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.extended
+    }
+
     pub(crate) fn make_admin(&mut self) {
         self.admin = true;
     }

@@ -50,7 +50,7 @@ impl Drop for EndSession<'_> {
 impl Drop for Embedded {
     fn drop(&mut self) {
         // Whoever copies holds this peer, so no copy is under way.
-        self.store.disconnect(self.owner, Departure::Ended);
+        self.store.disconnect(self.owner, Departure::Left);
     }
 }
 

@@ -116,6 +116,12 @@ pub(crate) struct Instance {
     pub(crate) apart: HashMap<Range, VecDeque<Apart>>,
 }
 
+impl Instance {
+    fn holds_nothing(&self) -> bool {
+        self.stores.is_empty() && self.retrievals.is_empty() && self.apart.is_empty()
+    }
+}
+
 pub(crate) struct Apart {
     pub(crate) owner: Owner,
     /// Each with the tenant that it counts for.
@@ -537,17 +543,19 @@ impl State {
         }
     }
 
+    /// Whether the instance's peers are all gone, and it holds nothing.
+    pub(crate) fn is_deserted(&self, instance: u64) -> bool {
+        self.instances.get(&instance).is_some_and(Instance::holds_nothing)
+            && !self.owners.values().any(|owner| owner.instances.contains(&instance))
+    }
+
     /// Forgets the oldest instance whose peers are all gone and that holds nothing: engines that were
     /// killed did not unregister theirs. `false` when there is none.
     pub(crate) fn forget_deserted(&mut self) -> bool {
         let owned: HashSet<u64> =
             self.owners.values().flat_map(|owner| &owner.instances).copied().collect();
-        let deserted = self.instances.iter().filter(|(id, instance)| {
-            !owned.contains(id)
-                && instance.stores.is_empty()
-                && instance.retrievals.is_empty()
-                && instance.apart.is_empty()
-        });
+        let all = self.instances.iter();
+        let deserted = all.filter(|(id, known)| !owned.contains(id) && known.holds_nothing());
         let oldest = deserted.min_by_key(|(_, instance)| instance.age).map(|(id, _)| *id);
         oldest.inspect(|id| self.unregister(*id)).is_some()
     }

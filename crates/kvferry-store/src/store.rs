@@ -105,6 +105,8 @@ pub struct Owner(pub(crate) u64);
 pub enum Departure {
     /// Its own kernel ended the connection: it does not touch the pool any more.
     Ended,
+    /// The same, and its instances with it: where it comes back, it registers them anew, as LMCache's do not.
+    Left,
     /// We gave it up (deadline, malformed input): it may still write to slots that it was told of.
     GivenUp,
 }
@@ -286,6 +288,9 @@ impl Store {
         }
         for id in belongings.instances {
             state.leave(id, owner, departure);
+            if departure == Departure::Left && state.is_deserted(id) {
+                state.unregister(id);
+            }
         }
     }
 

@@ -351,6 +351,26 @@ fn a_peer_that_ended_leaves_nothing_held() {
 }
 
 #[test]
+fn an_instance_goes_with_a_peer_that_would_register_it_anew_unless_another_uses_it() {
+    for (departure, others, left) in [
+        (Departure::Left, 0, 0),
+        (Departure::Left, 1, 1),
+        (Departure::Ended, 0, 1),
+        (Departure::GivenUp, 0, 1),
+    ] {
+        let engine = engine(4);
+        engine.put(&key("r", 0, 1));
+        for _ in 0..others {
+            let other = engine.store.connect();
+            engine.store.prepare_store(other, &key("w", 100, 1), 1, engine.now).unwrap();
+        }
+        engine.store.disconnect(engine.owner, departure);
+        assert_eq!(engine.status("instances"), left, "{departure:?}, {others} others");
+        assert_eq!(engine.status("objects"), 1);
+    }
+}
+
+#[test]
 fn slots_of_a_peer_that_was_given_up_are_never_reused_until_it_says_so() {
     let mut engine = engine(4);
     let (reading, writing) = (key("r", 0, 1), key("w", 100, 2));
