@@ -149,7 +149,7 @@ struct Inner {
     growing: AtomicBool,
     state: Arc<Mutex<State>>,
     disk: Option<Disk>,
-    remote: Option<Remote>,
+    remote: Option<Arc<Remote>>,
 }
 
 /// A store that goes when nobody else has it.
@@ -189,7 +189,8 @@ impl Store {
         let disk = disk.transpose()?;
         // Beside a disk the remote, which may be slow for long, takes a quarter of it.
         let queue_bytes = memory / if disk.is_some() { 4 } else { 2 };
-        let remote = remote.map(|options| reach(options, queue_bytes.max(PAGE))).transpose()?;
+        let reach = |options| reach(options, queue_bytes.max(PAGE)).map(Arc::new);
+        let remote = remote.map(reach).transpose()?;
         let region = match shared_name {
             Some(name) => shared(name, memory)?,
             None => Region::Private(Arc::new(PrivateRegion::new(memory)?)),
@@ -959,8 +960,12 @@ impl Store {
         self.inner.disk.as_ref()
     }
 
+    pub(crate) fn remote(&self) -> Option<&Arc<Remote>> {
+        self.inner.remote.as_ref()
+    }
+
     pub(crate) fn below(&self) -> Below<'_> {
-        Below { disk: self.inner.disk.as_ref(), remote: self.inner.remote.as_ref() }
+        Below { disk: self.inner.disk.as_ref(), remote: self.inner.remote.as_deref() }
     }
 
     pub(crate) fn downgrade(&self) -> WeakStore {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
@@ -14,8 +15,8 @@ use kvferry_core::{Error, ErrorCode, Result};
 use tokio::sync::watch;
 
 use super::{Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
-use crate::disk::tests::Directory;
-use crate::disk::{Disk, DiskOptions};
+use crate::disk::tests::{Directory, Faulty, Operation};
+use crate::disk::{self, Disk, DiskOptions};
 use crate::{Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -216,6 +217,16 @@ impl Engine {
         disk: Option<DiskOptions>,
         times: Times,
     ) -> Self {
+        Self::with_disk(shelf, objects, disk, Disk::open, times)
+    }
+
+    fn with_disk(
+        shelf: &Arc<Shelf>,
+        objects: u64,
+        disk: Option<DiskOptions>,
+        open: impl FnOnce(&DiskOptions) -> Result<Disk>,
+        times: Times,
+    ) -> Self {
         let options = StoreOptions {
             chunk_size: u32::try_from(CHUNK).unwrap(),
             memory: objects * OBJECT,
@@ -226,7 +237,7 @@ impl Engine {
             limits: Limits::default(),
         };
         let reach = |options, queue| Remote::open_with(options, queue, times);
-        let store = Store::on(options, Disk::open, reach).unwrap();
+        let store = Store::on(options, open, reach).unwrap();
         let owner = store.connect();
         store.register(owner, 1, layout()).unwrap();
         Self { store, owner }
@@ -297,6 +308,7 @@ impl Engine {
     fn assert_nothing_is_held(&self) {
         assert_eq!((self.status("leases"), self.status("sessions")), (0, 0));
         let state = self.store.lock();
+        assert_eq!(state.coming_bytes, 0);
         assert!(state.loading.is_empty() && state.saving.is_empty());
     }
 }
@@ -369,6 +381,65 @@ fn a_prefix_may_be_spread_over_memory_disk_and_remote() {
     assert_eq!(third.remote().loads, 8);
     second.assert_nothing_is_held();
     third.assert_nothing_is_held();
+}
+
+/// A store with `chunks` chunks of a prompt on its disk and in the remote, and none in memory. Files cannot be opened
+/// while it says so.
+fn on_disk_and_remote(
+    shelf: &Arc<Shelf>,
+    directory: &Directory,
+    chunks: u64,
+) -> (Engine, Arc<AtomicBool>) {
+    let fails = Arc::new(AtomicBool::new(false));
+    let files = {
+        let fails = Arc::clone(&fails);
+        Faulty::on(directory, move |operation| {
+            let fails = matches!(operation, Operation::Open) && fails.load(Ordering::Relaxed);
+            if fails { Err(io::Error::other("no such luck")) } else { Ok(()) }
+        })
+    };
+    let open = |options: &DiskOptions| Disk::open_on(options, files, disk::Times::default());
+    let options = Some(directory.options(64 << 20));
+    let engine = Engine::with_disk(shelf, 64, options, open, times());
+    assert_eq!(engine.save(&key(0, chunks)), usize::try_from(chunks).unwrap());
+    engine.forget();
+    (engine, fails)
+}
+
+#[test]
+fn what_the_disk_has_and_cannot_load_comes_from_the_remote_within_the_same_lookup() {
+    let (shelf, directory) = (Shelf::new(), Directory::new());
+    let (engine, fails) = on_disk_and_remote(&shelf, &directory, 4);
+    // Files that cannot be opened stay, and are the first choice of each lookup.
+    fails.store(true, Ordering::Relaxed);
+    assert_eq!(engine.read(&key(0, 4)), 4);
+    assert_eq!((engine.store.disk_status().unwrap().load_failures, engine.remote().loads), (4, 4));
+    assert_eq!((engine.status("remote_promoted_chunks"), engine.status("promoted_chunks")), (4, 0));
+    fails.store(false, Ordering::Relaxed);
+    engine.forget();
+    // One is damaged, one is gone.
+    let files = fs::read_dir(directory.objects()).unwrap();
+    let files: Vec<_> = files.map(|entry| entry.unwrap().path()).collect();
+    fs::write(&files[0], vec![0; 8192]).unwrap();
+    fs::remove_file(&files[1]).unwrap();
+    assert_eq!(engine.read(&key(0, 4)), 4);
+    assert_eq!((engine.store.disk_status().unwrap().damaged, engine.remote().loads), (2, 6));
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn what_neither_the_disk_nor_the_remote_can_load_makes_a_shorter_hit() {
+    for mood in [Mood::Works, Mood::Fails, Mood::Hangs] {
+        let (shelf, directory) = (Shelf::new(), Directory::new());
+        let (engine, fails) = on_disk_and_remote(&shelf, &directory, 3);
+        assert_eq!(engine.read(&key(0, 1)), 1);
+        shelf.values.lock().unwrap().retain(|key, _| !is_object(key));
+        fails.store(true, Ordering::Relaxed);
+        shelf.be(mood);
+        assert_eq!(engine.read(&key(0, 3)), 1, "{mood:?}");
+        engine.assert_nothing_is_held();
+        assert_eq!(engine.status("used_bytes"), OBJECT, "{mood:?}");
+    }
 }
 
 #[test]
@@ -484,7 +555,7 @@ fn what_lookups_wait_for_takes_a_quarter_of_the_memory_at_most() {
     let small = Engine::with(&shelf, 16, None);
     for hit in [4, 8, 12] {
         assert_eq!(small.read(&key(0, 12)), hit, "the next one finds more");
-        assert_eq!(small.store.lock().coming_bytes, 0);
+        small.assert_nothing_is_held();
     }
     small.assert_nothing_is_held();
 }
