@@ -767,9 +767,7 @@ impl Store {
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
         // Under the lock: nobody may load it once more in between.
-        for tier in self.below().all() {
-            discarded.iter().for_each(|id| tier.remove(id));
-        }
+        self.below().all().for_each(|tier| tier.remove(&discarded));
         discarded.len() as u64
     }
 
@@ -787,13 +785,13 @@ impl Store {
     /// from the tiers below as well; what is there alone stays until it is evicted.
     pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
         let mut state = self.lock();
-        let mut cleared = 0;
+        let mut cleared = Vec::new();
         while let Some((id, grant)) = state.index.clear_one(cache_salt) {
             state.pool.give_back(grant);
-            self.below().all().for_each(|tier| tier.remove(&id));
-            cleared += 1;
+            cleared.push(id);
         }
-        cleared
+        self.below().all().for_each(|tier| tier.remove(&cleared));
+        cleared.len() as u64
     }
 
     /// What each tenant may have of the memory, from now on. Nothing goes at once: who has more than its cap makes room

@@ -51,8 +51,8 @@ pub(crate) trait Tier: Send + Sync {
         done: LoadDone,
     ) -> bool;
 
-    /// The object is not found any more.
-    fn remove(&self, id: &ObjectId);
+    /// The objects are not found any more, and no save of them that was accepted before brings them back.
+    fn remove(&self, ids: &[ObjectId]);
 
     /// Nothing that was saved until now is found any more.
     fn clear(&self);
