@@ -1,5 +1,6 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { type AddressInfo, createServer } from "node:net";
 import { createInterface } from "node:readline";
 import { setImmediate } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
@@ -223,6 +224,21 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		}
 	});
 
+	it("finds out by one request that all its connections are lost", async () => {
+		const [process, url] = await redis();
+		const first = await server(url);
+		const stored = await cacheOf(first);
+		await stored.store(tokens(12, 0), bytesOf(0));
+		await stored.store(tokens(12, 1), bytesOf(1));
+		await saved(first, 24);
+		const second = await server(url);
+		const cache = await cacheOf(second);
+		expect(await read(cache, 12, { seed: 0 })).toBe(12); // over each connection
+		process.cli("client", "kill", "type", "normal", "skipme", "yes");
+		expect(await read(cache, 12, { seed: 1 })).toBe(12);
+		expect(Number(second.status().remote_retries)).toBeLessThanOrEqual(1);
+	});
+
 	it("answers within its deadlines while Redis does not move", async () => {
 		const [process, url] = await redis();
 		const first = await server(url);
@@ -293,7 +309,8 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		expect((await get("/status")) + (await get("/readyz"))).not.toContain("hunter2");
 	});
 
-	it("spreads its objects over a cluster, and finds them there", async () => {
+	/** A cluster of three; the hosts of its nodes. */
+	async function cluster(): Promise<[RedisProcess[], string[]]> {
 		const nodes = await Promise.all(
 			[1, 2, 3].map(() => RedisProcess.start("--cluster-enabled", "yes")),
 		);
@@ -302,6 +319,11 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		nodes[0]?.cli("--cluster", "create", ...hosts, "--cluster-yes");
 		const info = () => nodes.map((node) => /cluster_state:ok/.test(node.cli("cluster", "info")));
 		await expect.poll(info, { timeout: 20_000 }).toEqual([true, true, true]);
+		return [nodes, hosts];
+	}
+
+	it("spreads its objects over a cluster, and finds them there", async () => {
+		const [nodes, hosts] = await cluster();
 		const url = `redis+cluster://${hosts.slice(0, 2).join(",")}`;
 		const [first, second] = [await server(url), await server(url)];
 		await (await cacheOf(first)).store(tokens(30), bytesOf(0));
@@ -309,6 +331,23 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		const sizes = nodes.map((node) => Number(node.cli("dbsize")));
 		expect(sizes.every((size) => size > 0)).toBe(true);
 		expect(await read(await cacheOf(second), 31)).toBe(30);
+	});
+
+	it("reaches a cluster though one of the nodes that it is told of says nothing", async () => {
+		const [, hosts] = await cluster();
+		const silent = createServer(() => {}).listen(0, "127.0.0.1");
+		await once(silent, "listening");
+		kept({ [Symbol.asyncDispose]: async () => void silent.close() });
+		const { port } = silent.address() as AddressInfo;
+		const url = `redis+cluster://127.0.0.1:${port},${hosts[0]}`;
+		const sizes = ["--chunk-size", String(CHUNK)];
+		const serving = kept(await ServerProcess.start("--remote", url, ...sizes));
+		const via = kept(await Client.connect({ url: serving.url }));
+		const told = async (name: string) => (await via.status())[name];
+		await expect.poll(() => told("remote_failure"), { timeout: 20_000 }).toBe("");
+		await (await cacheOf(via)).store(tokens(5), bytesOf(0));
+		await expect.poll(() => told("remote_saves"), { timeout: 20_000 }).toBe(5);
+		expect(await read(await cacheOf(await server(`redis+cluster://${hosts[1]}`)), 5)).toBe(5);
 	});
 });
 

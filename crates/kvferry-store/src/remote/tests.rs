@@ -387,6 +387,23 @@ fn wait<T>(future: impl Future<Output = T>) -> T {
 }
 
 #[test]
+fn what_the_remote_has_is_not_explained_as_gone() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.save(&key(0, 4));
+    engine.forget();
+    engine.put(&Key { start: 2 * CHUNK, end: 3 * CHUNK, ..key(0, 3) }); // between those that the remote has
+    let explain = |prompt| wait(engine.store.explain(&prompt, str::to_owned).unwrap());
+    let told = explain(key(0, 4));
+    assert_eq!((told.hit_chunks, told.missing), (4, None));
+    let told = explain(key(0, 6));
+    assert_eq!((told.hit_chunks, told.missing.unwrap().removed), (4, None));
+    shelf.be(Mood::Hangs);
+    let told = explain(key(0, 4));
+    assert_eq!((told.hit_chunks, told.missing.unwrap().removed.is_some()), (0, true));
+}
+
+#[test]
 fn what_one_store_saved_another_finds_and_under_another_salt_nobody() {
     let shelf = Shelf::new();
     let (first, second) = (Engine::on(&shelf), Engine::on(&shelf));
