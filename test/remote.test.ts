@@ -1,5 +1,6 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { createServer as createHttpServer } from "node:http";
 import { type AddressInfo, createServer } from "node:net";
 import { createInterface } from "node:readline";
 import { setImmediate } from "node:timers/promises";
@@ -154,7 +155,7 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 	});
 
 	it("forgets for all servers what one of them clears", async () => {
-		const [, url] = await redis();
+		const [process, url] = await redis();
 		const [first, second] = [
 			kept(await ServerProcess.start("--remote", url, "--chunk-size", String(CHUNK))),
 			await server(url),
@@ -170,7 +171,12 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		await cache.store(tokens(2, 1), bytesOf(1));
 		await expect.poll(() => read(other, 2, { seed: 1 }), { timeout: 25_000 }).toBe(2);
 		expect(await read(other, 3)).toBe(0);
-	});
+		// An epoch that Redis evicts is told it again.
+		const epoch = process.cli("get", "kvferry/1/epoch");
+		process.cli("del", "kvferry/1/epoch");
+		const again = () => process.cli("get", "kvferry/1/epoch");
+		await expect.poll(again, { timeout: 20_000 }).toBe(epoch);
+	}, 60_000);
 
 	it("answers every request while Redis is killed and started again, and hits return", async () => {
 		const [process, url] = await redis();
@@ -333,9 +339,10 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		expect(await read(await cacheOf(second), 31)).toBe(30);
 	});
 
-	it("reaches a cluster though one of the nodes that it is told of says nothing", async () => {
+	it("reaches a cluster though one of the nodes that it is told of says nothing for long", async () => {
 		const [, hosts] = await cluster();
-		const silent = createServer(() => {}).listen(0, "127.0.0.1");
+		const silent = createServer((socket) => void setTimeout(() => socket.destroy(), 3000));
+		silent.listen(0, "127.0.0.1");
 		await once(silent, "listening");
 		kept({ [Symbol.asyncDispose]: async () => void silent.close() });
 		const { port } = silent.address() as AddressInfo;
@@ -349,6 +356,75 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		await expect.poll(() => told("remote_saves"), { timeout: 20_000 }).toBe(5);
 		expect(await read(await cacheOf(await server(`redis+cluster://${hosts[1]}`)), 5)).toBe(5);
 	});
+});
+
+describe("a cache with an S3 that is slow and knows no conditions", () => {
+	/** Values by path. HEAD requests beyond `heads` are not answered; whose header has a condition is refused. */
+	async function slow() {
+		const told = { values: new Map<string, Buffer>(), heads: Number.POSITIVE_INFINITY, refused: 0 };
+		const store = createHttpServer(async (request, response) => {
+			const path = request.url as string;
+			const chunks: Buffer[] = [];
+			for await (const chunk of request) {
+				chunks.push(chunk);
+			}
+			const value = told.values.get(path);
+			if (request.method === "HEAD" && told.heads-- <= 0) {
+				return;
+			}
+			if (request.headers["if-none-match"] !== undefined) {
+				told.refused++;
+				response.writeHead(501).end();
+			} else if (request.method === "PUT") {
+				told.values.set(path, Buffer.concat(chunks));
+				response.writeHead(200, { etag: '"1"' }).end();
+			} else if (request.method === "DELETE") {
+				told.values.delete(path);
+				response.writeHead(204).end();
+			} else if (value === undefined) {
+				response.writeHead(404).end();
+			} else {
+				response.writeHead(200, { "content-length": value.length, etag: '"1"' });
+				response.end(request.method === "HEAD" ? undefined : value);
+			}
+		}).listen(0, "127.0.0.1");
+		await once(store, "listening");
+		kept({
+			[Symbol.asyncDispose]: async () => {
+				store.close();
+				store.closeAllConnections();
+			},
+		});
+		const { port } = store.address() as AddressInfo;
+		return { told, url: `s3://bucket/kv?region=r&endpoint=http://127.0.0.1:${port}` };
+	}
+
+	it("hits what was told within a question's time, and tells it the epoch again", async () => {
+		Object.assign(process.env, { AWS_ACCESS_KEY_ID: "id", AWS_SECRET_ACCESS_KEY: "hunter2" });
+		const { told, url } = await slow();
+		const first = await server(url);
+		await (await cacheOf(first)).store(tokens(30), bytesOf(0));
+		await saved(first, 30);
+		const second = await server(url);
+		const cache = await cacheOf(second);
+		for (const hit of [4, 8]) {
+			told.heads = 4; // of the first round
+			expect(await read(cache, 30)).toBe(hit);
+		}
+		expect(second.status()).toMatchObject({ remote_question_failures: 0, remote_outages: 0 });
+		told.heads = Number.POSITIVE_INFINITY;
+		expect(await read(cache, 30)).toBe(30);
+
+		const epoch = () => told.values.get("/bucket/kv/1/epoch")?.toString();
+		const args = ["--remote", url, "--chunk-size", String(CHUNK)];
+		const serving = kept(await ServerProcess.start(...args));
+		await kept(await Client.connect({ url: serving.url })).clear();
+		await expect.poll(epoch, { timeout: 20_000 }).toMatch(/^[0-9a-f]{16}$/);
+		const before = epoch();
+		told.values.delete("/bucket/kv/1/epoch");
+		await expect.poll(epoch, { timeout: 20_000 }).toBe(before);
+		expect(told.refused).toBeGreaterThan(0);
+	}, 60_000);
 });
 
 /** Python with moto; undefined where it is refused, and a line says so. */

@@ -26,9 +26,9 @@ use crate::failure;
 const FOR_VALUES: usize = 4;
 /// How long connecting to a server may take.
 const CONNECT: Duration = Duration::from_secs(1);
-/// The same of all that it takes: a cluster's nodes are asked one after the other. It goes on by itself, and who waits for
-/// it has a deadline of its own, which a node that does not answer outlasts.
-const CONNECT_ALL: Duration = Duration::from_secs(5);
+/// The same of all that it takes: a cluster's client waits for the nodes that it is told of, then for those that these
+/// name, [`ANSWER`] each time. It goes on by itself, as whoever needs the connection has less time.
+const CONNECT_ALL: Duration = Duration::from_secs(25);
 /// What a cluster's client waits for one of its nodes.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Questions that a cluster is asked at a time.

@@ -1,6 +1,6 @@
 //! What the remote's threads share: the queues, the breaker, the epoch and the counters.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -110,10 +110,11 @@ pub(crate) struct State {
     open_questions: usize,
     /// Objects that have saves which were accepted and have not ended.
     saving: HashMap<ObjectId, Saving>,
-    /// Objects that are not to be loaded though they may be there still.
-    removed: HashSet<ObjectId>,
-    /// Those of them that nobody takes out just now, and others that were put anew since.
-    removals: VecDeque<ObjectId>,
+    /// Objects that are not to be loaded though they may be there still, each with the number of its latest removal.
+    removed: HashMap<ObjectId, u64>,
+    /// Removals that wait. Those that are not the latest are void.
+    removals: VecDeque<(ObjectId, u64)>,
+    removals_begun: u64,
     removing: usize,
     /// The remote did not take one out: they wait for the keeper's next round.
     removals_wait: bool,
@@ -250,7 +251,7 @@ impl Shared {
         if !state.answers() || state.open_questions >= QUESTIONS_MAX {
             return None;
         }
-        let removed = objects.iter().position(|(id, _)| state.removed.contains(id));
+        let removed = objects.iter().position(|(id, _)| state.removed.contains_key(id));
         objects.truncate(removed.unwrap_or(objects.len()).min(OBJECTS_MAX));
         if objects.is_empty() {
             return None;
@@ -335,7 +336,7 @@ impl Shared {
     }
 
     pub(crate) fn is_removed(&self, id: &ObjectId) -> bool {
-        self.lock().removed.contains(id)
+        self.lock().removed.contains_key(id)
     }
 
     /// From now on the objects are not loaded, and saves that were accepted before do not bring them back.
@@ -358,32 +359,32 @@ impl Shared {
     }
 
     /// The next object that is to be taken out; `None`: there is none just now.
-    pub(crate) fn next_removal(&self) -> Option<ObjectId> {
+    pub(crate) fn next_removal(&self) -> Option<(ObjectId, u64)> {
         let mut state = self.lock();
         if state.removals_wait || !state.answers() {
             return None;
         }
-        let id = loop {
-            let id = state.removals.pop_front()?;
-            if state.removed.contains(&id) {
-                break id;
+        let (id, number) = loop {
+            let (id, number) = state.removals.pop_front()?;
+            if state.removed.get(&id) == Some(&number) {
+                break (id, number);
             }
         };
         state.removing += 1;
         if !state.removals.is_empty() {
             self.for_removers.notify_one();
         }
-        Some(id)
+        Some((id, number))
     }
 
-    pub(crate) fn end_removal(&self, id: &ObjectId, gone: bool) {
+    pub(crate) fn end_removal(&self, id: &ObjectId, number: u64, gone: bool) {
         let mut state = self.lock();
         state.removing -= 1;
-        if gone {
-            state.removed.remove(id);
-        } else {
+        if !gone {
             state.removals_wait = true;
-            state.removals.push_back(*id); // behind others, which it must not hold up
+            state.removals.push_back((*id, number)); // behind others, which it must not hold up
+        } else if state.removed.get(id) == Some(&number) {
+            state.removed.remove(id);
         }
         self.changed.notify_all();
     }
@@ -579,9 +580,10 @@ impl State {
     }
 
     fn begin_removal(&mut self, id: &ObjectId) {
-        let room = self.removed.len().max(self.removals.len()) < REMOVED_MAX;
-        if !self.closing && room && self.removed.insert(*id) {
-            self.removals.push_back(*id);
+        if !self.closing && self.removals.len() < REMOVED_MAX {
+            self.removals_begun += 1;
+            self.removed.insert(*id, self.removals_begun);
+            self.removals.push_back((*id, self.removals_begun));
         }
     }
 

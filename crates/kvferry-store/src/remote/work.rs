@@ -305,7 +305,7 @@ fn value(task: &SaveTask, header: usize) -> Result<Option<Bytes>> {
 pub(crate) async fn remove(shared: Arc<Shared>) {
     let _present = shared.present();
     loop {
-        let Some(id) = shared.next_removal() else {
+        let Some((id, number)) = shared.next_removal() else {
             if shared.lock().closing {
                 return;
             }
@@ -315,6 +315,6 @@ pub(crate) async fn remove(shared: Arc<Shared>) {
         let key = shared.key(&id);
         let request = |limit| limited(&shared, limit, shared.objects.remove(key.clone()));
         let removed = send(&shared, Request::Question, shared.times.question, None, request).await;
-        shared.end_removal(&id, removed.is_ok());
+        shared.end_removal(&id, number, removed.is_ok());
     }
 }
