@@ -27,8 +27,8 @@ const FOR_VALUES: usize = 4;
 /// How long connecting to a server may take.
 const CONNECT: Duration = Duration::from_secs(1);
 /// The same of all that it takes: a cluster's client waits for the nodes that it is told of, then for those that these
-/// name, [`ANSWER`] each time. It goes on by itself, as whoever needs the connection has less time.
-const CONNECT_ALL: Duration = Duration::from_secs(25);
+/// name. It goes on by itself, as whoever needs the connection has less time.
+const CONNECT_ALL: Duration = Duration::from_secs(5);
 /// What a cluster's client waits for one of its nodes.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Questions that a cluster is asked at a time.
@@ -152,8 +152,18 @@ impl Redis {
         })
     }
 
-    /// The line's connection. One that has to be made is made even if nobody lives to see it.
+    fn lines(&self) -> impl Iterator<Item = &Arc<Line>> {
+        self.for_values.iter().chain([&self.for_questions])
+    }
+
+    /// The line's connection. All that are not there are made at once, even if nobody lives to see it: made one after the
+    /// other, each would hold up a request.
     fn connection(&self, line: &Arc<Line>) -> (Connecting, u64) {
+        self.lines().for_each(|line| drop(self.start(line)));
+        self.start(line)
+    }
+
+    fn start(&self, line: &Arc<Line>) -> (Connecting, u64) {
         let connect = || {
             let number = self.connections.fetch_add(1, Ordering::Relaxed) + 1;
             let (opener, line) = (Arc::clone(&self.opener), Arc::clone(line));
@@ -176,9 +186,7 @@ impl Redis {
     /// need not be found out one by one. A cluster's client sees to its nodes itself.
     fn lost(&self, newest: u64) {
         if let Opener::Single(_) = *self.opener {
-            for line in self.for_values.iter().chain([&self.for_questions]) {
-                line.drop_connection(|number| number <= newest);
-            }
+            self.lines().for_each(|line| line.drop_connection(|number| number <= newest));
         }
     }
 
