@@ -1,5 +1,7 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { createServer as createHttpServer } from "node:http";
+import { type AddressInfo, createServer } from "node:net";
 import { createInterface } from "node:readline";
 import { setImmediate } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
@@ -153,7 +155,7 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 	});
 
 	it("forgets for all servers what one of them clears", async () => {
-		const [, url] = await redis();
+		const [process, url] = await redis();
 		const [first, second] = [
 			kept(await ServerProcess.start("--remote", url, "--chunk-size", String(CHUNK))),
 			await server(url),
@@ -169,7 +171,12 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		await cache.store(tokens(2, 1), bytesOf(1));
 		await expect.poll(() => read(other, 2, { seed: 1 }), { timeout: 25_000 }).toBe(2);
 		expect(await read(other, 3)).toBe(0);
-	});
+		// An epoch that Redis evicts is told it again.
+		const epoch = process.cli("get", "kvferry/1/epoch");
+		process.cli("del", "kvferry/1/epoch");
+		const again = () => process.cli("get", "kvferry/1/epoch");
+		await expect.poll(again, { timeout: 20_000 }).toBe(epoch);
+	}, 60_000);
 
 	it("answers every request while Redis is killed and started again, and hits return", async () => {
 		const [process, url] = await redis();
@@ -221,6 +228,21 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		for (let seed = 0; seed < PROMPTS; seed++) {
 			expect(await read(cache, 4, { seed })).toBe(4);
 		}
+	});
+
+	it("finds out by one request that all its connections are lost", async () => {
+		const [process, url] = await redis();
+		const first = await server(url);
+		const stored = await cacheOf(first);
+		await stored.store(tokens(12, 0), bytesOf(0));
+		await stored.store(tokens(12, 1), bytesOf(1));
+		await saved(first, 24);
+		const second = await server(url);
+		const cache = await cacheOf(second);
+		expect(await read(cache, 12, { seed: 0 })).toBe(12); // over each connection
+		process.cli("client", "kill", "type", "normal", "skipme", "yes");
+		expect(await read(cache, 12, { seed: 1 })).toBe(12);
+		expect(Number(second.status().remote_retries)).toBeLessThanOrEqual(1);
 	});
 
 	it("answers within its deadlines while Redis does not move", async () => {
@@ -293,7 +315,8 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		expect((await get("/status")) + (await get("/readyz"))).not.toContain("hunter2");
 	});
 
-	it("spreads its objects over a cluster, and finds them there", async () => {
+	/** A cluster of three; the hosts of its nodes. */
+	async function cluster(): Promise<[RedisProcess[], string[]]> {
 		const nodes = await Promise.all(
 			[1, 2, 3].map(() => RedisProcess.start("--cluster-enabled", "yes")),
 		);
@@ -302,6 +325,11 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		nodes[0]?.cli("--cluster", "create", ...hosts, "--cluster-yes");
 		const info = () => nodes.map((node) => /cluster_state:ok/.test(node.cli("cluster", "info")));
 		await expect.poll(info, { timeout: 20_000 }).toEqual([true, true, true]);
+		return [nodes, hosts];
+	}
+
+	it("spreads its objects over a cluster, and finds them there", async () => {
+		const [nodes, hosts] = await cluster();
 		const url = `redis+cluster://${hosts.slice(0, 2).join(",")}`;
 		const [first, second] = [await server(url), await server(url)];
 		await (await cacheOf(first)).store(tokens(30), bytesOf(0));
@@ -310,6 +338,93 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 		expect(sizes.every((size) => size > 0)).toBe(true);
 		expect(await read(await cacheOf(second), 31)).toBe(30);
 	});
+
+	it("reaches a cluster though one of the nodes that it is told of says nothing for long", async () => {
+		const [, hosts] = await cluster();
+		const silent = createServer((socket) => void setTimeout(() => socket.destroy(), 3000));
+		silent.listen(0, "127.0.0.1");
+		await once(silent, "listening");
+		kept({ [Symbol.asyncDispose]: async () => void silent.close() });
+		const { port } = silent.address() as AddressInfo;
+		const url = `redis+cluster://127.0.0.1:${port},${hosts[0]}`;
+		const sizes = ["--chunk-size", String(CHUNK)];
+		const serving = kept(await ServerProcess.start("--remote", url, ...sizes));
+		const via = kept(await Client.connect({ url: serving.url }));
+		const told = async (name: string) => (await via.status())[name];
+		await expect.poll(() => told("remote_failure"), { timeout: 20_000 }).toBe("");
+		await (await cacheOf(via)).store(tokens(5), bytesOf(0));
+		await expect.poll(() => told("remote_saves"), { timeout: 20_000 }).toBe(5);
+		expect(await read(await cacheOf(await server(`redis+cluster://${hosts[1]}`)), 5)).toBe(5);
+	});
+});
+
+describe("a cache with an S3 that is slow and knows no conditions", () => {
+	/** Values by path. HEAD requests beyond `heads` are not answered; whose header has a condition is refused. */
+	async function slow() {
+		const told = { values: new Map<string, Buffer>(), heads: Number.POSITIVE_INFINITY, refused: 0 };
+		const store = createHttpServer(async (request, response) => {
+			const path = request.url as string;
+			const chunks: Buffer[] = [];
+			for await (const chunk of request) {
+				chunks.push(chunk);
+			}
+			const value = told.values.get(path);
+			if (request.method === "HEAD" && told.heads-- <= 0) {
+				return;
+			}
+			if (request.headers["if-none-match"] !== undefined) {
+				told.refused++;
+				response.writeHead(501).end();
+			} else if (request.method === "PUT") {
+				told.values.set(path, Buffer.concat(chunks));
+				response.writeHead(200, { etag: '"1"' }).end();
+			} else if (request.method === "DELETE") {
+				told.values.delete(path);
+				response.writeHead(204).end();
+			} else if (value === undefined) {
+				response.writeHead(404).end();
+			} else {
+				response.writeHead(200, { "content-length": value.length, etag: '"1"' });
+				response.end(request.method === "HEAD" ? undefined : value);
+			}
+		}).listen(0, "127.0.0.1");
+		await once(store, "listening");
+		kept({
+			[Symbol.asyncDispose]: async () => {
+				store.close();
+				store.closeAllConnections();
+			},
+		});
+		const { port } = store.address() as AddressInfo;
+		return { told, url: `s3://bucket/kv?region=r&endpoint=http://127.0.0.1:${port}` };
+	}
+
+	it("hits what was told within a question's time, and tells it the epoch again", async () => {
+		Object.assign(process.env, { AWS_ACCESS_KEY_ID: "id", AWS_SECRET_ACCESS_KEY: "hunter2" });
+		const { told, url } = await slow();
+		const first = await server(url);
+		await (await cacheOf(first)).store(tokens(30), bytesOf(0));
+		await saved(first, 30);
+		const second = await server(url);
+		const cache = await cacheOf(second);
+		for (const hit of [4, 8]) {
+			told.heads = 4; // of the first round
+			expect(await read(cache, 30)).toBe(hit);
+		}
+		expect(second.status()).toMatchObject({ remote_question_failures: 0, remote_outages: 0 });
+		told.heads = Number.POSITIVE_INFINITY;
+		expect(await read(cache, 30)).toBe(30);
+
+		const epoch = () => told.values.get("/bucket/kv/1/epoch")?.toString();
+		const args = ["--remote", url, "--chunk-size", String(CHUNK)];
+		const serving = kept(await ServerProcess.start(...args));
+		await kept(await Client.connect({ url: serving.url })).clear();
+		await expect.poll(epoch, { timeout: 20_000 }).toMatch(/^[0-9a-f]{16}$/);
+		const before = epoch();
+		told.values.delete("/bucket/kv/1/epoch");
+		await expect.poll(epoch, { timeout: 20_000 }).toBe(before);
+		expect(told.refused).toBeGreaterThan(0);
+	}, 60_000);
 });
 
 /** Python with moto; undefined where it is refused, and a line says so. */

@@ -1,13 +1,16 @@
 //! Redis and Valkey, a single server or a cluster.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::io;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use futures_util::future::{BoxFuture, FutureExt as _, Shared};
+use futures_util::stream::{self, StreamExt as _};
 use kvferry_core::{Error, Result};
-use kvferry_store::remote::{Objects, RemoteFuture};
+use kvferry_store::remote::{Lengths, Objects, RemoteFuture};
 use redis::aio::MultiplexedConnection;
 use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
@@ -21,19 +24,24 @@ use crate::failure;
 
 /// Connections that values travel over; questions have one of their own, so that no value is in their way.
 const FOR_VALUES: usize = 4;
-/// How long connecting may take. What waits for it has a deadline of its own.
+/// How long connecting to a server may take.
 const CONNECT: Duration = Duration::from_secs(1);
+/// The same of all that it takes: a cluster's client waits for the nodes that it is told of, then for those that these
+/// name. It goes on by itself, as whoever needs the connection has less time.
+const CONNECT_ALL: Duration = Duration::from_secs(5);
 /// What a cluster's client waits for one of its nodes.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Questions that a cluster is asked at a time.
 const AT_ONCE: usize = 64;
 
 pub(crate) struct Redis {
-    opener: Opener,
+    opener: Arc<Opener>,
     place: String,
-    for_questions: Line,
-    for_values: [Line; FOR_VALUES],
+    for_questions: Arc<Line>,
+    for_values: [Arc<Line>; FOR_VALUES],
     turn: AtomicUsize,
+    /// Connections so far.
+    connections: AtomicU64,
 }
 
 enum Opener {
@@ -47,16 +55,12 @@ enum Connection {
     Cluster(ClusterConnection),
 }
 
-/// A connection that is made when it is needed, and again after it failed.
-#[derive(Default)]
-struct Line(Mutex<Held>);
+/// A connection that is being made or was.
+type Connecting = Shared<BoxFuture<'static, Result<Connection, RedisError>>>;
 
+/// A connection that is made when it is needed, and again after it failed; with its number.
 #[derive(Default)]
-struct Held {
-    connection: Option<Connection>,
-    /// Of the connections so far.
-    number: u64,
-}
+struct Line(Mutex<Option<(Connecting, u64)>>);
 
 /// A request under way: one that is given up takes its connection with it, as nobody knows whether that still works.
 struct UnderWay<'a> {
@@ -64,24 +68,30 @@ struct UnderWay<'a> {
     number: u64,
 }
 
+impl Opener {
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        Ok(match self {
+            Self::Single(client) => {
+                let config = AsyncConnectionConfig::new()
+                    .set_connection_timeout(Some(CONNECT))
+                    .set_response_timeout(None); // the asker's deadline holds
+                Connection::Single(
+                    client.get_multiplexed_async_connection_with_config(&config).await?,
+                )
+            }
+            Self::Cluster(client) => Connection::Cluster(client.get_async_connection().await?),
+        })
+    }
+}
+
 impl Line {
-    fn drop_connection(&self, number: u64) {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.number == number {
-            held.connection = None;
-        }
+    fn lock(&self) -> MutexGuard<'_, Option<(Connecting, u64)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn held(&self) -> Option<(Connection, u64)> {
-        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Some((held.connection.clone()?, held.number))
-    }
-
-    fn hold(&self, connection: Connection) -> (Connection, u64) {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.number += 1;
-        held.connection = Some(connection.clone());
-        (connection, held.number)
+    fn drop_connection(&self, is_meant: impl FnOnce(u64) -> bool) {
+        let dropped = self.lock().take_if(|(_, number)| is_meant(*number));
+        drop(dropped); // not under the lock
     }
 }
 
@@ -93,7 +103,7 @@ impl UnderWay<'_> {
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        self.line.drop_connection(self.number);
+        self.line.drop_connection(|number| number == self.number);
     }
 }
 
@@ -132,45 +142,74 @@ impl Redis {
                 Opener::Cluster(Box::new(client))
             }
         };
-        let for_values = Default::default();
-        let for_questions = Line::default();
-        Ok(Self { opener, place, for_questions, for_values, turn: AtomicUsize::new(0) })
-    }
-
-    async fn connect(&self) -> Result<Connection, RedisError> {
-        Ok(match &self.opener {
-            Opener::Single(client) => {
-                let config = AsyncConnectionConfig::new()
-                    .set_connection_timeout(Some(CONNECT))
-                    .set_response_timeout(None); // the asker's deadline holds
-                Connection::Single(
-                    client.get_multiplexed_async_connection_with_config(&config).await?,
-                )
-            }
-            Opener::Cluster(client) => Connection::Cluster(client.get_async_connection().await?),
+        Ok(Self {
+            opener: Arc::new(opener),
+            place,
+            for_questions: Arc::default(),
+            for_values: Default::default(),
+            turn: AtomicUsize::new(0),
+            connections: AtomicU64::new(0),
         })
     }
 
-    fn value_line(&self) -> &Line {
+    fn lines(&self) -> impl Iterator<Item = &Arc<Line>> {
+        self.for_values.iter().chain([&self.for_questions])
+    }
+
+    /// The line's connection. All that are not there are made at once, even if nobody lives to see it: made one after the
+    /// other, each would hold up a request.
+    fn connection(&self, line: &Arc<Line>) -> (Connecting, u64) {
+        self.lines().for_each(|line| drop(self.start(line)));
+        self.start(line)
+    }
+
+    fn start(&self, line: &Arc<Line>) -> (Connecting, u64) {
+        let connect = || {
+            let number = self.connections.fetch_add(1, Ordering::Relaxed) + 1;
+            let (opener, line) = (Arc::clone(&self.opener), Arc::clone(line));
+            let connecting = tokio::spawn(async move {
+                let late = |_| Err(io::Error::from(io::ErrorKind::TimedOut).into());
+                let made = tokio::time::timeout(CONNECT_ALL, opener.connect()).await;
+                let made = made.unwrap_or_else(late);
+                if made.is_err() {
+                    line.drop_connection(|it| it == number); // who comes next tries again
+                }
+                made
+            });
+            let lost = |_| Err(io::Error::from(io::ErrorKind::ConnectionAborted).into());
+            (connecting.map(move |made| made.unwrap_or_else(lost)).boxed().shared(), number)
+        };
+        line.lock().get_or_insert_with(connect).clone()
+    }
+
+    /// A connection was lost. A server that was started again has lost all that were made before the request was: they
+    /// need not be found out one by one. A cluster's client sees to its nodes itself.
+    fn lost(&self, newest: u64) {
+        if let Opener::Single(_) = *self.opener {
+            self.lines().for_each(|line| line.drop_connection(|number| number <= newest));
+        }
+    }
+
+    fn value_line(&self) -> &Arc<Line> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         &self.for_values[turn % FOR_VALUES]
     }
 
     async fn on<T>(
         &self,
-        line: &Line,
+        line: &Arc<Line>,
         ask: impl AsyncFnOnce(Connection) -> Result<T, RedisError>,
     ) -> Result<T> {
         let asked = async {
-            let (connection, number) = match line.held() {
-                Some(held) => held,
-                None => line.hold(self.connect().await?),
-            };
+            let (connecting, number) = self.connection(line);
+            let newest = self.connections.load(Ordering::Relaxed);
+            let connection = connecting.await?;
             let under_way = UnderWay { line, number };
             let answer = ask(connection).await;
             match &answer {
                 Err(error) if error.is_unrecoverable_error() || error.is_io_error() => {
                     drop(under_way);
+                    self.lost(newest);
                 }
                 _ => under_way.answered(),
             }
@@ -182,7 +221,7 @@ impl Redis {
         })
     }
 
-    async fn send<T: FromRedisValue>(&self, line: &Line, command: &Cmd) -> Result<T> {
+    async fn send<T: FromRedisValue>(&self, line: &Arc<Line>, command: &Cmd) -> Result<T> {
         self.on(line, async |connection| match connection {
             Connection::Single(mut one) => command.query_async(&mut one).await,
             Connection::Cluster(mut cluster) => command.query_async(&mut cluster).await,
@@ -203,30 +242,34 @@ fn is_passing(error: &RedisError) -> bool {
 }
 
 impl Objects for Redis {
-    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
-        Box::pin(async move {
-            let lengths: Vec<u64> = self
-                .on(&self.for_questions, async |connection| match connection {
-                    Connection::Single(mut one) => {
-                        let mut all = pipe();
-                        for key in &keys {
-                            all.cmd("STRLEN").arg(key);
+    fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
+        Box::pin(self.on(&self.for_questions, async move |connection| {
+            match connection {
+                Connection::Single(mut one) => {
+                    let mut all = pipe();
+                    for key in &keys {
+                        all.cmd("STRLEN").arg(key);
+                    }
+                    let lengths: Vec<u64> = all.query_async(&mut one).await?;
+                    let there = lengths.into_iter().take_while(|length| *length > 0);
+                    there.for_each(|length| told.tell(length));
+                }
+                Connection::Cluster(cluster) => {
+                    let ask = |key: String| {
+                        let mut cluster = cluster.clone();
+                        async move { cmd("STRLEN").arg(key).query_async(&mut cluster).await }
+                    };
+                    let mut asked = pin!(stream::iter(keys).map(ask).buffered(AT_ONCE));
+                    while let Some(length) = asked.next().await {
+                        match length? {
+                            0 => break, // it is not there
+                            length => told.tell(length),
                         }
-                        all.query_async(&mut one).await
                     }
-                    Connection::Cluster(cluster) => {
-                        let ask = |key: String| {
-                            let mut cluster = cluster.clone();
-                            async move {
-                                cmd("STRLEN").arg(key).query_async::<u64>(&mut cluster).await
-                            }
-                        };
-                        stream::iter(keys).map(ask).buffered(AT_ONCE).try_collect().await
-                    }
-                })
-                .await?;
-            Ok(lengths.into_iter().take_while(|length| *length > 0).collect()) // 0: it is not there
-        })
+                }
+            }
+            Ok(())
+        }))
     }
 
     fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
@@ -234,9 +277,21 @@ impl Objects for Redis {
     }
 
     fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
-        Box::pin(
-            async move { self.send(self.value_line(), cmd("SET").arg(key).arg(&value[..])).await },
-        )
+        Box::pin(async move {
+            let mut set = cmd("SET");
+            set.arg(key).arg(&value[..]);
+            drop(value); // there is a copy in the command, and another travels
+            self.send(self.value_line(), &set).await
+        })
+    }
+
+    fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+        Box::pin(async move {
+            let mut set = cmd("SET");
+            set.arg(key).arg(&value[..]).arg("NX");
+            let put: Option<String> = self.send(&self.for_questions, &set).await?;
+            Ok(put.is_some())
+        })
     }
 
     fn remove(&self, key: String) -> RemoteFuture<'_, ()> {

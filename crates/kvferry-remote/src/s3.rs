@@ -1,11 +1,12 @@
 //! Whatever speaks S3.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use kvferry_core::{Error, Result};
-use kvferry_store::remote::{Objects, RemoteFuture};
+use kvferry_store::remote::{Lengths, Objects, RemoteFuture};
 use opendal::{ErrorKind, HttpTransporter, OperationContext, Operator, services};
 use opendal_http_transport_reqwest::ReqwestTransport;
 
@@ -63,24 +64,23 @@ impl S3 {
 }
 
 impl Objects for S3 {
-    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
+    fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
         Box::pin(async move {
-            let mut lengths = Vec::with_capacity(keys.len());
             let (mut from, mut count) = (0, FIRST);
             while from < keys.len() {
                 let some = &keys[from..keys.len().min(from + count)];
                 let ask = |key: String| async move { self.length(&key).await };
-                let asked = stream::iter(some.to_vec()).map(ask).buffered(MOST);
-                for length in asked.collect::<Vec<_>>().await {
+                let mut asked = pin!(stream::iter(some.to_vec()).map(ask).buffered(MOST));
+                while let Some(length) = asked.next().await {
                     match length? {
-                        Some(length) => lengths.push(length),
-                        None => return Ok(lengths),
+                        Some(length) => told.tell(length),
+                        None => return Ok(()),
                     }
                 }
                 from += some.len();
                 count *= GROWTH;
             }
-            Ok(lengths)
+            Ok(())
         })
     }
 
@@ -97,6 +97,19 @@ impl Objects for S3 {
     fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
         Box::pin(async move {
             self.operator.write(&key, value).await.map(drop).map_err(|error| self.failure(&error))
+        })
+    }
+
+    fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+        Box::pin(async move {
+            let put = self.operator.write_with(&key, value.clone()).if_not_exists(true);
+            match put.await {
+                Ok(_) => Ok(true),
+                Err(error) if error.kind() == ErrorKind::ConditionNotMatch => Ok(false),
+                Err(error) if error.is_temporary() => Err(self.failure(&error)),
+                // Not every store knows the condition.
+                Err(_) => self.put(key, value).await.map(|()| true),
+            }
         })
     }
 

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -18,7 +19,7 @@ use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode};
 use kvferry_server::{HttpOptions, Server, ServerOptions};
 use kvferry_store::disk::DiskOptions;
-use kvferry_store::remote::{Objects, RemoteFuture, RemoteOptions};
+use kvferry_store::remote::{Lengths, Objects, RemoteFuture, RemoteOptions};
 use kvferry_store::{Departure, Quota, Quotas, Store, StoreOptions};
 use kvferry_wire::{Reply, Request};
 use serde_json::{Value, json};
@@ -77,9 +78,12 @@ impl Shelf {
 }
 
 impl Objects for Shelf {
-    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
-        let length = |bytes: &Bytes| bytes.len() as u64;
-        self.ask(|values| keys.iter().map_while(|key| values.get(key).map(length)).collect())
+    fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
+        let there = |values: &mut HashMap<String, Bytes>| {
+            let there = keys.iter().map_while(|key| values.get(key));
+            there.for_each(|value| told.tell(value.len() as u64));
+        };
+        self.ask(there)
     }
 
     fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
@@ -88,6 +92,16 @@ impl Objects for Shelf {
 
     fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
         self.ask(|values| drop(values.insert(key, value)))
+    }
+
+    fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+        self.ask(|values| match values.entry(key) {
+            Entry::Vacant(place) => {
+                place.insert(value);
+                true
+            }
+            Entry::Occupied(_) => false,
+        })
     }
 
     fn remove(&self, key: String) -> RemoteFuture<'_, ()> {

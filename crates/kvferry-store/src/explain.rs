@@ -1,12 +1,13 @@
 //! Why a prompt is no hit. All objects and the log of events are looked at, in slices: the lock is let
-//! go between them, and other tasks of the same thread run.
+//! go between them, and other tasks of the same thread run. What neither memory nor disk has the remote is asked for, once.
 
 use std::collections::{BTreeSet, HashSet};
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use kvferry_core::Result;
 use kvferry_core::explain::{
@@ -16,13 +17,16 @@ use kvferry_core::key::Key;
 
 use crate::index::{ObjectId, Seen};
 use crate::prompt::Prompt;
+use crate::remote::Remote;
 use crate::space::Space;
-use crate::state::State;
-use crate::store::Store;
+use crate::state::{Registered, State};
+use crate::store::{Store, ids_of};
 use crate::tenants::PROBES;
 
 /// Objects or events that are looked at under one lock: some tens of microseconds.
 const SLICE: usize = 4_096;
+/// How long the remote may take.
+const REMOTE_WAIT: Duration = Duration::from_secs(1);
 
 impl Store {
     /// Begins to look for what there is of the key's range, and for what is known of the first chunk
@@ -34,7 +38,8 @@ impl Store {
     ) -> Result<Explaining> {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
-        let spaces = self.lock().spaces(key);
+        let (layouts, spaces) =
+            self.lock().layouts(key).map(|of_ranks| of_ranks.into_iter().unzip()).unzip();
         let registered = spaces.is_some();
         let asked = Asked {
             model_name: key.model_name.clone(),
@@ -47,7 +52,7 @@ impl Store {
             None => Phase::Layouts { place: 0, found: Vec::new() },
         };
         let (store, label) = (self.clone(), Box::new(label));
-        Ok(Explaining { store, prompt, chunks, asked, registered, phase, label })
+        Ok(Explaining { store, prompt, chunks, asked, layouts, registered, phase, label })
     }
 }
 
@@ -57,6 +62,8 @@ pub struct Explaining {
     prompt: Arc<Prompt>,
     chunks: Range<usize>,
     asked: Asked,
+    /// Of each rank, until the remote was asked.
+    layouts: Option<Vec<Arc<Registered>>>,
     registered: bool,
     phase: Phase,
     label: Box<dyn Fn(&str) -> String + Send>,
@@ -90,10 +97,19 @@ enum Phase {
     Layouts { place: usize, found: Vec<[u8; 32]> },
     /// How many leading chunks are there?
     Hits(Hits),
+    /// How many of these objects are in the remote?
+    Remote { chunk: usize, objects: Vec<ObjectId>, answer: Arc<Mutex<Answer>> },
     /// Who has the chunk that is missing?
     Objects { chunk: usize, place: usize, found: Found },
     /// Was it there before?
     Log { chunk: usize, before: u64, found: Found },
+}
+
+/// The remote's: how many objects are there, and who waits to know.
+#[derive(Default)]
+struct Answer {
+    there: Option<usize>,
+    waker: Option<Waker>,
 }
 
 /// Leading chunks of one layout after the other; the longest prefix is the answer.
@@ -195,6 +211,12 @@ impl Explaining {
         match std::mem::replace(&mut self.phase, done) {
             Phase::Layouts { place, found } => self.look_for_layouts(&state, place, found),
             Phase::Hits(hits) => return self.count_hits(&state, hits),
+            Phase::Remote { chunk, mut objects, answer } => {
+                let answer = answer.lock().unwrap_or_else(PoisonError::into_inner);
+                objects.truncate(answer.there.unwrap_or_default());
+                let there: HashSet<ObjectId> = objects.into_iter().collect();
+                return self.add_hits(&state, chunk, &there);
+            }
             Phase::Objects { chunk, place, found } => {
                 self.look_for_objects(&state, chunk, place, found);
             }
@@ -234,11 +256,7 @@ impl Explaining {
                     space: *space,
                     rank,
                 });
-                let disk = self.store.disk();
-                let on_disk = |id: &ObjectId| {
-                    disk.is_some_and(|disk| disk.find(&id.chunk, &id.space, id.rank).is_some())
-                };
-                if !ids.all(|id| state.index.get_visible(&id).is_some() || on_disk(&id)) {
+                if !ids.all(|id| self.has(state, &id)) {
                     break;
                 }
                 hits.chunk += 1;
@@ -256,6 +274,63 @@ impl Explaining {
         }
         let chunk = hits.best.map_or(hits.first, |(chunk, _)| chunk);
         self.asked.spaces = hits.best.map(|(_, position)| hits.spaces.swap_remove(position));
+        match self.ask_remote(state, chunk) {
+            Some(asking) => {
+                self.phase = asking;
+                None
+            }
+            None => self.add_hits(state, chunk, &HashSet::new()),
+        }
+    }
+
+    /// Whether memory or disk has it.
+    fn has(&self, state: &State, id: &ObjectId) -> bool {
+        let disk = self.store.disk();
+        state.index.get_visible(id).is_some()
+            || disk.is_some_and(|disk| disk.find(&id.chunk, &id.space, id.rank).is_some())
+    }
+
+    /// Asks for what is missing from `chunk` on; `None`: nothing is missing, or there is nobody to ask.
+    fn ask_remote(&mut self, state: &State, chunk: usize) -> Option<Phase> {
+        let remote = self.store.remote()?;
+        let (layouts, spaces) = (self.layouts.take()?, self.asked.spaces.as_ref()?);
+        let objects = (chunk..self.chunks.end).flat_map(|chunk| {
+            let bytes = layouts
+                .iter()
+                .map(|it| Remote::value_bytes(&it.layout, &self.asked.cache_salt, it.object_bytes));
+            ids_of(&self.prompt, chunk, spaces).zip(bytes)
+        });
+        let missing = objects.filter(|(id, _)| !self.has(state, id));
+        let missing: Vec<(ObjectId, u64)> = missing.take(SLICE).collect();
+        let objects = missing.iter().map(|(id, _)| *id).collect();
+        let answer = Arc::new(Mutex::new(Answer::default()));
+        let told = Arc::clone(&answer);
+        let found = Box::new(move |there| {
+            let waker = {
+                let mut answer = told.lock().unwrap_or_else(PoisonError::into_inner);
+                answer.there = Some(there);
+                answer.waker.take()
+            };
+            waker.into_iter().for_each(Waker::wake);
+        });
+        let asked = remote.find(missing, Instant::now() + REMOTE_WAIT, found);
+        asked.then_some(Phase::Remote { chunk, objects, answer })
+    }
+
+    /// Goes on with what is missing after these; the explanation if nothing is.
+    fn add_hits(
+        &mut self,
+        state: &State,
+        mut chunk: usize,
+        there: &HashSet<ObjectId>,
+    ) -> Option<Explanation> {
+        if let Some(spaces) = self.asked.spaces.as_ref().filter(|_| !there.is_empty()) {
+            let has = |id: &ObjectId| there.contains(id) || self.has(state, id);
+            while chunk < self.chunks.end && ids_of(&self.prompt, chunk, spaces).all(|id| has(&id))
+            {
+                chunk += 1;
+            }
+        }
         if chunk == self.chunks.end {
             return Some(self.explanation(chunk, None));
         }
@@ -325,6 +400,13 @@ impl Future for Explaining {
     type Output = Explanation;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Explanation> {
+        if let Phase::Remote { answer, .. } = &self.phase {
+            let mut answer = answer.lock().unwrap_or_else(PoisonError::into_inner);
+            if answer.there.is_none() {
+                answer.waker = Some(context.waker().clone());
+                return Poll::Pending;
+            }
+        }
         match self.step() {
             Some(explanation) => Poll::Ready(explanation),
             None => {

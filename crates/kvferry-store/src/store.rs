@@ -151,7 +151,7 @@ struct Inner {
     growing: AtomicBool,
     state: Arc<Mutex<State>>,
     disk: Option<Disk>,
-    remote: Option<Remote>,
+    remote: Option<Arc<Remote>>,
 }
 
 /// A store that goes when nobody else has it.
@@ -191,7 +191,8 @@ impl Store {
         let disk = disk.transpose()?;
         // Beside a disk the remote, which may be slow for long, takes a quarter of it.
         let queue_bytes = memory / if disk.is_some() { 4 } else { 2 };
-        let remote = remote.map(|options| reach(options, queue_bytes.max(PAGE))).transpose()?;
+        let reach = |options| reach(options, queue_bytes.max(PAGE)).map(Arc::new);
+        let remote = remote.map(reach).transpose()?;
         let region = match shared_name {
             Some(name) => shared(name, memory)?,
             None => Region::Private(Arc::new(PrivateRegion::new(memory)?)),
@@ -771,9 +772,7 @@ impl Store {
         let discarded = state.index.discard(&generations);
         state.counters.damaged_chunks += discarded.len() as u64;
         // Under the lock: nobody may load it once more in between.
-        for tier in self.below().all() {
-            discarded.iter().for_each(|id| tier.remove(id));
-        }
+        self.below().all().for_each(|tier| tier.remove(&discarded));
         discarded.len() as u64
     }
 
@@ -791,13 +790,13 @@ impl Store {
     /// from the tiers below as well; what is there alone stays until it is evicted.
     pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
         let mut state = self.lock();
-        let mut cleared = 0;
+        let mut cleared = Vec::new();
         while let Some((id, grant)) = state.index.clear_one(cache_salt) {
             state.pool.give_back(grant);
-            self.below().all().for_each(|tier| tier.remove(&id));
-            cleared += 1;
+            cleared.push(id);
         }
-        cleared
+        self.below().all().for_each(|tier| tier.remove(&cleared));
+        cleared.len() as u64
     }
 
     /// What each tenant may have of the memory, from now on. Nothing goes at once: who has more than its cap makes room
@@ -964,8 +963,12 @@ impl Store {
         self.inner.disk.as_ref()
     }
 
+    pub(crate) fn remote(&self) -> Option<&Arc<Remote>> {
+        self.inner.remote.as_ref()
+    }
+
     pub(crate) fn below(&self) -> Below<'_> {
-        Below { disk: self.inner.disk.as_ref(), remote: self.inner.remote.as_ref() }
+        Below { disk: self.inner.disk.as_ref(), remote: self.inner.remote.as_deref() }
     }
 
     pub(crate) fn downgrade(&self) -> WeakStore {

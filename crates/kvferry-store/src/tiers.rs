@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::poll_fn;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
@@ -51,8 +51,8 @@ pub(crate) trait Tier: Send + Sync {
         done: LoadDone,
     ) -> bool;
 
-    /// The object is not found any more.
-    fn remove(&self, id: &ObjectId);
+    /// The objects are not found any more, and no save of them that was accepted before brings them back.
+    fn remove(&self, ids: &[ObjectId]);
 
     /// Nothing that was saved until now is found any more.
     fn clear(&self);
@@ -158,10 +158,12 @@ enum Place {
 }
 
 /// A load that is to begin: room for it is reserved.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
     handle: Handle,
     id: ObjectId,
-    slot: Slot,
+    /// Offset and length in the pool.
+    place: (u64, u64),
     from: Level,
 }
 
@@ -353,13 +355,12 @@ impl State {
         let mut kept_to_end = 0;
         let mut full = false;
         for (places, kept) in known {
-            // What a lookup does not live to see stays reserved until it is there.
             let of_remote = places.iter().zip(layouts);
             let of_remote = of_remote
                 .filter(|((_, place), _)| matches!(place, Place::Below(Level::Remote)))
                 .map(|(_, layout)| layout.object_bytes.next_multiple_of(PAGE))
                 .sum::<u64>();
-            if self.coming_bytes > 0 && self.coming_bytes + of_remote > self.pool.bytes() / 4 {
+            if !self.may_come(of_remote) {
                 full = true;
                 break;
             }
@@ -425,11 +426,11 @@ impl State {
                 });
                 return None;
             };
-            let slot = grant.slot();
+            let Slot { offset, length, .. } = grant.slot();
             self.coming_bytes += if *from == Level::Remote { grant.bytes() } else { 0 };
             let space = self.spaces.get(id.space, layout, cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
-            loads.push(Load { handle, id: *id, slot, from: *from });
+            loads.push(Load { handle, id: *id, place: (offset, length), from: *from });
         }
         Some(loads)
     }
@@ -441,6 +442,12 @@ impl State {
         }
     }
 
+    /// Whether loads from the remote may reserve so many bytes more: what a lookup does not live to see stays reserved
+    /// until it is there.
+    fn may_come(&self, bytes: u64) -> bool {
+        self.coming_bytes == 0 || self.coming_bytes + bytes <= self.pool.bytes() / 4
+    }
+
     /// The remote's load has ended.
     fn has_come(&mut self, handle: Handle, from: Level) {
         if let (Level::Remote, Some(grant)) = (from, self.index.grant(handle)) {
@@ -448,10 +455,23 @@ impl State {
         }
     }
 
-    /// A load has ended.
-    fn loaded(&mut self, handle: Handle, from: Level, loaded: Option<&Loaded>) {
+    /// A load has ended, or goes on from the remote: where the disk's came to nothing, that may have the object.
+    fn loaded(
+        &mut self,
+        load: Load,
+        loaded: Option<&Loaded>,
+        remote_answers: bool,
+    ) -> Option<Load> {
+        let Load { handle, from, .. } = load;
+        if let (None, Level::Disk, true, Some(grant)) =
+            (loaded, from, remote_answers, self.index.grant(handle))
+            && self.may_come(grant.bytes())
+        {
+            self.coming_bytes += grant.bytes();
+            return Some(Load { from: Level::Remote, ..load });
+        }
         self.has_come(handle, from);
-        let Some(requests) = self.loading.remove(&handle) else { return };
+        let requests = self.loading.remove(&handle)?;
         let mut waiting = Vec::new();
         for request_id in requests {
             let session = self.sessions.get_mut(&request_id);
@@ -480,6 +500,7 @@ impl State {
             None => self.take_back(handle),
         }
         waiting.iter().for_each(|request_id| self.settle(request_id));
+        None
     }
 
     /// Answers a lookup with what has come.
@@ -619,19 +640,9 @@ impl Store {
 
     /// Begins to load what a lookup reserved room for.
     pub(crate) fn load(&self, loads: Vec<Load>) {
-        for Load { handle, id, slot, from } in loads {
-            // Of the state alone: the tier must not end on a thread of its own.
-            let state = Arc::downgrade(self.state());
-            let done = Box::new(move |loaded: Result<Option<Loaded>>| {
-                if let Some(state) = state.upgrade() {
-                    Locked::new(&state).loaded(handle, from, loaded.ok().flatten().as_ref());
-                }
-            });
-            let place = (slot.offset, slot.length);
-            let tier = self.below().at(from);
-            if !tier.is_some_and(|tier| tier.load(&id, self.memory(), place, done)) {
-                self.lock().loaded(handle, from, None);
-            }
+        for load in loads {
+            let then = self.remote().filter(|_| load.from == Level::Disk);
+            begin(load, self.below().at(load.from), then, self.state(), self.memory());
         }
     }
 
@@ -704,6 +715,35 @@ impl Store {
     /// What the disk has, did and could not do; `None` without one.
     pub fn disk_status(&self) -> Option<DiskStatus> {
         self.below().disk.map(Disk::status)
+    }
+}
+
+/// Begins a load from a tier. One that comes to nothing goes on from the remote `then`, if there is one.
+fn begin(
+    load: Load,
+    tier: Option<&dyn Tier>,
+    then: Option<&Arc<Remote>>,
+    state: &Arc<Mutex<State>>,
+    memory: Arc<dyn Memory>,
+) {
+    let ended = {
+        // Not of the store: a tier must not end on a thread of its own.
+        let (state, remote) = (Arc::downgrade(state), then.map(Arc::downgrade));
+        let memory = Arc::clone(&memory);
+        move |loaded: Option<&Loaded>| {
+            let Some(state) = state.upgrade() else { return };
+            let remote = remote.and_then(|remote| remote.upgrade());
+            let answers = remote.as_deref().is_some_and(Remote::answers);
+            let rest = Locked::new(&state).loaded(load, loaded, answers);
+            if let (Some(load), Some(remote)) = (rest, remote) {
+                begin(load, Some(&*remote), None, &state, memory);
+            }
+        }
+    };
+    let done = ended.clone();
+    let done = Box::new(move |loaded: Result<Option<Loaded>>| done(loaded.ok().flatten().as_ref()));
+    if !tier.is_some_and(|tier| tier.load(&load.id, memory, load.place, done)) {
+        ended(None);
     }
 }
 

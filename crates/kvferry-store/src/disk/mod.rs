@@ -337,7 +337,7 @@ impl Disk {
     /// The object is not found any more, and its file goes soon. Saves of it that are under way end with
     /// [`kvferry_core::ErrorCode::Aborted`].
     pub fn remove(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) {
-        self.shared.remove(&ObjectId { chunk: *chunk, space: *space, rank });
+        self.shared.remove(&[ObjectId { chunk: *chunk, space: *space, rank }]);
     }
 
     /// Removes all objects.
@@ -395,8 +395,8 @@ impl Tier for Disk {
         self.load((chunk, space, *rank), memory, offset, length, done)
     }
 
-    fn remove(&self, id: &ObjectId) {
-        self.shared.remove(id);
+    fn remove(&self, ids: &[ObjectId]) {
+        self.shared.remove(ids);
     }
 
     fn clear(&self) {

@@ -1,6 +1,6 @@
 //! What the disk's threads share: the queues and the bookkeeping.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -269,18 +269,23 @@ impl Shared {
         true
     }
 
-    pub(crate) fn remove(&self, id: &ObjectId) {
+    pub(crate) fn remove(&self, ids: &[ObjectId]) {
         let mut guard = self.lock();
         let state = &mut *guard;
-        if let Some(object) = state.index.remove(id) {
-            state.leave(Victim::Object(object));
+        for id in ids {
+            if let Some(object) = state.index.remove(id) {
+                state.leave(Victim::Object(object));
+            }
+            if let Some(writing) = state.writing.get_mut(id) {
+                writing.removed = true;
+                state.overtaken.append(&mut writing.successors);
+            }
         }
-        if let Some(writing) = state.writing.get_mut(id) {
-            writing.removed = true;
-            state.overtaken.append(&mut writing.successors);
-        }
+        // The queue is looked through once, however many they are.
+        let ids: HashSet<&ObjectId> = ids.iter().collect();
         let waiting = std::mem::take(&mut state.saves).into_iter();
-        let (overtaken, kept): (VecDeque<_>, _) = waiting.partition(|task| task.saved.id() == *id);
+        let (overtaken, kept): (VecDeque<_>, _) =
+            waiting.partition(|task| ids.contains(&task.saved.id()));
         state.overtaken.extend(overtaken);
         state.saves = kept;
         self.for_savers.notify_all();

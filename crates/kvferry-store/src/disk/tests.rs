@@ -56,7 +56,7 @@ impl Directory {
         Disk::open(&self.options(bytes)).unwrap()
     }
 
-    fn objects(&self) -> PathBuf {
+    pub(crate) fn objects(&self) -> PathBuf {
         self.0.join("objects")
     }
 

@@ -8,10 +8,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 
 use super::keys;
 use super::shared::{Shared, random};
-use super::work::{jittered, limited, remove};
-
-/// Objects that are taken out in one round.
-const STALE: usize = 8;
+use super::work::{jittered, limited};
 
 pub(crate) async fn run(shared: Arc<Shared>) {
     let _present = shared.present();
@@ -20,13 +17,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let begun = Instant::now();
         let result = round(&shared).await;
         let works = matches!(result, Ok(Ok(())));
-        let reached = result.is_ok();
         shared.end_round(begun, result);
-        if reached {
-            for id in shared.take_stale(STALE) {
-                remove(Arc::clone(&shared), id).await;
-            }
-        }
         failures = if works { 0 } else { failures + 1 };
         let mut wait = pause(&shared, failures);
         // A new epoch is told at once; a failure is looked into a little later, as it may have been the last.
@@ -64,31 +55,42 @@ async fn agree_on_epoch(shared: &Shared) -> Result<()> {
     let key = keys::epoch(&shared.prefix);
     let (ours, is_new, clears) = shared.epoch();
     let limit = shared.times.question;
-    let theirs =
-        if is_new { None } else { limited(shared, limit, shared.objects.get(key.clone())).await? };
-    let epoch = match (theirs, ours) {
-        (Some(theirs), _) => match String::from_utf8(theirs.to_vec()) {
-            Ok(theirs) if keys::is_epoch(&theirs) => theirs,
-            _ => {
-                return Err(Error::new(
-                    ErrorCode::Protocol,
-                    format!(
-                        "{key:?} in {} is not kvferry's: remove it, or give another prefix",
-                        shared.objects.place()
-                    ),
-                ));
-            }
-        },
-        (None, Some(ours)) if ours != keys::FIRST_EPOCH => {
-            // Ours is new, or the remote has lost it.
-            let value = Bytes::from(ours.clone().into_bytes());
-            limited(shared, limit, shared.objects.put(key, value)).await?;
+    let value = |epoch: &str| Bytes::from(epoch.as_bytes().to_vec());
+    let epoch = match ours {
+        Some(ours) if is_new => {
+            limited(shared, limit, shared.objects.put(key, value(&ours))).await?;
             ours
         }
-        (None, _) => keys::FIRST_EPOCH.to_owned(),
+        ours => match (read_epoch(shared, &key).await?, ours) {
+            (Some(theirs), _) => theirs,
+            (None, Some(ours)) if ours != keys::FIRST_EPOCH => {
+                // The remote has lost it. Of servers that know another one the first to say so is right.
+                let put = shared.objects.put_new(key.clone(), value(&ours));
+                match limited(shared, limit, put).await? {
+                    true => ours,
+                    false => read_epoch(shared, &key).await?.unwrap_or(ours),
+                }
+            }
+            (None, _) => keys::FIRST_EPOCH.to_owned(),
+        },
     };
     shared.keep_epoch(epoch, clears);
     Ok(())
+}
+
+async fn read_epoch(shared: &Shared, key: &str) -> Result<Option<String>> {
+    let limit = shared.times.question;
+    let value = limited(shared, limit, shared.objects.get(key.to_owned())).await?;
+    let epoch = value.map(|value| String::from_utf8(value.to_vec()).ok());
+    match epoch.map(|epoch| epoch.filter(|epoch| keys::is_epoch(epoch))) {
+        Some(None) => {
+            let place = shared.objects.place();
+            let message =
+                format!("{key:?} in {place} is not kvferry's: remove it, or give another prefix");
+            Err(Error::new(ErrorCode::Protocol, message))
+        }
+        epoch => Ok(epoch.flatten()),
+    }
 }
 
 /// Fresh bytes go there and come back.

@@ -15,7 +15,7 @@ mod work;
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -38,16 +38,34 @@ const START_WAIT: Duration = Duration::from_secs(2);
 /// What a request to a remote comes to.
 pub type RemoteFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
+/// The bytes of leading values, as an engine tells them: those that it has told when its time is over are the answer.
+#[derive(Debug, Default)]
+pub struct Lengths(Mutex<Vec<u64>>);
+
+impl Lengths {
+    /// The next value is there and has so many bytes.
+    pub fn tell(&self, bytes: u64) {
+        self.lock().push(bytes);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// An engine that keeps values by keys. An error of [`kvferry_core::ErrorCode::Unreachable`] or
 /// [`kvferry_core::ErrorCode::Timeout`] says that it may answer another time; any other that it refuses the request.
 /// A request that is dropped has no further effect than one whose answer was lost.
 pub trait Objects: Send + Sync {
-    /// The bytes of the leading values that are there; what comes after one that is not need not be asked for.
-    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>>;
+    /// Tells the bytes of the leading values that are there, each as soon as it is known; what comes after one that is not
+    /// need not be asked for.
+    fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()>;
     /// The value; `None`: it is not there.
     fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>>;
     /// Puts the value, in place of any that is there.
     fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()>;
+    /// Puts the value unless there is one; whether it did. An engine that cannot tell puts it.
+    fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool>;
     /// Takes the value out; one that is not there is no error.
     fn remove(&self, key: String) -> RemoteFuture<'_, ()>;
     /// Where it is, for people: no credentials.
@@ -161,6 +179,8 @@ pub(crate) struct Times {
     pub(crate) period: Duration,
     /// The same after a failure; twice as long after each further one, up to the period.
     pub(crate) retry: Duration,
+    /// KiB that loads may hold at once beside the pool, and saves as many.
+    pub(crate) in_flight_kib: u32,
 }
 
 impl Default for Times {
@@ -171,6 +191,7 @@ impl Default for Times {
             backoff: Duration::from_millis(50),
             period: Duration::from_secs(10),
             retry: Duration::from_secs(1),
+            in_flight_kib: 256 << 10,
         }
     }
 }
@@ -209,6 +230,9 @@ impl Remote {
         }
         for _ in 0..work::LOADERS {
             runtime.spawn(work::load(Arc::clone(&shared)));
+        }
+        for _ in 0..work::REMOVERS {
+            runtime.spawn(work::remove(Arc::clone(&shared)));
         }
         // Where it answers, what is asked for at once is found.
         shared.wait_for_first_round(Instant::now() + START_WAIT);
@@ -256,13 +280,9 @@ impl crate::tiers::Tier for Remote {
         self.shared.accept_load(LoadTask { id: *id, memory, offset, length }, done)
     }
 
-    /// The object is not loaded any more from now on, and goes soon, for all servers.
-    fn remove(&self, id: &ObjectId) {
-        if let Some(runtime) = &self.runtime
-            && self.shared.begin_removal(id)
-        {
-            runtime.spawn(work::remove(Arc::clone(&self.shared), *id));
-        }
+    /// The objects are not loaded any more from now on, and go soon, for all servers.
+    fn remove(&self, ids: &[ObjectId]) {
+        self.shared.remove(ids);
     }
 
     /// What was saved until now is not found any more: here at once, by other servers with the same prefix
@@ -271,7 +291,8 @@ impl crate::tiers::Tier for Remote {
         self.shared.clear();
     }
 
-    /// Waits until everything that was accepted so far is in the engine.
+    /// Waits until everything that was accepted so far is in the engine, and what was removed is out of it unless it does
+    /// not let go of it.
     fn flush(&self, deadline: Instant) -> Result<()> {
         self.shared.flush(deadline)
     }

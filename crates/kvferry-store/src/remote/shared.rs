@@ -1,6 +1,6 @@
 //! What the remote's threads share: the queues, the breaker, the epoch and the counters.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 use tokio::sync::{Notify, Semaphore};
 
-use super::work::{LOADERS, SAVERS};
+use super::work::{LOADERS, REMOVERS, SAVERS};
 use super::{Found, Objects, RemoteOptions, RemoteStatus, Times, keys};
 use crate::disk::shared::Done;
 use crate::disk::{LoadDone, Loaded, Saved, SummedDone};
@@ -23,12 +23,10 @@ const LOADS_MAX: usize = 65_536;
 const QUESTIONS_MAX: usize = 256;
 /// Objects of one question; a longer prefix is found by the next lookup.
 const OBJECTS_MAX: usize = 4_096;
-/// Objects that are remembered as removed while the remote does not take them out.
+/// Objects that may wait to be taken out; more stay until the remote evicts them.
 const REMOVED_MAX: usize = 65_536;
 /// Failures in a row after which the remote is taken for gone.
 const FAILURES: u32 = 5;
-/// KiB that loads may hold at once beside the pool, and saves as many.
-pub(crate) const IN_FLIGHT_KIB: u32 = 256 << 10;
 
 pub(crate) struct SaveTask {
     pub(crate) saved: Saved,
@@ -41,7 +39,7 @@ pub(crate) struct SaveTask {
 
 /// Tells what became of a save, and which one it was.
 pub(crate) struct Ticket {
-    number: u64,
+    pub(crate) number: u64,
     done: Done<bool>,
 }
 
@@ -77,6 +75,14 @@ impl Drop for Question {
     }
 }
 
+/// The saves of one object.
+#[derive(Default)]
+struct Saving {
+    count: usize,
+    /// Those up to this ticket are overtaken by a removal.
+    overtaken: u64,
+}
+
 /// What was asked for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Request {
@@ -102,10 +108,16 @@ pub(crate) struct State {
     outstanding: BTreeSet<u64>,
     last_failure: Option<Error>,
     open_questions: usize,
-    /// Objects that are not to be loaded though they may be there still.
-    removed: HashSet<ObjectId>,
-    /// Those of them that the remote could not take out.
-    stale: Vec<ObjectId>,
+    /// Objects that have saves which were accepted and have not ended.
+    saving: HashMap<ObjectId, Saving>,
+    /// Objects that are not to be loaded though they may be there still, each with the number of its latest removal.
+    removed: HashMap<ObjectId, u64>,
+    /// Removals that wait. Those that are not the latest are void.
+    removals: VecDeque<(ObjectId, u64)>,
+    removals_begun: u64,
+    removing: usize,
+    /// The remote did not take one out: they wait for the keeper's next round.
+    removals_wait: bool,
     /// Begins the objects' keys; `None` before the remote was reached.
     epoch: Option<String>,
     /// The remote does not know of it yet.
@@ -135,6 +147,7 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     pub(crate) for_loaders: Notify,
     pub(crate) for_savers: Notify,
+    pub(crate) for_removers: Notify,
     pub(crate) for_keeper: Notify,
     pub(crate) loads_in_flight: Semaphore,
     pub(crate) saves_in_flight: Semaphore,
@@ -149,9 +162,10 @@ impl Shared {
     pub(crate) fn new(options: RemoteOptions, queue_bytes: u64, times: Times) -> Result<Self> {
         let state = State {
             unreachable: Some("it has not answered yet".to_owned()),
-            workers: SAVERS + LOADERS + 1,
+            workers: SAVERS + LOADERS + REMOVERS + 1,
             ..State::default()
         };
+        let in_flight = times.in_flight_kib as usize;
         Ok(Self {
             objects: options.objects,
             prefix: options.prefix,
@@ -160,9 +174,10 @@ impl Shared {
             state: Mutex::new(state),
             for_loaders: Notify::new(),
             for_savers: Notify::new(),
+            for_removers: Notify::new(),
             for_keeper: Notify::new(),
-            loads_in_flight: Semaphore::new(IN_FLIGHT_KIB as usize),
-            saves_in_flight: Semaphore::new(IN_FLIGHT_KIB as usize),
+            loads_in_flight: Semaphore::new(in_flight),
+            saves_in_flight: Semaphore::new(in_flight),
             changed: Condvar::new(),
             latencies: Default::default(),
             server: random()?,
@@ -209,6 +224,7 @@ impl Shared {
         let ticket = Ticket { number: state.tickets, done: Done::new(done) };
         state.outstanding.insert(ticket.number);
         state.queue_bytes += task.length;
+        state.saving.entry(task.saved.id()).or_default().count += 1;
         state.saves.push_back((task, ticket));
         self.for_savers.notify_one();
         true
@@ -235,7 +251,7 @@ impl Shared {
         if !state.answers() || state.open_questions >= QUESTIONS_MAX {
             return None;
         }
-        let removed = objects.iter().position(|(id, _)| state.removed.contains(id));
+        let removed = objects.iter().position(|(id, _)| state.removed.contains_key(id));
         objects.truncate(removed.unwrap_or(objects.len()).min(OBJECTS_MAX));
         if objects.is_empty() {
             return None;
@@ -255,11 +271,11 @@ impl Shared {
         if !state.saves.is_empty() || !state.overtaken.is_empty() {
             self.for_savers.notify_one();
         }
+        let is_overtaken = was_overtaken || state.is_overtaken(&task.saved.id(), ticket.number);
         let go = match (&state.unreachable, &state.unwritable) {
-            _ if was_overtaken => Err(Error::new(
-                ErrorCode::Aborted,
-                "the cache was cleared before the object was saved",
-            )),
+            _ if is_overtaken => {
+                Err(Error::new(ErrorCode::Aborted, "the object was removed before it was saved"))
+            }
             _ if state.closing => Err(closed()),
             (Some(reason), _) | (None, Some(reason)) => {
                 let error = Error::new(ErrorCode::Unreachable, reason.clone());
@@ -295,11 +311,17 @@ impl Shared {
     /// Tells the callback, then those who wait for all that was accepted.
     pub(crate) fn end_save(&self, task: SaveTask, ticket: Ticket, result: Result<bool>) {
         ticket.done.call(result);
-        let length = task.length;
+        let (length, id) = (task.length, task.saved.id());
         drop(task); // its memory may be unmapped: not under the lock
         let mut state = self.lock();
         state.queue_bytes -= length;
         state.outstanding.remove(&ticket.number);
+        if let Some(saving) = state.saving.get_mut(&id) {
+            saving.count -= 1;
+            if saving.count == 0 {
+                state.saving.remove(&id);
+            }
+        }
         self.changed.notify_all();
     }
 
@@ -314,29 +336,68 @@ impl Shared {
     }
 
     pub(crate) fn is_removed(&self, id: &ObjectId) -> bool {
-        self.lock().removed.contains(id)
+        self.lock().removed.contains_key(id)
     }
 
-    /// From now on the object is not loaded. `false`: somebody else is taking it out, or there is no need.
-    pub(crate) fn begin_removal(&self, id: &ObjectId) -> bool {
-        let mut state = self.lock();
-        !state.closing && state.removed.len() < REMOVED_MAX && state.removed.insert(*id)
-    }
-
-    pub(crate) fn end_removal(&self, id: &ObjectId, gone: bool) {
-        let mut state = self.lock();
-        if gone {
-            state.removed.remove(id);
-        } else if state.removed.contains(id) {
-            state.stale.push(*id);
+    /// From now on the objects are not loaded, and saves that were accepted before do not bring them back.
+    pub(crate) fn remove(&self, ids: &[ObjectId]) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for id in ids {
+            if let Some(saving) = state.saving.get_mut(id) {
+                saving.overtaken = state.tickets;
+            }
+            state.begin_removal(id);
         }
+        self.for_removers.notify_one();
     }
 
-    /// Some of those that could not be removed.
-    pub(crate) fn take_stale(&self, most: usize) -> Vec<ObjectId> {
+    /// From now on the object is not loaded until it is put anew.
+    pub(crate) fn remove_damaged(&self, id: &ObjectId) {
+        self.lock().begin_removal(id);
+        self.for_removers.notify_one();
+    }
+
+    /// The next object that is to be taken out; `None`: there is none just now.
+    pub(crate) fn next_removal(&self) -> Option<(ObjectId, u64)> {
         let mut state = self.lock();
-        let some = state.stale.len().min(most);
-        state.stale.drain(..some).collect()
+        if state.removals_wait || !state.answers() {
+            return None;
+        }
+        let (id, number) = loop {
+            let (id, number) = state.removals.pop_front()?;
+            if state.removed.get(&id) == Some(&number) {
+                break (id, number);
+            }
+        };
+        state.removing += 1;
+        if !state.removals.is_empty() {
+            self.for_removers.notify_one();
+        }
+        Some((id, number))
+    }
+
+    pub(crate) fn end_removal(&self, id: &ObjectId, number: u64, gone: bool) {
+        let mut state = self.lock();
+        state.removing -= 1;
+        if !gone {
+            state.removals_wait = true;
+            state.removals.push_back((*id, number)); // behind others, which it must not hold up
+        } else if state.removed.get(id) == Some(&number) {
+            state.removed.remove(id);
+        }
+        self.changed.notify_all();
+    }
+
+    /// The remote has the object anew, or may have it. One that was removed meanwhile has to go again.
+    pub(crate) fn was_put(&self, id: &ObjectId, ticket: u64, is_there: bool) {
+        let mut state = self.lock();
+        if state.is_overtaken(id, ticket) {
+            state.begin_removal(id);
+            self.for_removers.notify_one();
+        } else if is_there {
+            state.removed.remove(id);
+        }
     }
 
     pub(crate) fn clear(&self) {
@@ -352,7 +413,7 @@ impl Shared {
         // A saver tells their callbacks: these take the store's lock, which whoever clears holds.
         state.overtaken.append(&mut state.saves);
         state.removed.clear(); // they are of the former epoch
-        state.stale.clear();
+        state.removals.clear();
         self.for_savers.notify_one();
         self.for_keeper.notify_one();
     }
@@ -384,6 +445,8 @@ impl Shared {
         let is_late = |error: &Error| works && error.code == ErrorCode::Timeout;
         match result {
             Ok(writable) => {
+                state.removals_wait = false;
+                self.for_removers.notify_one();
                 state.failures = 0;
                 state.unreachable = None;
                 match writable {
@@ -436,7 +499,7 @@ impl Shared {
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
         let (last, failures) = (state.tickets, state.status.save_failures);
-        while state.outstanding.first().is_some_and(|first| *first <= last) {
+        while state.outstanding.first().is_some_and(|first| *first <= last) || state.removes() {
             if Instant::now() >= deadline {
                 let waiting = state.outstanding.len();
                 let message = format!("{waiting} saves are not in the remote yet; wait longer");
@@ -475,6 +538,8 @@ impl Shared {
         self.for_loaders.notify_one(); // one that was about to wait; it wakes the next
         self.for_savers.notify_waiters();
         self.for_savers.notify_one();
+        self.for_removers.notify_waiters();
+        self.for_removers.notify_one();
         self.for_keeper.notify_one();
         while state.workers > 0 {
             if Instant::now() >= deadline {
@@ -500,6 +565,7 @@ impl Drop for Present {
         self.0.lock().workers -= 1;
         self.0.for_loaders.notify_one();
         self.0.for_savers.notify_one();
+        self.0.for_removers.notify_one();
         self.0.changed.notify_all();
     }
 }
@@ -507,6 +573,24 @@ impl Drop for Present {
 impl State {
     fn key(&self, prefix: &str, id: &ObjectId) -> String {
         keys::object(prefix, self.epoch.as_deref().unwrap_or(keys::FIRST_EPOCH), id)
+    }
+
+    fn is_overtaken(&self, id: &ObjectId, ticket: u64) -> bool {
+        self.saving.get(id).is_some_and(|saving| ticket <= saving.overtaken)
+    }
+
+    fn begin_removal(&mut self, id: &ObjectId) {
+        if !self.closing && self.removals.len() < REMOVED_MAX {
+            self.removals_begun += 1;
+            self.removed.insert(*id, self.removals_begun);
+            self.removals.push_back((*id, self.removals_begun));
+        }
+    }
+
+    /// Objects are being taken out, or will be at once.
+    fn removes(&self) -> bool {
+        let waiting = !self.removals.is_empty() && !self.removals_wait && self.answers();
+        waiting || self.removing > 0
     }
 
     fn answers(&self) -> bool {

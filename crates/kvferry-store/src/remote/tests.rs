@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
@@ -13,9 +14,9 @@ use kvferry_core::key::{Dtype, Key, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 use tokio::sync::watch;
 
-use super::{Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
-use crate::disk::tests::Directory;
-use crate::disk::{Disk, DiskOptions};
+use super::{Lengths, Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
+use crate::disk::tests::{Directory, Faulty, Operation};
+use crate::disk::{self, Disk, DiskOptions};
 use crate::{Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -44,8 +45,16 @@ struct Shelf {
     questions: AtomicUsize,
     gets: AtomicUsize,
     puts: AtomicUsize,
+    removals: AtomicUsize,
+    /// Puts of objects that are under way, and the most there were.
+    putting: AtomicUsize,
+    most_puts: AtomicUsize,
     /// Whatever is asked for goes just before.
     evicts: AtomicBool,
+    /// Lengths that a question is told before it hangs.
+    tells: AtomicUsize,
+    /// Nothing is taken out.
+    keeps: AtomicBool,
 }
 
 fn is_object(key: &str) -> bool {
@@ -64,7 +73,12 @@ impl Shelf {
             questions: AtomicUsize::new(0),
             gets: AtomicUsize::new(0),
             puts: AtomicUsize::new(0),
+            removals: AtomicUsize::new(0),
+            putting: AtomicUsize::new(0),
+            most_puts: AtomicUsize::new(0),
             evicts: AtomicBool::new(false),
+            tells: AtomicUsize::new(usize::MAX),
+            keeps: AtomicBool::new(false),
         })
     }
 
@@ -97,12 +111,17 @@ impl Shelf {
 }
 
 impl Objects for Shelf {
-    fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
+    fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
         Box::pin(async move {
             self.questions.fetch_add(1, Ordering::Relaxed);
             self.pass(false, &keys[0]).await?;
-            let values = self.values.lock().unwrap();
-            Ok(keys.iter().map_while(|key| Some(values.get(key)?.len() as u64)).collect())
+            let tells = self.tells.load(Ordering::Relaxed);
+            for key in keys.iter().take(tells) {
+                let length = self.values.lock().unwrap().get(key).map(Bytes::len);
+                let Some(length) = length else { return Ok(()) };
+                told.tell(length as u64);
+            }
+            if keys.len() > tells { std::future::pending().await } else { Ok(()) }
         })
     }
 
@@ -119,17 +138,36 @@ impl Objects for Shelf {
 
     fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
         Box::pin(async move {
-            self.puts.fetch_add(usize::from(is_object(&key)), Ordering::Relaxed);
-            self.pass(true, &key).await?;
+            let objects = usize::from(is_object(&key));
+            self.puts.fetch_add(objects, Ordering::Relaxed);
+            let putting = self.putting.fetch_add(objects, Ordering::Relaxed) + objects;
+            self.most_puts.fetch_max(putting, Ordering::Relaxed);
+            let passed = self.pass(true, &key).await;
+            self.putting.fetch_sub(objects, Ordering::Relaxed);
+            passed?;
             self.values.lock().unwrap().insert(key, value);
             Ok(())
+        })
+    }
+
+    fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+        Box::pin(async move {
+            self.pass(true, &key).await?;
+            let mut values = self.values.lock().unwrap();
+            let is_new = !values.contains_key(&key);
+            values.entry(key).or_insert(value);
+            Ok(is_new)
         })
     }
 
     fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
         Box::pin(async move {
             self.pass(false, &key).await?;
+            if self.keeps.load(Ordering::Relaxed) && is_object(&key) {
+                return Err(Error::new(ErrorCode::System, "shelf: nothing is taken out"));
+            }
             self.values.lock().unwrap().remove(&key);
+            self.removals.fetch_add(usize::from(is_object(&key)), Ordering::Relaxed);
             Ok(())
         })
     }
@@ -147,6 +185,7 @@ fn times() -> Times {
         backoff: Duration::from_millis(1),
         period: Duration::from_millis(30),
         retry: Duration::from_millis(5),
+        ..Times::default()
     }
 }
 
@@ -216,17 +255,37 @@ impl Engine {
         disk: Option<DiskOptions>,
         times: Times,
     ) -> Self {
+        Self::with_disk(shelf, objects, disk, Disk::open, times)
+    }
+
+    fn with_disk(
+        shelf: &Arc<Shelf>,
+        objects: u64,
+        disk: Option<DiskOptions>,
+        open: impl FnOnce(&DiskOptions) -> Result<Disk>,
+        times: Times,
+    ) -> Self {
+        Self::reaching(Arc::clone(shelf) as _, objects, disk, open, times)
+    }
+
+    fn reaching(
+        shelf: Arc<dyn Objects>,
+        objects: u64,
+        disk: Option<DiskOptions>,
+        open: impl FnOnce(&DiskOptions) -> Result<Disk>,
+        times: Times,
+    ) -> Self {
         let options = StoreOptions {
             chunk_size: u32::try_from(CHUNK).unwrap(),
             memory: objects * OBJECT,
             shared_name: None,
             policy: Policy::Lru,
             disk,
-            remote: Some(RemoteOptions { objects: Arc::clone(shelf) as _, prefix: "test".into() }),
+            remote: Some(RemoteOptions { objects: shelf, prefix: "test".into() }),
             limits: Limits::default(),
         };
         let reach = |options, queue| Remote::open_with(options, queue, times);
-        let store = Store::on(options, Disk::open, reach).unwrap();
+        let store = Store::on(options, open, reach).unwrap();
         let owner = store.connect();
         store.register(owner, 1, layout()).unwrap();
         Self { store, owner }
@@ -297,6 +356,7 @@ impl Engine {
     fn assert_nothing_is_held(&self) {
         assert_eq!((self.status("leases"), self.status("sessions")), (0, 0));
         let state = self.store.lock();
+        assert_eq!(state.coming_bytes, 0);
         assert!(state.loading.is_empty() && state.saving.is_empty());
     }
 }
@@ -324,6 +384,23 @@ fn wait<T>(future: impl Future<Output = T>) -> T {
         std::thread::park_timeout(give_up.saturating_duration_since(Instant::now()));
         assert!(Instant::now() < give_up, "nobody woke it");
     }
+}
+
+#[test]
+fn what_the_remote_has_is_not_explained_as_gone() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    engine.save(&key(0, 4));
+    engine.forget();
+    engine.put(&Key { start: 2 * CHUNK, end: 3 * CHUNK, ..key(0, 3) }); // between those that the remote has
+    let explain = |prompt| wait(engine.store.explain(&prompt, str::to_owned).unwrap());
+    let told = explain(key(0, 4));
+    assert_eq!((told.hit_chunks, told.missing), (4, None));
+    let told = explain(key(0, 6));
+    assert_eq!((told.hit_chunks, told.missing.unwrap().removed), (4, None));
+    shelf.be(Mood::Hangs);
+    let told = explain(key(0, 4));
+    assert_eq!((told.hit_chunks, told.missing.unwrap().removed.is_some()), (0, true));
 }
 
 #[test]
@@ -369,6 +446,65 @@ fn a_prefix_may_be_spread_over_memory_disk_and_remote() {
     assert_eq!(third.remote().loads, 8);
     second.assert_nothing_is_held();
     third.assert_nothing_is_held();
+}
+
+/// A store with `chunks` chunks of a prompt on its disk and in the remote, and none in memory. Files cannot be opened
+/// while it says so.
+fn on_disk_and_remote(
+    shelf: &Arc<Shelf>,
+    directory: &Directory,
+    chunks: u64,
+) -> (Engine, Arc<AtomicBool>) {
+    let fails = Arc::new(AtomicBool::new(false));
+    let files = {
+        let fails = Arc::clone(&fails);
+        Faulty::on(directory, move |operation| {
+            let fails = matches!(operation, Operation::Open) && fails.load(Ordering::Relaxed);
+            if fails { Err(io::Error::other("no such luck")) } else { Ok(()) }
+        })
+    };
+    let open = |options: &DiskOptions| Disk::open_on(options, files, disk::Times::default());
+    let options = Some(directory.options(64 << 20));
+    let engine = Engine::with_disk(shelf, 64, options, open, times());
+    assert_eq!(engine.save(&key(0, chunks)), usize::try_from(chunks).unwrap());
+    engine.forget();
+    (engine, fails)
+}
+
+#[test]
+fn what_the_disk_has_and_cannot_load_comes_from_the_remote_within_the_same_lookup() {
+    let (shelf, directory) = (Shelf::new(), Directory::new());
+    let (engine, fails) = on_disk_and_remote(&shelf, &directory, 4);
+    // Files that cannot be opened stay, and are the first choice of each lookup.
+    fails.store(true, Ordering::Relaxed);
+    assert_eq!(engine.read(&key(0, 4)), 4);
+    assert_eq!((engine.store.disk_status().unwrap().load_failures, engine.remote().loads), (4, 4));
+    assert_eq!((engine.status("remote_promoted_chunks"), engine.status("promoted_chunks")), (4, 0));
+    fails.store(false, Ordering::Relaxed);
+    engine.forget();
+    // One is damaged, one is gone.
+    let files = fs::read_dir(directory.objects()).unwrap();
+    let files: Vec<_> = files.map(|entry| entry.unwrap().path()).collect();
+    fs::write(&files[0], vec![0; 8192]).unwrap();
+    fs::remove_file(&files[1]).unwrap();
+    assert_eq!(engine.read(&key(0, 4)), 4);
+    assert_eq!((engine.store.disk_status().unwrap().damaged, engine.remote().loads), (2, 6));
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn what_neither_the_disk_nor_the_remote_can_load_makes_a_shorter_hit() {
+    for mood in [Mood::Works, Mood::Fails, Mood::Hangs] {
+        let (shelf, directory) = (Shelf::new(), Directory::new());
+        let (engine, fails) = on_disk_and_remote(&shelf, &directory, 3);
+        assert_eq!(engine.read(&key(0, 1)), 1);
+        shelf.values.lock().unwrap().retain(|key, _| !is_object(key));
+        fails.store(true, Ordering::Relaxed);
+        shelf.be(mood);
+        assert_eq!(engine.read(&key(0, 3)), 1, "{mood:?}");
+        engine.assert_nothing_is_held();
+        assert_eq!(engine.status("used_bytes"), OBJECT, "{mood:?}");
+    }
 }
 
 #[test]
@@ -484,7 +620,7 @@ fn what_lookups_wait_for_takes_a_quarter_of_the_memory_at_most() {
     let small = Engine::with(&shelf, 16, None);
     for hit in [4, 8, 12] {
         assert_eq!(small.read(&key(0, 12)), hit, "the next one finds more");
-        assert_eq!(small.store.lock().coming_bytes, 0);
+        small.assert_nothing_is_held();
     }
     small.assert_nothing_is_held();
 }
@@ -581,14 +717,17 @@ fn a_connection_that_is_lost_once_costs_a_second_try_and_no_hit() {
         Box::pin(std::future::ready(Err(Error::new(ErrorCode::Unreachable, "connection reset"))))
     }
     impl Objects for Flaky {
-        fn lengths(&self, keys: Vec<String>) -> RemoteFuture<'_, Vec<u64>> {
-            if self.is_lost(&keys[0]) { lost() } else { self.0.lengths(keys) }
+        fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
+            if self.is_lost(&keys[0]) { lost() } else { self.0.lengths(keys, told) }
         }
         fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
             if self.is_lost(&key) { lost() } else { self.0.get(key) }
         }
         fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
             if self.is_lost(&key) { lost() } else { self.0.put(key, value) }
+        }
+        fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+            self.0.put_new(key, value)
         }
         fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
             self.0.remove(key)
@@ -599,23 +738,8 @@ fn a_connection_that_is_lost_once_costs_a_second_try_and_no_hit() {
     }
     let shelf = Shelf::new();
     Engine::on(&shelf).save(&key(0, 1));
-    let options = StoreOptions {
-        chunk_size: u32::try_from(CHUNK).unwrap(),
-        memory: 8 * OBJECT,
-        shared_name: None,
-        policy: Policy::Lru,
-        disk: None,
-        remote: Some(RemoteOptions {
-            objects: Arc::new(Flaky(Arc::clone(&shelf), AtomicUsize::new(0))),
-            prefix: "test".into(),
-        }),
-        limits: Limits::default(),
-    };
-    let reach = |options, queue| Remote::open_with(options, queue, times());
-    let store = Store::on(options, Disk::open, reach).unwrap();
-    let owner = store.connect();
-    store.register(owner, 1, layout()).unwrap();
-    let engine = Engine { store, owner };
+    let flaky = Arc::new(Flaky(Arc::clone(&shelf), AtomicUsize::new(0)));
+    let engine = Engine::reaching(flaky, 8, None, Disk::open, times());
     assert_eq!(engine.read(&key(0, 1)), 1);
     assert_eq!((engine.remote().retries, engine.remote().outages), (2, 0));
 }
@@ -636,6 +760,25 @@ fn a_remote_that_hangs_holds_up_no_lookup_for_longer_than_a_question_takes() {
     shelf.be(Mood::Works);
     engine.until(|status| status.failed.is_none());
     assert_eq!(engine.read(&key(0, 3)), 3);
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn a_question_that_is_not_answered_whole_in_time_finds_what_was_told_and_is_no_failure() {
+    let shelf = Shelf::new();
+    Engine::on(&shelf).save(&key(0, 6));
+    let engine = Engine::on(&shelf);
+    shelf.tells.store(2, Ordering::Relaxed);
+    for hit in [2, 4, 6, 6] {
+        assert_eq!(engine.read(&key(0, 6)), hit, "the next one finds more");
+    }
+    let status = engine.remote();
+    assert_eq!((status.question_failures, status.outages, status.failed), (0, 0, None));
+    // Nothing in time is a failure as ever.
+    engine.forget();
+    shelf.tells.store(0, Ordering::Relaxed);
+    assert_eq!(engine.read(&key(0, 6)), 0);
+    assert_eq!(engine.remote().question_failures, 1);
     engine.assert_nothing_is_held();
 }
 
@@ -675,6 +818,23 @@ fn what_waits_to_be_saved_is_bounded_and_comes_free() {
     engine.forget();
     assert_eq!(engine.status("used_bytes"), 0);
     engine.assert_nothing_is_held();
+}
+
+#[test]
+fn what_travels_counts_twice_and_is_bounded() {
+    let shelf = Shelf::new();
+    let four_pages = Times { in_flight_kib: 16, ..times() };
+    let engine = Engine::with_times(&shelf, 64, None, four_pages);
+    shelf.be(Mood::HangsSaves);
+    engine.put(&key(0, 8));
+    let give_up = soon();
+    while shelf.puts.load(Ordering::Relaxed) < 2 {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    shelf.be(Mood::Works);
+    engine.store.flush(soon()).unwrap();
+    assert_eq!((shelf.most_puts.load(Ordering::Relaxed), shelf.objects().len()), (2, 8));
 }
 
 #[test]
@@ -753,6 +913,62 @@ fn an_epoch_that_the_remote_lost_is_told_it_again() {
 }
 
 #[test]
+fn of_servers_that_tell_a_remote_the_epoch_that_it_lost_the_first_is_right() {
+    /// Another server tells it an epoch just after it was found to be lost.
+    struct Raced(Arc<Shelf>, AtomicBool);
+    impl Objects for Raced {
+        fn lengths<'a>(&'a self, keys: Vec<String>, told: &'a Lengths) -> RemoteFuture<'a, ()> {
+            self.0.lengths(keys, told)
+        }
+        fn get(&self, key: String) -> RemoteFuture<'_, Option<Bytes>> {
+            let races = key.ends_with("/epoch") && self.1.swap(false, Ordering::Relaxed);
+            Box::pin(async move {
+                if races {
+                    self.0.values.lock().unwrap().insert(key, "0123456789abcdef".into());
+                    return Ok(None);
+                }
+                self.0.get(key).await
+            })
+        }
+        fn put(&self, key: String, value: Bytes) -> RemoteFuture<'_, ()> {
+            self.0.put(key, value)
+        }
+        fn put_new(&self, key: String, value: Bytes) -> RemoteFuture<'_, bool> {
+            self.0.put_new(key, value)
+        }
+        fn remove(&self, key: String) -> RemoteFuture<'_, ()> {
+            self.0.remove(key)
+        }
+        fn place(&self) -> &str {
+            "raced"
+        }
+    }
+    let shelf = Shelf::new();
+    let raced = Arc::new(Raced(Arc::clone(&shelf), AtomicBool::new(false)));
+    let engine = Engine::reaching(Arc::clone(&raced) as _, 64, None, Disk::open, times());
+    engine.store.clear(); // it has an epoch of its own from now on
+    let give_up = soon();
+    while !shelf.values.lock().unwrap().contains_key("test/1/epoch") {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    raced.1.store(true, Ordering::Relaxed);
+    while raced.1.load(Ordering::Relaxed) {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+    let others = |engine: &Engine| {
+        engine.save(&key(0, 1));
+        engine.forget();
+        shelf.objects().iter().any(|key| key.starts_with("test/1/0123456789abcdef/"))
+    };
+    while !others(&engine) {
+        assert!(Instant::now() < give_up, "it follows");
+    }
+    assert_eq!(shelf.values.lock().unwrap()["test/1/epoch"], "0123456789abcdef");
+}
+
+#[test]
 fn a_key_of_somebody_else_in_the_epochs_place_keeps_the_remote_out() {
     let shelf = Shelf::new();
     shelf.values.lock().unwrap().insert("test/1/epoch".into(), "mine".into());
@@ -768,19 +984,88 @@ fn what_a_reader_discards_is_taken_out_for_all() {
     let engine = Engine::on(&shelf);
     let prompt = key(0, 2);
     engine.save(&prompt);
-    engine.store.lookup(engine.owner, &prompt, 1, Instant::now()).unwrap();
-    let slots = engine.store.prepare_retrieve(engine.owner, &prompt, 1, Instant::now());
-    let slots = slots.unwrap().unwrap();
-    let uses = slots.iter().map(|slot| slot.generation.unwrap());
-    assert_eq!(engine.store.discard(uses), 2);
-    engine.store.commit_retrieve(&prompt, 1).unwrap();
-    engine.store.end_session(&prompt.request_id);
+    assert_eq!(discard(&engine, &prompt), 2);
     assert_eq!(engine.read(&key(0, 2)), 0);
     let give_up = soon();
     while !shelf.objects().is_empty() {
         assert!(Instant::now() < give_up);
         std::thread::yield_now();
     }
+}
+
+/// Discards all that memory has of the prompt.
+fn discard(engine: &Engine, prompt: &Key) -> u64 {
+    engine.store.lookup(engine.owner, prompt, 1, Instant::now()).unwrap();
+    wait(engine.store.hit(&prompt.request_id));
+    let slots = engine.store.prepare_retrieve(engine.owner, prompt, 1, Instant::now());
+    let slots = slots.unwrap().unwrap();
+    let discarded = engine.store.discard(slots.iter().map(|slot| slot.generation.unwrap()));
+    engine.store.commit_retrieve(prompt, 1).unwrap();
+    engine.store.end_session(&prompt.request_id);
+    discarded
+}
+
+#[test]
+fn what_is_discarded_before_it_is_saved_does_not_get_there() {
+    let shelf = Shelf::new();
+    let engine = Engine::on(&shelf);
+    shelf.be(Mood::HangsSaves);
+    assert_eq!(engine.put(&key(0, 8)), 8);
+    let give_up = soon();
+    while shelf.puts.load(Ordering::Relaxed) < 4 {
+        assert!(Instant::now() < give_up, "four are under way, four wait");
+        std::thread::yield_now();
+    }
+    assert_eq!(discard(&engine, &key(0, 8)), 8);
+    let give_up = soon();
+    while shelf.removals.load(Ordering::Relaxed) < 8 {
+        assert!(Instant::now() < give_up, "they come before the saves");
+        std::thread::yield_now();
+    }
+    shelf.be(Mood::Works);
+    engine.store.flush(soon()).unwrap();
+    assert_eq!(shelf.objects(), [""; 0]);
+    assert_eq!(shelf.puts.load(Ordering::Relaxed), 4, "those that waited were not sent");
+    // What is stored anew is not what was removed.
+    assert_eq!(engine.save(&key(0, 8)), 8);
+    assert_eq!(Engine::on(&shelf).read(&key(0, 8)), 8);
+    engine.assert_nothing_is_held();
+}
+
+#[test]
+fn what_could_not_be_taken_out_goes_at_once_when_the_remote_lets_go_of_it() {
+    let shelf = Shelf::new();
+    let times = Times { period: Duration::from_secs(1000), ..times() };
+    let engine = Engine::with_times(&shelf, 128, None, times);
+    engine.save(&salted(key(0, 40), "a"));
+    shelf.keeps.store(true, Ordering::Relaxed);
+    assert_eq!(engine.store.clear_tenant("a"), 40);
+    engine.store.flush(soon()).unwrap(); // it waits for no removal that was refused
+    assert_eq!(engine.read(&salted(key(0, 40), "a")), 0, "it is not loaded");
+    assert_eq!(shelf.objects().len(), 40);
+    shelf.keeps.store(false, Ordering::Relaxed);
+    engine.store.remote().unwrap().shared.for_keeper.notify_one(); // one round
+    let give_up = soon();
+    while !shelf.objects().is_empty() {
+        assert!(Instant::now() < give_up);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_tenants_clear_leaves_saves_of_others_alone() {
+    let (shelf, directory) = (Shelf::new(), Directory::new());
+    let engine = Engine::with(&shelf, 64, Some(directory.options(64 << 20)));
+    engine.save(&salted(key(0, 4), "a"));
+    shelf.be(Mood::HangsSaves);
+    engine.put(&salted(key(0, 5), "b"));
+    assert_eq!(engine.store.clear_tenant("a"), 4);
+    shelf.be(Mood::Works);
+    engine.store.flush(soon()).unwrap();
+    assert_eq!((shelf.objects().len(), engine.store.disk_status().unwrap().objects), (5, 5));
+    engine.forget();
+    assert_eq!(engine.read(&salted(key(0, 5), "b")), 5);
+    assert_eq!(engine.read(&salted(key(0, 4), "a")), 0);
 }
 
 #[test]

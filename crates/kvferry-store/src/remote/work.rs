@@ -1,16 +1,17 @@
 //! Questions, loads, saves and removals: what each asks of the remote, and what becomes of it.
 
+use std::future::ready;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, Digest};
 use kvferry_core::{Error, ErrorCode, Result};
-use tokio::sync::SemaphorePermit;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::block_in_place;
 
-use super::RemoteFuture;
-use super::shared::{IN_FLIGHT_KIB, LoadTask, Question, Request, SaveTask, Shared, closed, random};
+use super::shared::{LoadTask, Question, Request, SaveTask, Shared, closed, random};
+use super::{Lengths, RemoteFuture};
 use crate::disk::{Loaded, Saved, format};
 use crate::index::ObjectId;
 
@@ -18,6 +19,8 @@ use crate::index::ObjectId;
 pub(crate) const SAVERS: usize = 4;
 /// Loads at a time.
 pub(crate) const LOADERS: usize = 8;
+/// Removals at a time.
+pub(crate) const REMOVERS: usize = 4;
 /// How often a request is sent at most. Each may be sent twice: a value is the same whenever it is put.
 const TRIES: u32 = 3;
 /// Bytes that are summed and copied at a time: the processor's cache holds them in between.
@@ -31,34 +34,50 @@ pub(crate) fn jittered(most: Duration) -> Duration {
 }
 
 /// One try.
-pub(crate) async fn limited<T>(
-    shared: &Shared,
+pub(crate) fn limited<'a, T: 'a>(
+    shared: &'a Shared,
     limit: Duration,
-    request: RemoteFuture<'_, T>,
-) -> Result<T> {
-    match tokio::time::timeout(limit, request).await {
-        Ok(answer) => answer,
-        Err(_) => {
+    request: RemoteFuture<'a, T>,
+) -> RemoteFuture<'a, T> {
+    Box::pin(async move {
+        tokio::time::timeout(limit, request).await.unwrap_or_else(|_| {
             let (place, ms) = (shared.objects.place(), limit.as_millis());
             Err(Error::new(ErrorCode::Timeout, format!("{place} has not answered within {ms} ms")))
-        }
-    }
+        })
+    })
 }
 
-/// Sends a request, again if the connection was lost, until `until`.
+/// The same of a question. What was told in time is an answer, if it was anything.
+fn lengths<'a>(
+    shared: &'a Shared,
+    limit: Duration,
+    keys: Vec<String>,
+    told: &'a Lengths,
+) -> RemoteFuture<'a, ()> {
+    told.lock().clear();
+    let asked = limited(shared, limit, shared.objects.lengths(keys, told));
+    Box::pin(async move {
+        match asked.await {
+            Err(error) if error.code == ErrorCode::Timeout && !told.lock().is_empty() => Ok(()),
+            answer => answer,
+        }
+    })
+}
+
+/// Sends a request, which keeps its limit itself, again if the connection was lost, until `until`.
 async fn send<'a, T>(
     shared: &'a Shared,
     kind: Request,
     limit: Duration,
     until: Option<Instant>,
-    request: impl Fn() -> RemoteFuture<'a, T>,
+    mut request: impl FnMut(Duration) -> RemoteFuture<'a, T>,
 ) -> Result<T> {
     let mut tries = 0;
     loop {
         tries += 1;
         let begun = Instant::now();
         let left = until.map_or(limit, |until| until.saturating_duration_since(begun));
-        let result = limited(shared, limit.min(left), request()).await;
+        let result = request(limit.min(left)).await;
         shared.took(kind, begun.elapsed());
         let error = match result {
             Ok(answer) => {
@@ -81,25 +100,29 @@ async fn send<'a, T>(
     }
 }
 
-/// Leave to hold `bytes` beside the pool.
-async fn in_flight(semaphore: &tokio::sync::Semaphore, bytes: u64) -> Result<SemaphorePermit<'_>> {
-    let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).clamp(1, IN_FLIGHT_KIB);
+/// Leave to hold a value of `bytes` beside the pool: twice, as the clients of engines do while it travels.
+async fn in_flight<'a>(
+    shared: &Shared,
+    semaphore: &'a Semaphore,
+    bytes: u64,
+) -> Result<SemaphorePermit<'a>> {
+    let kib = u32::try_from(bytes.saturating_mul(2).div_ceil(1024)).unwrap_or(u32::MAX);
+    let kib = kib.clamp(1, shared.times.in_flight_kib);
     semaphore.acquire_many(kib).await.map_err(|_| closed())
 }
 
 pub(crate) async fn find(shared: Arc<Shared>, question: Question) {
     let keys: Vec<String> = question.objects.iter().map(|(id, _)| shared.key(id)).collect();
     let limit = shared.times.question;
-    let ask = || shared.objects.lengths(keys.clone());
-    let there = match send(&shared, Request::Question, limit, Some(question.until), ask).await {
-        Ok(lengths) => {
-            let same = |((_, expected), bytes): (&(ObjectId, u64), &u64)| expected == bytes;
-            question.objects.iter().zip(&lengths).take_while(|pair| same(*pair)).count()
-        }
-        Err(_) => {
-            shared.lock().status.question_failures += 1;
-            0
-        }
+    let told = Lengths::default();
+    let ask = |limit| lengths(&shared, limit, keys.clone(), &told);
+    if send(&shared, Request::Question, limit, Some(question.until), ask).await.is_err() {
+        shared.lock().status.question_failures += 1;
+    }
+    let there = {
+        let told = told.lock();
+        let same = |((_, expected), bytes): (&(ObjectId, u64), &u64)| expected == bytes;
+        question.objects.iter().zip(&*told).take_while(|pair| same(*pair)).count()
     };
     // The callback takes the store's lock, and reserves room for what is there.
     block_in_place(|| question.answer(there));
@@ -124,9 +147,9 @@ pub(crate) async fn load(shared: Arc<Shared>) {
 }
 
 async fn load_one(shared: &Shared, task: &LoadTask) -> Result<Option<Loaded>> {
-    let _permit = in_flight(&shared.loads_in_flight, task.length).await?;
+    let _permit = in_flight(shared, &shared.loads_in_flight, task.length).await?;
     let key = shared.key(&task.id);
-    let get = || shared.objects.get(key.clone());
+    let get = |limit| limited(shared, limit, shared.objects.get(key.clone()));
     let value = match send(shared, Request::Load, shared.times.transfer, None, get).await {
         Ok(Some(value)) if !shared.is_removed(&task.id) => value,
         Ok(_) => {
@@ -148,9 +171,7 @@ async fn load_one(shared: &Shared, task: &LoadTask) -> Result<Option<Loaded>> {
         }
         Ok(None) => {
             shared.lock().status.damaged += 1;
-            if shared.begin_removal(&task.id) {
-                take_out(shared, &task.id).await;
-            }
+            shared.remove_damaged(&task.id);
             Ok(None)
         }
         Err(error) => {
@@ -193,15 +214,15 @@ pub(crate) async fn save(shared: Arc<Shared>) {
             continue;
         };
         let result = match go {
-            Ok(key) => save_one(&shared, &task, &key).await,
+            Ok(key) => save_one(&shared, &task, ticket.number, &key).await,
             Err(error) => Err(error),
         };
         block_in_place(|| shared.end_save(task, ticket, result));
     }
 }
 
-async fn save_one(shared: &Shared, task: &SaveTask, key: &str) -> Result<bool> {
-    let _permit = in_flight(&shared.saves_in_flight, task.length).await?;
+async fn save_one(shared: &Shared, task: &SaveTask, ticket: u64, key: &str) -> Result<bool> {
+    let _permit = in_flight(shared, &shared.saves_in_flight, task.length).await?;
     let id = task.saved.id();
     let header = match format::header_bytes(&task.saved) {
         Ok(header) => header,
@@ -210,24 +231,22 @@ async fn save_one(shared: &Shared, task: &SaveTask, key: &str) -> Result<bool> {
             return Err(error);
         }
     };
-    let expected = task.length.saturating_add(header as u64);
+    let bytes = task.length.saturating_add(header as u64);
     if !shared.is_removed(&id) {
-        let ask = || shared.objects.lengths(vec![key.to_owned()]);
-        let known = send(shared, Request::Question, shared.times.question, None, ask).await;
-        match known {
-            Ok(lengths) if lengths == [expected] => {
-                shared.lock().status.known_saves += 1;
-                return Ok(true);
-            }
-            Ok(_) => {}
-            Err(error) => {
-                shared.save_failed(&error);
-                return Err(error);
-            }
+        let told = Lengths::default();
+        let ask = |limit| lengths(shared, limit, vec![key.to_owned()], &told);
+        let asked = send(shared, Request::Question, shared.times.question, None, ask).await;
+        if let Err(error) = asked {
+            shared.save_failed(&error);
+            return Err(error);
+        }
+        if *told.lock() == [bytes] {
+            shared.lock().status.known_saves += 1;
+            return Ok(true);
         }
     }
-    let value = match block_in_place(|| value(task, header)) {
-        Ok(Some(value)) => value,
+    let mut made = match block_in_place(|| value(task, header)) {
+        Ok(Some(value)) => Some(value),
         Ok(None) => {
             shared.lock().status.dropped_damaged += 1;
             return Ok(false);
@@ -237,15 +256,30 @@ async fn save_one(shared: &Shared, task: &SaveTask, key: &str) -> Result<bool> {
             return Err(error);
         }
     };
-    let put = || shared.objects.put(key.to_owned(), value.clone());
-    if let Err(error) = send(shared, Request::Save, shared.times.transfer, None, put).await {
+    // Made again for another try: while an answer is waited for, the engine's copies are enough.
+    let put = |limit| -> RemoteFuture<'_, ()> {
+        let made = match made.take() {
+            Some(made) => Ok(Some(made)),
+            None => block_in_place(|| value(task, header)),
+        };
+        match made {
+            Ok(Some(value)) => limited(shared, limit, shared.objects.put(key.to_owned(), value)),
+            Ok(None) => Box::pin(ready(Err(Error::new(
+                ErrorCode::Aborted,
+                "the object was damaged in memory before it was in the remote",
+            )))),
+            Err(error) => Box::pin(ready(Err(error))),
+        }
+    };
+    let put = send(shared, Request::Save, shared.times.transfer, None, put).await;
+    shared.was_put(&id, ticket, put.is_ok());
+    if let Err(error) = put {
         shared.save_failed(&error);
         return Err(error);
     }
-    shared.end_removal(&id, true);
     let mut state = shared.lock();
     state.status.saves += 1;
-    state.status.written_bytes += value.len() as u64;
+    state.status.written_bytes += bytes;
     Ok(true)
 }
 
@@ -268,13 +302,19 @@ fn value(task: &SaveTask, header: usize) -> Result<Option<Bytes>> {
     Ok(Some(value.into()))
 }
 
-pub(crate) async fn remove(shared: Arc<Shared>, id: ObjectId) {
-    take_out(&shared, &id).await;
-}
-
-async fn take_out(shared: &Shared, id: &ObjectId) {
-    let key = shared.key(id);
-    let request = || shared.objects.remove(key.clone());
-    let removed = send(shared, Request::Question, shared.times.question, None, request).await;
-    shared.end_removal(id, removed.is_ok());
+pub(crate) async fn remove(shared: Arc<Shared>) {
+    let _present = shared.present();
+    loop {
+        let Some((id, number)) = shared.next_removal() else {
+            if shared.lock().closing {
+                return;
+            }
+            shared.for_removers.notified().await;
+            continue;
+        };
+        let key = shared.key(&id);
+        let request = |limit| limited(&shared, limit, shared.objects.remove(key.clone()));
+        let removed = send(&shared, Request::Question, shared.times.question, None, request).await;
+        shared.end_removal(&id, number, removed.is_ok());
+    }
 }

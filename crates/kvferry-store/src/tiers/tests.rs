@@ -13,7 +13,7 @@ use kvferry_core::key::{Dtype, Key, Layout};
 use crate::disk::tests::{Directory, Faulty, Gate, Operation};
 use crate::disk::{Disk, DiskOptions, DiskStatus, Loaded, Times};
 use crate::remote::Remote;
-use crate::tiers::Level;
+use crate::tiers::{Level, Load};
 use crate::{Departure, Embedded, Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -440,7 +440,12 @@ fn what_has_come_stays_for_as_long_as_the_rest_is_waited_for() {
     assert_eq!(slow.lookup(&key("a", 0, 2)), None);
     let second = handle_of(&slow, 1);
     let loaded = Loaded { checksum: 0, parent: None };
-    slow.store.lock().loaded(second, Level::Disk, Some(&loaded)); // before the first
+    {
+        let mut state = slow.store.lock();
+        let (id, _, Slot { offset, length, .. }) = state.index.describe(second).unwrap();
+        let load = Load { handle: second, id, place: (offset, length), from: Level::Disk };
+        state.loaded(load, Some(&loaded), false); // before the first
+    }
     assert_eq!(slow.put(&key("w", 700, 2)), 1, "of three places one is free");
     slow.loads.open();
     assert_eq!(wait(slow.store.hit("a")), 2);
