@@ -10,6 +10,8 @@ mod mapping;
 mod memfd;
 mod private;
 #[cfg(target_os = "linux")]
+mod segments;
+#[cfg(target_os = "linux")]
 mod shared;
 mod summed;
 mod threads;
@@ -18,6 +20,8 @@ pub use host::{HostArrays, HostMemory};
 #[cfg(target_os = "linux")]
 pub use memfd::MemFd;
 pub use private::PrivateRegion;
+#[cfg(target_os = "linux")]
+pub use segments::SegmentMemory;
 #[cfg(target_os = "linux")]
 pub use shared::SharedRegion;
 pub use threads::{CopyThreads, run_copies};

@@ -322,7 +322,7 @@ impl View {
 fn unsupported(message: impl Into<String>) -> Error {
     Error::new(
         ErrorCode::UnsupportedOption,
-        format!("{}; start the engine with lmcache.mp.transfer_mode engine_driven", message.into()),
+        format!("{}; start the engine with LMCACHE_MP_TRANSFER_MODE=engine_driven", message.into()),
     )
 }
 
