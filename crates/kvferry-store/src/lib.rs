@@ -10,6 +10,8 @@ mod eviction;
 mod explain;
 mod index;
 pub mod latencies;
+#[cfg(target_os = "linux")]
+mod lmcache_driven;
 mod pool;
 mod probe;
 mod prompt;
@@ -26,6 +28,8 @@ pub use ages::{AGE_BOUNDS, Ages};
 pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;
+#[cfg(target_os = "linux")]
+pub use lmcache_driven::{EngineMemory, GoOn};
 pub use probe::{DiskProbe, PROBE_MODEL};
 pub use store::{Departure, Limits, Owner, Reserved, ReservedObject, Shape, Store, StoreOptions};
 pub use tenants::{Quota, Quotas, TenantStatus};
