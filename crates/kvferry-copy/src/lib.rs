@@ -8,6 +8,8 @@ mod kernels;
 mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
+#[cfg(not(target_os = "linux"))]
+mod no_segments;
 mod private;
 #[cfg(target_os = "linux")]
 mod segments;
@@ -19,6 +21,8 @@ mod threads;
 pub use host::{HostArrays, HostMemory};
 #[cfg(target_os = "linux")]
 pub use memfd::MemFd;
+#[cfg(not(target_os = "linux"))]
+pub use no_segments::SegmentMemory;
 pub use private::PrivateRegion;
 #[cfg(target_os = "linux")]
 pub use segments::SegmentMemory;

@@ -117,8 +117,7 @@ impl KvRegistration {
         }
         let layout = view.layout(u32::try_from(layers.len()).unwrap_or(u32::MAX), chunk_size)?;
         let shape = Arc::new(layout.copy_shape(chunk_size));
-        let (segments, arrays) = view.places(&layers, &shape)?;
-        Ok(DescribedMemory { layout, shape, segments, arrays })
+        view.place(&layers, layout, shape)
     }
 
     /// The tensors of the only group.
@@ -263,12 +262,13 @@ impl View {
         Ok(layout)
     }
 
-    /// The segments, and the arrays in them.
-    fn places(
+    /// Finds the arrays in their segments.
+    fn place(
         &self,
         layers: &[&KvDescriptor],
-        shape: &CopyShape,
-    ) -> Result<(Vec<(String, u64)>, Vec<(usize, u64)>)> {
+        layout: KvLayout,
+        shape: Arc<CopyShape>,
+    ) -> Result<DescribedMemory> {
         let planes = if self.planes == Planes::Separate { 2 } else { 1 };
         let too_far = || Error::invalid("a tensor begins beyond its segment");
         let mut known: HashMap<&str, usize> = HashMap::new();
@@ -315,7 +315,7 @@ impl View {
         };
         let addresses: Option<Vec<(u64, u64)>> = arrays.iter().map(address).collect();
         shape.check_arrays(&addresses.ok_or_else(too_far)?)?;
-        Ok((segments, arrays))
+        Ok(DescribedMemory { layout, shape, segments, arrays })
     }
 }
 

@@ -10,7 +10,6 @@ mod eviction;
 mod explain;
 mod index;
 pub mod latencies;
-#[cfg(target_os = "linux")]
 mod lmcache_driven;
 mod pool;
 mod probe;
@@ -28,7 +27,6 @@ pub use ages::{AGE_BOUNDS, Ages};
 pub use embedded::Embedded;
 pub use eviction::Policy;
 pub use explain::Explaining;
-#[cfg(target_os = "linux")]
 pub use lmcache_driven::{EngineMemory, GoOn};
 pub use probe::{DiskProbe, PROBE_MODEL};
 pub use store::{Departure, Limits, Owner, Reserved, ReservedObject, Shape, Store, StoreOptions};

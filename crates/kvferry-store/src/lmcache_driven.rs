@@ -4,7 +4,7 @@
 use kvferry_copy::SegmentMemory;
 use kvferry_core::cache::Slot;
 use kvferry_core::copy_plan::{ChunkCopy, Direction};
-use kvferry_core::key::Key;
+use kvferry_core::key::{Key, check_model_name};
 use kvferry_core::kv_descriptors::{KvRegistration, NULL_BLOCK};
 use kvferry_core::{Error, Result};
 
@@ -32,6 +32,11 @@ impl EngineMemory {
     /// # Errors
     /// See [`KvRegistration::memory`], [`SegmentMemory::open`] and [`Store::register`].
     pub fn register(store: &Store, registration: &KvRegistration) -> Result<Self> {
+        let KvRegistration { model_name, world_size, .. } = registration;
+        // The check's own message has the name, and these end up in logs.
+        check_model_name(model_name).map_err(|error| {
+            Error::new(error.code, "the model's name has an '@', or is too long")
+        })?;
         let chunk_size = store.chunk_size();
         let described = registration.memory(chunk_size)?;
         let memory = SegmentMemory::open(&described)?;
@@ -43,7 +48,6 @@ impl EngineMemory {
             memory,
             blocks_per_chunk: (chunk_size / described.layout.block_size) as usize,
         };
-        let KvRegistration { model_name, world_size, .. } = registration;
         let layout = described.layout.registration(model_name, *world_size, chunk_size);
         store.register(owner, instance, layout)?;
         Ok(engine)

@@ -703,7 +703,6 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::prepare_retrieve`].
-    #[cfg(target_os = "linux")]
     pub(crate) fn has(&self, key: &Key, instance: u64) -> Result<bool> {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
