@@ -151,3 +151,123 @@ impl Copiers {
         result.map_err(|_| Error::new(ErrorCode::Internal, "a copy ended without a result"))?
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tokio::task::{JoinHandle, yield_now};
+    use tokio::time::advance;
+
+    use super::*;
+
+    /// A copy that runs until it is let go, and says that it does.
+    struct Held {
+        copy: JoinHandle<Result<()>>,
+        let_go: Option<mpsc::Sender<()>>,
+        begun: mpsc::Receiver<()>,
+    }
+
+    impl Held {
+        fn new(copiers: &Arc<Copiers>) -> Self {
+            let (let_go, held) = mpsc::channel();
+            let (begins, begun) = mpsc::channel();
+            let work = move |go_on: GoOn<'_>| {
+                let _ = begins.send(());
+                let _ = held.recv(); // an error, once nobody holds it
+                go_on()
+            };
+            let copiers = Arc::clone(copiers);
+            let copy = tokio::spawn(async move { copiers.run(Instant::now(), work).await });
+            Self { copy, let_go: Some(let_go), begun }
+        }
+
+        async fn begins(&self) {
+            while self.begun.try_recv().is_err() {
+                yield_now().await;
+            }
+        }
+
+        async fn end(mut self) -> Result<()> {
+            drop(self.let_go.take());
+            self.copy.await.unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn copies_run_beside_each_other_up_to_a_number_and_hold_up_nothing_else() {
+        let copiers = Arc::new(Copiers::default());
+        let mut copies: Vec<Held> = (0..COPIES_MAX).map(|_| Held::new(&copiers)).collect();
+        for copy in &copies {
+            copy.begins().await; // which takes this thread
+        }
+        let next = Held::new(&copiers);
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        assert!(next.begun.try_recv().is_err(), "one more waits for its turn");
+        assert_eq!(copies.remove(0).end().await, Ok(()));
+        next.begins().await;
+        copies.push(next);
+        for copy in copies {
+            assert_eq!(copy.end().await, Ok(()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_turn_is_told_in_time_that_there_is_none() {
+        let copiers = Arc::new(Copiers::default());
+        let copies: Vec<Held> = (0..COPIES_MAX).map(|_| Held::new(&copiers)).collect();
+        for copy in &copies {
+            copy.begins().await;
+        }
+        let late = Held::new(&copiers);
+        yield_now().await;
+        advance(COPY + Duration::from_secs(1)).await;
+        assert_eq!(late.copy.await.unwrap().unwrap_err().code, ErrorCode::Timeout);
+        assert!(late.begun.try_recv().is_err());
+        for copy in copies {
+            assert_eq!(copy.end().await, Ok(()), "the clock of those that run is the system's");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_copy_ends_when_it_is_late_or_nobody_waits_for_it() {
+        let copiers = Arc::new(Copiers::default());
+        let before = Instant::now().checked_sub(COPY).unwrap();
+        let _turn = copiers.turns.acquire().await; // there are others
+        let late = copiers.run(before, |go_on: GoOn<'_>| go_on()).await;
+        assert_eq!(late.unwrap_err().code, ErrorCode::Timeout);
+        let (ended, has_ended) = mpsc::channel();
+        let (begins, begun) = mpsc::channel();
+        let work = move |go_on: GoOn<'_>| {
+            let _ = begins.send(());
+            while go_on().is_ok() {
+                std::thread::yield_now();
+            }
+            let _ = ended.send(());
+            Ok(())
+        };
+        let copy = tokio::spawn({
+            let copiers = Arc::clone(&copiers);
+            async move { copiers.run(Instant::now(), work).await }
+        });
+        while begun.try_recv().is_err() {
+            yield_now().await;
+        }
+        copy.abort(); // as when the server stops
+        assert!(copy.await.unwrap_err().is_cancelled());
+        has_ended.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_panics_is_one_that_failed() {
+        let copiers = Copiers::default();
+        for _ in 0..2 * COPIES_MAX {
+            let bug = |_: GoOn<'_>| -> Result<()> { panic!("a bug") };
+            let error = copiers.run(Instant::now(), bug).await.unwrap_err();
+            assert_eq!(error.code, ErrorCode::Internal);
+        }
+        assert_eq!(copiers.run(Instant::now(), |_: GoOn<'_>| Ok(1)).await, Ok(1));
+    }
+}

@@ -16,7 +16,7 @@ use common::{Client, key, start, store_options};
 use kvferry_core::key::{Dtype, Key};
 use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
 use kvferry_wire::message::Piece;
-use kvferry_wire::{Dialect, Operation, Reply, Request, RequestKey};
+use kvferry_wire::{Dialect, Reply, Request};
 
 const MIB: u64 = 1 << 20;
 const LAYERS: usize = 2;
@@ -444,36 +444,4 @@ fn memory_is_its_connections_own_and_goes_with_it() {
     assert_eq!(observer.lookup(key("r", 0, 1)), 1, "what it stored is still there");
     drop(engine);
     observer.wait_for("instances", 0);
-}
-
-#[test]
-fn lmcaches_recorded_registration_is_served_where_its_memory_is() {
-    // The frames of its benchmark name segments that are gone: it is told nothing and computes.
-    let server = start(store_options(256, 64 * MIB));
-    let mut client = Client::connect(server.address());
-    let path = format!(
-        "{}/../../test/wire/lmcache_bench_lmcache_driven_cpu.json",
-        env!("CARGO_MANIFEST_DIR")
-    );
-    let steps: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-    let frames = |step: usize| -> Vec<Bytes> {
-        let hex = |text: &str| -> Bytes {
-            (0..text.len())
-                .step_by(2)
-                .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
-                .collect()
-        };
-        let frames = steps[step]["frames_hex"].as_array().unwrap();
-        frames.iter().map(|frame| hex(frame.as_str().unwrap())).collect()
-    };
-    client.send(&frames(2));
-    assert_eq!(client.receive(), frames(3), "its answer is LMCache's, byte for byte");
-    client.send(&frames(8));
-    let refused = client.receive();
-    assert_eq!((&refused[..2], &refused[2][..]), (&frames(9)[..2], &b"\x92\xc4\x00\xc2"[..]));
-    assert_eq!(
-        Request::decode(Operation::Store, &frames(8)[2..]).unwrap().operation(),
-        Operation::Store
-    );
-    let _ = RequestKey::from(key("r", 0, 1));
 }
