@@ -12,6 +12,9 @@ use crate::clock::now;
 use crate::embedded::next_instance;
 use crate::store::{Departure, Owner, Store};
 
+/// Blocks of one request at most: a plan has a few words for each.
+const BLOCKS_MAX: usize = 1 << 20;
+
 /// An engine's memory that was registered; forgotten when it is dropped. Its calls copy on the caller's thread. One at a
 /// time: a commit is of the range's oldest reservation.
 pub struct EngineMemory {
@@ -97,6 +100,11 @@ impl EngineMemory {
     /// The blocks of the key's range, of which there may be more.
     fn blocks_of<'a>(&self, key: &Key, blocks: &'a [u32]) -> Result<&'a [u32]> {
         let wanted = self.store.chunks(key)?.len() * self.blocks_per_chunk;
+        if wanted > BLOCKS_MAX {
+            return Err(Error::invalid(format!(
+                "a range of {wanted} blocks is more than {BLOCKS_MAX}: ask for a part of it"
+            )));
+        }
         blocks.get(..wanted).ok_or_else(|| {
             Error::invalid(format!("{} blocks were given for {wanted}", blocks.len()))
         })
