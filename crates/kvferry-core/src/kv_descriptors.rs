@@ -82,11 +82,12 @@ impl KvRegistration {
     /// The memory as arrays of blocks, checked: each lies within its segment, and none over another.
     ///
     /// # Errors
-    /// [`ErrorCode::UnsupportedOption`] for what is right and not served: several groups, sliding windows, recurrent
-    /// state, other engines than vLLM. [`ErrorCode::InvalidArgument`] for what cannot be. No message has words of the peer's.
+    /// [`ErrorCode::UnsupportedModel`] for several groups of layers, sliding windows and recurrent state;
+    /// [`ErrorCode::UnsupportedOption`] for other engines than vLLM and shapes that are not known;
+    /// [`ErrorCode::InvalidArgument`] for what cannot be. No message has words of the peer's.
     pub fn memory(&self, chunk_size: u32) -> Result<DescribedMemory> {
         if self.engine_type != "vllm" {
-            return Err(unsupported("of engines, only vLLM's tensors are known"));
+            return Err(unsupported("only tensors of vLLM are known here"));
         }
         let order = match self.kv_layout.as_deref() {
             // LMCache's default where a CPU computes.
@@ -104,13 +105,13 @@ impl KvRegistration {
                 == (&first.dtype, &first.shape, &first.stride)
         };
         if !layers.iter().all(alike) {
-            return Err(unsupported(
+            return Err(unserved(
                 "tensors of unlike shapes are several groups of layers, and one is served",
             ));
         }
         let tokens = self.groups.first().map_or(0, |group| group.tokens_per_block);
         if tokens != 0 && tokens != u64::from(view.block_size) {
-            return Err(unsupported(format!(
+            return Err(unserved(format!(
                 "blocks of {tokens} tokens in {} places are compressed, which is not served",
                 view.block_size
             )));
@@ -126,10 +127,10 @@ impl KvRegistration {
             [] => self.layers.iter().collect(),
             [group] => {
                 if group.sw_size_tokens > 0 {
-                    return Err(unsupported("layers with a sliding window are not served"));
+                    return Err(unserved("layers with a sliding window are not served"));
                 }
                 if group.recurrent_state || group.extra_object_group_tag != 0 {
-                    return Err(unsupported("of state, only the KV of attention is served"));
+                    return Err(unserved("of state, only the KV of attention is served"));
                 }
                 let mut indices = group.layer_indices.clone();
                 indices.sort_unstable();
@@ -151,7 +152,7 @@ impl KvRegistration {
                 indices.iter().map(layer).collect::<Result<_>>()?
             }
             groups => {
-                return Err(unsupported(format!(
+                return Err(unserved(format!(
                     "{} groups of layers were registered, and one is served",
                     groups.len()
                 )));
@@ -319,6 +320,13 @@ impl View {
     }
 }
 
+/// What no mode serves.
+fn unserved(message: impl Into<String>) -> Error {
+    let message = format!("{}; the engine computes without the cache", message.into());
+    Error::new(ErrorCode::UnsupportedModel, message)
+}
+
+/// What the other mode may serve, where the engine copies by itself.
 fn unsupported(message: impl Into<String>) -> Error {
     Error::new(
         ErrorCode::UnsupportedOption,
@@ -442,24 +450,25 @@ mod tests {
             Ok(1),
             "layers that share others' KV are left out"
         );
-        let unserved: [(&str, &dyn Fn(&mut KvRegistration)); 9] = [
-            ("vLLM's", &|it| it.engine_type = "sglang".into()),
+        let changes: [(&str, &dyn Fn(&mut KvRegistration)); 9] = [
+            ("of vLLM", &|it| it.engine_type = "sglang".into()),
             ("KV layouts", &|it| it.kv_layout = Some("other".into())),
+            ("not known", &|it| it.layers = vec![tensor(&[2, 8, 4, 3, 5, 1]); 2]),
             ("2 groups", &|it| it.groups.push(group())),
             ("sliding", &|it| it.groups[0].sw_size_tokens = 128),
             ("of attention", &|it| it.groups[0].recurrent_state = true),
             ("of attention", &|it| it.groups[0].extra_object_group_tag = 1),
             ("compressed", &|it| it.groups[0].tokens_per_block = 16),
             ("unlike shapes", &|it| it.layers[1] = tensor(&[2, 8, 4, 3, 6])),
-            ("not known", &|it| it.layers = vec![tensor(&[2, 8, 4, 3, 5, 1]); 2]),
         ];
-        for (words, change) in unserved {
+        for (number, (words, change)) in changes.into_iter().enumerate() {
             let error = with(change).unwrap_err();
-            assert_eq!(error.code, ErrorCode::UnsupportedOption);
-            assert!(
-                error.message.contains(words) && error.message.contains("engine_driven"),
-                "{error}"
-            );
+            let (code, remedy) = match number {
+                0..3 => (ErrorCode::UnsupportedOption, "engine_driven"),
+                _ => (ErrorCode::UnsupportedModel, "computes without"),
+            };
+            assert_eq!(error.code, code);
+            assert!(error.message.contains(words) && error.message.contains(remedy), "{error}");
         }
     }
 
