@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{FileExt, chown, symlink};
 use std::path::PathBuf;
 use std::process::Command;
@@ -230,7 +231,9 @@ fn only_regular_files_of_this_user_under_lmcaches_names_are_opened() {
     let other = Segment::new(&noise(SMALL, 0));
     match chown(other.path(), Some(1), None) {
         Ok(()) => assert_eq!(refused(&other).code, ErrorCode::Unauthorized),
-        Err(error) => println!("SKIPPED a segment of another user: {error}"),
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "SKIPPED a segment of another user: {error}");
+        }
     }
 }
 

@@ -405,10 +405,56 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use kvferry_core::key::{Dtype, Layout};
+    use kvferry_core::kv_descriptors::KvDescriptor;
     use kvferry_store::disk::DiskOptions;
     use kvferry_store::{Limits, Policy, StoreOptions};
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_peer_of_another_machine_registers_no_memory_of_this_one() {
+        let options = StoreOptions {
+            chunk_size: 16,
+            memory: 1 << 20,
+            shared_name: None,
+            policy: Policy::Lru,
+            disk: None,
+            remote: None,
+            limits: Limits::default(),
+        };
+        let store = Store::new(options).unwrap();
+        let name = format!("/lmcache_kv_service_{}", std::process::id());
+        let segment = format!("/dev/shm{name}");
+        std::fs::write(&segment, [0; 4096]).unwrap();
+        let tensor = KvDescriptor {
+            shm_name: name,
+            segment_bytes: 4096,
+            dtype: Dtype::new("uint8").unwrap(),
+            shape: vec![4, 16, 64],
+            stride: vec![1024, 64, 1],
+            storage_offset: 0,
+        };
+        let registration = KvRegistration {
+            model_name: "m".into(),
+            world_size: 1,
+            engine_type: "vllm".into(),
+            kv_layout: None,
+            groups: Vec::new(),
+            layers: vec![tensor],
+        };
+        let service =
+            Service::new(store.clone(), [0; 16], Arc::new(Figures::new()), Labels([0; 32]));
+        for (mut peer, expected) in [
+            (Peer::new(store.connect()), Ok(Reply::None)),
+            (Peer::distant(store.connect()), Err(ErrorCode::UnsupportedOption)),
+        ] {
+            let registration = registration.clone();
+            let request = Request::RegisterKvCache { instance_id: 1, registration };
+            let answer = service.carry_out(&mut peer, request, Instant::now()).await;
+            assert_eq!(answer.map_err(|error| error.code), expected);
+        }
+        std::fs::remove_file(segment).unwrap();
+    }
 
     #[tokio::test]
     async fn who_waits_for_a_prefetch_is_answered_at_the_lookups_deadline_whatever_the_disk_does() {

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
-use common::{Client, key, start, store_options};
+use common::{Client, key, skipped, start, store_options};
 use kvferry_core::key::{Dtype, Key};
 use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
 use kvferry_wire::message::Piece;
@@ -114,7 +114,7 @@ impl Engine {
             key: key.into(),
             instance_id: INSTANCE,
             block_ids: vec![blocks.to_vec()],
-            event: Bytes::from_static(b"stub_ipc_handle"),
+            event: (*b"stub_ipc_handle").into(),
         })
     }
 
@@ -123,7 +123,7 @@ impl Engine {
             key: key.into(),
             instance_id: INSTANCE,
             block_ids: vec![blocks.to_vec()],
-            event: Bytes::from_static(b"stub_ipc_handle"),
+            event: (*b"stub_ipc_handle").into(),
             skip_first_n_tokens,
         })
     }
@@ -293,9 +293,11 @@ fn requests_that_make_no_sense_are_answered_at_once_and_change_nothing() {
     for blocks in [&[1, 2, 3, beyond][..], &[1, 2, 3, u32::MAX], &[1, 2, 3], &[], &[0, 0, 0, 0]] {
         assert!(!engine.store(key("r", 0, 1), blocks), "{blocks:?}");
     }
-    let with = |key: Key, instance_id, block_ids: Vec<Vec<u32>>| {
-        let event = Bytes::from_static(b"e");
-        Request::Store { key: key.into(), instance_id, block_ids, event }
+    let with = |key: Key, instance_id, block_ids: Vec<Vec<u32>>| Request::Store {
+        key: key.into(),
+        instance_id,
+        block_ids,
+        event: (*b"e").into(),
     };
     let prompt = || key("r", 0, 1);
     for request in [
@@ -344,7 +346,7 @@ fn memory_that_cannot_be_or_is_others_is_refused_and_the_engine_goes_on_without(
         vec![link.0.clone(), short.0.clone(), "/kvferry_5555".into(), "/../etc/passwd".into()];
     match chowned {
         Ok(()) => names.push(foreign.0.clone()),
-        Err(error) => println!("SKIPPED a segment of another user: {error}"),
+        Err(error) => skipped(format_args!("a segment of another user: {error}")),
     }
     for name in names {
         let mut registration = engine.registration();

@@ -8,7 +8,7 @@ mod common;
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use common::{Client, start, store_options};
+use common::{Client, skipped, start, store_options};
 use kvferry_store::StoreOptions;
 use kvferry_wire::message::StoreSlots;
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -250,13 +250,11 @@ impl Drop for Segments {
 fn lmcaches_benchmark_with_memory_that_the_server_copies() {
     const WRITTEN: u64 = 256 << 20;
     if kvferry_store::Store::new(store_options(16, WRITTEN)).is_err() {
-        return println!(
-            "SKIPPED a replay of lmcache_driven: /dev/shm has less than {WRITTEN} bytes"
-        );
+        return skipped("a replay of lmcache_driven: /dev/shm is too small");
     }
     let segments = match Segments::new() {
         Ok(segments) => segments,
-        Err(error) => return println!("SKIPPED a replay of lmcache_driven: {error}"),
+        Err(error) => return skipped(format_args!("a replay of lmcache_driven: {error}")),
     };
     let options =
         |chunk_size| StoreOptions { shared_name: None, ..store_options(chunk_size, 256 << 20) };

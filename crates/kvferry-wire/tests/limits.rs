@@ -417,7 +417,7 @@ fn blocks_are_lists_of_32_bit_numbers() {
             key: key().into(),
             instance_id: 1,
             block_ids: Vec::new(),
-            event: Bytes::new(),
+            event: Box::default(),
         };
         let mut payload = request.encode(0, Dialect::Current).split_off(2);
         payload[2] = Bytes::copy_from_slice(blocks);

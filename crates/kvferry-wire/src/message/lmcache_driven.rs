@@ -49,12 +49,12 @@ pub(super) fn block_ids(r: &mut Reader<'_>) -> Result<Vec<Vec<u32>>> {
     r.short_list(Reader::integers)
 }
 
-pub(super) fn event(p: &mut Payload<'_>) -> Result<Bytes, MessageError> {
+pub(super) fn event(p: &mut Payload<'_>) -> Result<Box<[u8]>, MessageError> {
     let event = p.next("event_ipc_handle", |r| match r.bytes()? {
         event if event.len() <= EVENT_BYTES_MAX => Ok(event),
         event => Err(Problem::TooLong(event.len()).into()),
     })?;
-    Ok(Bytes::copy_from_slice(event))
+    Ok(event.into())
 }
 
 /// A word that is never long in an honest message.

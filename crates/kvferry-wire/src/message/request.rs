@@ -154,13 +154,13 @@ pub enum Request {
     UnregisterKvCache { instance_id: u64 },
     /// Answer: `Reply::Copied`, always. The blocks of each group of layers, and LMCache's handle of an event that the
     /// server waits for before it reads them.
-    Store { key: RequestKey, instance_id: u64, block_ids: Vec<Vec<u32>>, event: Bytes },
+    Store { key: RequestKey, instance_id: u64, block_ids: Vec<Vec<u32>>, event: Box<[u8]> },
     /// Answer: `Reply::Copied`, always. As [`Request::Store`].
     Retrieve {
         key: RequestKey,
         instance_id: u64,
         block_ids: Vec<Vec<u32>>,
-        event: Bytes,
+        event: Box<[u8]>,
         skip_first_n_tokens: u64,
     },
     /// Answer: `Reply::None`.
