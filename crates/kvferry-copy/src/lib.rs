@@ -8,7 +8,11 @@ mod kernels;
 mod mapping;
 #[cfg(target_os = "linux")]
 mod memfd;
+#[cfg(not(target_os = "linux"))]
+mod no_segments;
 mod private;
+#[cfg(target_os = "linux")]
+mod segments;
 #[cfg(target_os = "linux")]
 mod shared;
 mod summed;
@@ -17,7 +21,11 @@ mod threads;
 pub use host::{HostArrays, HostMemory};
 #[cfg(target_os = "linux")]
 pub use memfd::MemFd;
+#[cfg(not(target_os = "linux"))]
+pub use no_segments::SegmentMemory;
 pub use private::PrivateRegion;
+#[cfg(target_os = "linux")]
+pub use segments::SegmentMemory;
 #[cfg(target_os = "linux")]
 pub use shared::SharedRegion;
 pub use threads::{CopyThreads, run_copies};

@@ -28,6 +28,33 @@ pub struct Piece {
     pub length: u64,
 }
 
+/// Tokens that lie together in the pool, and head by head in an array: head `h` of token `t` is at `h * apart + t *
+/// length` from the tile's start there, and at `(t * heads + h) * length` here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tile {
+    /// The array's number.
+    pub array: usize,
+    /// Bytes from the array's start.
+    pub at: u64,
+    /// Bytes from the pool's start.
+    pub pool: u64,
+    /// Tokens. One, where heads do not lie apart: of as many bytes as lie together.
+    pub tokens: u64,
+    /// Heads of a token.
+    pub heads: u64,
+    /// Bytes of a head of a token.
+    pub length: u64,
+    /// Bytes from a head to the next in the array.
+    pub apart: u64,
+}
+
+impl Tile {
+    /// Bytes.
+    pub fn bytes(&self) -> u64 {
+        self.tokens * self.heads * self.length
+    }
+}
+
 /// What all plans for the same arrays have in common: computed once, shared by them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyShape {
@@ -418,6 +445,39 @@ impl CopyPlan {
         Ok(())
     }
 
+    /// Calls `visit` for all of the plan, for those who copy more cheaply than piece by piece; tiles have at most `most`
+    /// bytes, and a token at least.
+    ///
+    /// # Errors
+    /// The first of `visit`'s, which ends it.
+    pub fn tiles(&self, most: u64, mut visit: impl FnMut(Tile) -> Result<()>) -> Result<()> {
+        let token = self.shape.blocks.token;
+        for (array, base) in self.shape.bases.iter().enumerate() {
+            for row in &self.rows {
+                let (step, heads) = match self.shape.blocks.heads {
+                    Some(heads) => ((most / token).max(1) * token, heads),
+                    None => (most.max(1), Heads { count: 1, array: 0 }),
+                };
+                let mut done = 0;
+                while done < row.bytes {
+                    let bytes = step.min(row.bytes - done);
+                    let tokens = if heads.count > 1 { bytes / token } else { 1 };
+                    visit(Tile {
+                        array,
+                        at: row.at + done / heads.count,
+                        pool: row.pool + base + done,
+                        tokens,
+                        heads: heads.count,
+                        length: bytes / tokens / heads.count,
+                        apart: heads.array,
+                    })?;
+                    done += bytes;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The pieces of the row's bytes `part`.
     #[inline]
     fn row(
@@ -525,6 +585,28 @@ mod tests {
         pieces
     }
 
+    /// Each head of each token of the plan's tiles.
+    fn tiles(plan: &CopyPlan, most: u64) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        plan.tiles(most, |tile| {
+            let token = tile.heads * tile.length;
+            assert!(tile.bytes() <= most.max(token));
+            for (token, head) in
+                (0..tile.tokens).flat_map(|token| (0..tile.heads).map(move |head| (token, head)))
+            {
+                pieces.push(Piece {
+                    array: tile.array,
+                    at: tile.at + head * tile.apart + token * tile.length,
+                    pool: tile.pool + (token * tile.heads + head) * tile.length,
+                    length: tile.length,
+                });
+            }
+            Ok(())
+        })
+        .unwrap();
+        pieces
+    }
+
     /// Each byte's place, by array and place there.
     fn bytes(pieces: &[Piece]) -> HashMap<(usize, u64), u64> {
         let mut found = HashMap::new();
@@ -582,6 +664,7 @@ mod tests {
             first in 1usize..=4,
             second in 0usize..=4,
             skip in 0u32..20,
+            most in 1u64..400,
             cuts in prop::collection::vec(0u64..5000, 0..4),
         ) {
             let layout = layout(planes, order, block_size, gap);
@@ -597,6 +680,7 @@ mod tests {
             prop_assert_eq!(found.len() as u64, plan.bytes());
             prop_assert_eq!(&found, &expected(&layout, &chunks));
             prop_assert!(whole.is_sorted_by_key(|piece| piece.array));
+            prop_assert_eq!(bytes(&tiles(&plan, most)), found.clone());
             // Heads that lie apart meet at a block's end only, which is not worth looking for.
             let together = shape.blocks.heads.is_none();
             for two in whole.windows(2).filter(|_| together) {

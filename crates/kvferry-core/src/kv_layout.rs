@@ -125,7 +125,7 @@ impl KvLayout {
     /// [`KvLayout::check`] first. An object is `[planes, layers, tokens, heads, elements]`.
     pub fn copy_shape(&self, chunk_size: u32) -> CopyShape {
         let (head, tokens) = (self.head_bytes(), u64::from(self.block_size));
-        let token = head * u64::from(self.num_kv_heads);
+        let token = self.token_bytes();
         let array_of_object = token * u64::from(chunk_size);
         let layers = u64::from(self.num_layers);
         let planes = self.planes() as u64;
@@ -149,6 +149,11 @@ impl KvLayout {
                 heads: apart.then_some(heads),
             },
         }
+    }
+
+    /// Bytes of a token in one array; call [`KvLayout::check`] first.
+    pub(crate) fn token_bytes(&self) -> u64 {
+        self.head_bytes() * u64::from(self.num_kv_heads)
     }
 
     fn planes(&self) -> usize {

@@ -12,6 +12,7 @@ pub mod events;
 pub mod explain;
 pub mod hash;
 pub mod key;
+pub mod kv_descriptors;
 pub mod kv_layout;
 pub mod kv_tensors;
 pub mod llama_state;

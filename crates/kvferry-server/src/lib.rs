@@ -7,6 +7,7 @@ mod http;
 #[cfg(unix)]
 mod ipc;
 mod json;
+mod lmcache_driven;
 mod notes;
 mod quotas;
 mod server;

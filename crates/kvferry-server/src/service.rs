@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::key::Key;
-use kvferry_core::{Error, Result};
-use kvferry_store::{Owner, Store, clock};
+use kvferry_core::kv_descriptors::KvRegistration;
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_store::{EngineMemory, GoOn, Owner, Store, clock};
 use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
 use crate::figures::Figures;
 use crate::frames::Frames;
+use crate::lmcache_driven::{Copiers, Engines};
 use crate::notes::Level;
 use crate::quotas::Labels;
 
@@ -20,7 +22,6 @@ use crate::quotas::Labels;
 const WAIT: Duration = Duration::from_millis(50);
 
 /// One connection, as the store knows it.
-#[derive(Debug)]
 pub(crate) struct Peer {
     owner: Owner,
     /// It said hello: it gets what LMCache's replies cannot say.
@@ -29,12 +30,14 @@ pub(crate) struct Peer {
     admin: bool,
     /// It takes and gives bytes in frames.
     frames: Option<Frames>,
+    engines: Engines,
     distant: bool,
 }
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        Self { owner, extended: false, admin: false, frames: None, distant: false }
+        let engines = Engines::default();
+        Self { owner, extended: false, admin: false, frames: None, engines, distant: false }
     }
 
     /// Of another machine, which cannot have mapped the pool, whatever it says.
@@ -68,6 +71,7 @@ pub(crate) struct Service {
     hello: Hello,
     figures: Arc<Figures>,
     labels: Labels,
+    copiers: Copiers,
     /// Which time it is that something arrived.
     turns: AtomicU64,
 }
@@ -82,7 +86,8 @@ impl Service {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let segment = store.segment();
         let hello = Hello { boot_token, version, pid: std::process::id(), admin: true, segment };
-        Self { store, hello, figures, labels, turns: AtomicU64::new(0) }
+        let copiers = Copiers::default();
+        Self { store, hello, figures, labels, copiers, turns: AtomicU64::new(0) }
     }
 
     /// Counts that something arrived; two of a peer are one apart where no other's came between them.
@@ -195,6 +200,31 @@ impl Service {
                 }
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
+            Request::RegisterKvCache { instance_id, registration } => {
+                self.register_memory(peer, instance_id, registration, now).await?;
+                Reply::None
+            }
+            Request::UnregisterKvCache { instance_id } => {
+                peer.engines.unregister(instance_id);
+                Reply::None
+            }
+            Request::Store { key, instance_id, block_ids, event: _ } => {
+                let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
+                    engine.store(&key.key, blocks, go_on)
+                };
+                let copied = self.copiers.copy(&peer.engines, instance_id, block_ids, now, copy);
+                let (event, done) = copied.await?;
+                Reply::Copied { event, done }
+            }
+            Request::Retrieve { key, instance_id, block_ids, event: _, skip_first_n_tokens } => {
+                let skip = u32::try_from(skip_first_n_tokens).unwrap_or(u32::MAX);
+                let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
+                    engine.retrieve(&key.key, blocks, skip, go_on)
+                };
+                let copied = self.copiers.copy(&peer.engines, instance_id, block_ids, now, copy);
+                let (event, done) = copied.await?;
+                Reply::Copied { event, done }
+            }
             Request::Clear { .. } => {
                 let detail = format!("{} objects, for a peer", store.clear());
                 self.figures.notes.add(Level::Info, "cleared", "peer", detail);
@@ -262,6 +292,27 @@ impl Service {
                 let explaining = store.explain(&key.key, move |salt| labels.of(salt))?;
                 Reply::Explanation(explaining.await)
             }
+        })
+    }
+
+    /// A refusal is noted with its reason: the engine is answered all the same, and goes on without the cache.
+    async fn register_memory(
+        &self,
+        peer: &mut Peer,
+        instance: u64,
+        registration: KvRegistration,
+        now: Instant,
+    ) -> Result<()> {
+        let registered = if peer.distant {
+            let message = "an engine of another machine has no memory here";
+            Err(Error::new(ErrorCode::UnsupportedOption, message))
+        } else {
+            let (store, engines) = (&self.store, &mut peer.engines);
+            self.copiers.register(store, engines, instance, registration, now).await
+        };
+        registered.inspect_err(|error| {
+            let (code, reason) = (error.code.as_str(), error.message.clone());
+            self.figures.notes.add(Level::Warn, "engine_refused", code, reason);
         })
     }
 
@@ -339,11 +390,15 @@ fn needs_admin(operation: Operation) -> bool {
 }
 
 /// What a client is told when its request makes no sense or cannot be served. A prepare is always
-/// answered: vLLM's worker ends when it is not. The others are met with silence, as LMCache does.
+/// answered, and so is what has the server copy: vLLM's worker ends when it is not. The others are met with silence, as LMCache does.
 fn refusal(operation: Operation) -> Option<Reply> {
     Some(match operation {
         Operation::PrepareStore => Reply::StoreSlots(Some(StoreSlots::default())),
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
+        Operation::RegisterKvCache => Reply::None,
+        Operation::Store | Operation::Retrieve => {
+            Reply::Copied { event: Bytes::new(), done: false }
+        }
         Operation::CommitStore | Operation::Confirm | Operation::Write => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
         Operation::Discard | Operation::Checksums => Reply::Integer(0),
@@ -364,10 +419,56 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use kvferry_core::key::{Dtype, Layout};
+    use kvferry_core::kv_descriptors::KvDescriptor;
     use kvferry_store::disk::DiskOptions;
     use kvferry_store::{Limits, Policy, StoreOptions};
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_peer_of_another_machine_registers_no_memory_of_this_one() {
+        let options = StoreOptions {
+            chunk_size: 16,
+            memory: 1 << 20,
+            shared_name: None,
+            policy: Policy::Lru,
+            disk: None,
+            remote: None,
+            limits: Limits::default(),
+        };
+        let store = Store::new(options).unwrap();
+        let name = format!("/lmcache_kv_service_{}", std::process::id());
+        let segment = format!("/dev/shm{name}");
+        std::fs::write(&segment, [0; 4096]).unwrap();
+        let tensor = KvDescriptor {
+            shm_name: name,
+            segment_bytes: 4096,
+            dtype: Dtype::new("uint8").unwrap(),
+            shape: vec![4, 16, 64],
+            stride: vec![1024, 64, 1],
+            storage_offset: 0,
+        };
+        let registration = KvRegistration {
+            model_name: "m".into(),
+            world_size: 1,
+            engine_type: "vllm".into(),
+            kv_layout: None,
+            groups: Vec::new(),
+            layers: vec![tensor],
+        };
+        let service =
+            Service::new(store.clone(), [0; 16], Arc::new(Figures::new()), Labels([0; 32]));
+        for (mut peer, expected) in [
+            (Peer::new(store.connect()), Ok(Reply::None)),
+            (Peer::distant(store.connect()), Err(ErrorCode::UnsupportedOption)),
+        ] {
+            let registration = registration.clone();
+            let request = Request::RegisterKvCache { instance_id: 1, registration };
+            let answer = service.carry_out(&mut peer, request, Instant::now()).await;
+            assert_eq!(answer.map_err(|error| error.code), expected);
+        }
+        std::fs::remove_file(segment).unwrap();
+    }
 
     #[tokio::test]
     async fn who_waits_for_a_prefetch_is_answered_at_the_lookups_deadline_whatever_the_disk_does() {

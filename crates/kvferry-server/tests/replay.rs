@@ -8,7 +8,7 @@ mod common;
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use common::{Client, start, store_options};
+use common::{Client, skipped, start, store_options};
 use kvferry_store::StoreOptions;
 use kvferry_wire::message::StoreSlots;
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -204,6 +204,8 @@ fn two_ranks_one_plane_names_for_numbers_and_abuse() {
             // Event streams are not served: neither is their end answered.
             (60, Difference::Silent),
             (67, Difference::Silent),
+            // A store of a mode that the recorded server did not serve.
+            (71, Difference::Answered(Reply::Copied { event: Bytes::new(), done: false })),
             // A worker without a rank: silence ends a vLLM engine.
             (74, nothing_to_store()),
         ],
@@ -216,6 +218,50 @@ fn lmcaches_benchmark_with_objects_of_32_mib() {
     let options =
         |chunk_size| StoreOptions { shared_name: None, ..store_options(chunk_size, 256 << 20) };
     replay("lmcache_bench_engine_driven_shm.json", options, vec![]);
+}
+
+/// The segments that LMCache's benchmark had; they are holes until they are written to.
+#[cfg(target_os = "linux")]
+struct Segments(Vec<std::path::PathBuf>);
+
+#[cfg(target_os = "linux")]
+impl Segments {
+    fn new() -> std::io::Result<Self> {
+        let mut segments = Self(Vec::new());
+        for layer in 0..32 {
+            let path = std::path::PathBuf::from(format!("/dev/shm/lmcache_kv_15177_{layer}"));
+            let file = std::fs::File::options().write(true).create_new(true).open(&path)?;
+            segments.0.push(path);
+            file.set_len(64 << 20)?;
+        }
+        Ok(segments)
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Segments {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn lmcaches_benchmark_with_memory_that_the_server_copies() {
+    const WRITTEN: u64 = 256 << 20;
+    if kvferry_store::Store::new(store_options(16, WRITTEN)).is_err() {
+        return skipped("a replay of lmcache_driven: /dev/shm is too small");
+    }
+    let segments = match Segments::new() {
+        Ok(segments) => segments,
+        Err(error) => return skipped(format_args!("a replay of lmcache_driven: {error}")),
+    };
+    let options =
+        |chunk_size| StoreOptions { shared_name: None, ..store_options(chunk_size, 256 << 20) };
+    // LMCache's store is over after its answer, and the lookup there was faster; ours answers when it is over.
+    let differences = vec![(46, Difference::Other(Reply::Integer(2)))];
+    replay("lmcache_bench_lmcache_driven_cpu.json", options, differences);
+    drop(segments);
 }
 
 #[test]

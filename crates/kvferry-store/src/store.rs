@@ -705,6 +705,23 @@ impl Store {
         Ok(Some(slots))
     }
 
+    /// Whether memory has each of the range's chunks for the key's rank.
+    ///
+    /// # Errors
+    /// As [`Store::prepare_retrieve`].
+    pub(crate) fn has(&self, key: &Key, instance: u64) -> Result<bool> {
+        let chunks = self.chunks(key)?;
+        let prompt = self.prompt(key);
+        let state = self.lock();
+        let Some(range) = state.range(key, instance, &prompt, &chunks)?.1 else { return Ok(true) };
+        let id = |chunk: usize| ObjectId {
+            chunk: prompt.hashes[chunk],
+            space: range.space,
+            rank: range.rank,
+        };
+        Ok(chunks.map(id).all(|id| state.index.get_visible(&id).is_some()))
+    }
+
     /// Ends a retrieval of the range; `false` when there was none.
     pub fn commit_retrieve(&self, key: &Key, instance: u64) -> Result<bool> {
         let Some((mut state, range)) = self.reserved_range(key, instance)? else {

@@ -11,6 +11,7 @@
 
 mod events;
 mod explain;
+mod lmcache_driven;
 mod piece;
 mod reply;
 mod request;
@@ -57,6 +58,12 @@ pub enum MessageError {
          (LMCache: --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven)"
     )]
     Pickle(Operation),
+    /// Memory that is not the host's, or not shared by name.
+    #[error(
+        "{0} describes memory of type {1:?}; kvferry copies host memory (cpu_shm) only: start the engine with \
+         LMCACHE_MP_TRANSFER_MODE=engine_driven"
+    )]
+    MemoryType(Operation, String),
     /// Data in the message instead of in shared memory.
     #[error("{0} carries {1} bytes of data; kvferry moves data through shared memory only")]
     Data(Operation, usize),
@@ -73,6 +80,7 @@ impl MessageError {
             Self::FrameCount(..) => "frame_count",
             Self::Parameter { malformed, .. } => malformed.problem.label(),
             Self::Pickle(_) => "pickle",
+            Self::MemoryType(..) => "memory_type",
             Self::Data(..) => "data",
         }
     }

@@ -288,6 +288,26 @@ impl<'a> Reader<'a> {
         self.take(length)
     }
 
+    /// The bytes of an extension of this type.
+    pub(crate) fn extension(&mut self, wanted: u8) -> Result<&'a [u8]> {
+        let length = match self.marker()? {
+            Marker::FixExt1 => 1,
+            Marker::FixExt2 => 2,
+            Marker::FixExt4 => 4,
+            Marker::FixExt8 => 8,
+            Marker::FixExt16 => 16,
+            Marker::Ext8 => self.length_u8()?,
+            Marker::Ext16 => self.length_u16()?,
+            Marker::Ext32 => self.length_u32()?,
+            other => return Err(unexpected("an extension", other)),
+        };
+        let [found] = self.array()?;
+        if found != wanted {
+            return Err(Problem::Inconsistent("no extension of this type is known").into());
+        }
+        self.take(length)
+    }
+
     /// Bytes of a known number.
     pub(crate) fn fixed_bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
         let bytes = self.bytes()?.try_into();
@@ -519,6 +539,12 @@ impl Writer {
 
     pub(crate) fn bytes(&mut self, value: &[u8]) {
         let Ok(()) = rmp::encode::write_bin(&mut self.out, value);
+    }
+
+    pub(crate) fn extension(&mut self, kind: u8, value: &[u8]) {
+        let kind = i8::try_from(kind).unwrap_or(i8::MAX);
+        let Ok(_) = rmp::encode::write_ext_meta(&mut self.out, length_u32(value.len()), kind);
+        self.raw(value);
     }
 
     /// Appends a value that is MessagePack already.

@@ -65,6 +65,14 @@ impl Dialect {
 /// only to a server whose `get_experimental` reply holds [`EXTENSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
+    /// Registers an engine's memory, for the server to copy from and to by itself (`lmcache_driven`).
+    RegisterKvCache,
+    /// Forgets such memory.
+    UnregisterKvCache,
+    /// Copies blocks out of such memory.
+    Store,
+    /// Copies blocks into such memory.
+    Retrieve,
     /// Hashes a prompt, counts the leading chunks that are there, and leases them.
     Lookup,
     /// The count of a lookup, once; nothing while it runs.
@@ -132,7 +140,11 @@ pub const EXTENSION: &str = "kvferry.v1";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 32] = [
+        Self::RegisterKvCache,
+        Self::UnregisterKvCache,
+        Self::Store,
+        Self::Retrieve,
         Self::Lookup,
         Self::QueryPrefetchStatus,
         Self::WaitPrefetchStatus,
@@ -169,6 +181,11 @@ impl Operation {
     pub const fn id(self, dialect: Dialect) -> Option<u64> {
         // In the order of the dialects; 0 is none.
         let ids: [u64; 4] = match self {
+            // Older servers number them otherwise; no client of ours asks for them.
+            Self::RegisterKvCache => [1, 1, 0, 0],
+            Self::UnregisterKvCache => [2, 2, 0, 0],
+            Self::Store => [6, 6, 0, 0],
+            Self::Retrieve => [7, 7, 0, 0],
             Self::Lookup => [8, 8, 5, 5],
             Self::QueryPrefetchStatus => [9, 9, 6, 6],
             Self::WaitPrefetchStatus => [10, 10, 7, 0],
@@ -207,6 +224,10 @@ impl Operation {
     /// The operation's name, as it may stand in a message instead of the id.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::RegisterKvCache => "register_kv_cache",
+            Self::UnregisterKvCache => "unregister_kv_cache",
+            Self::Store => "store",
+            Self::Retrieve => "retrieve",
             Self::Lookup => "lookup",
             Self::QueryPrefetchStatus => "query_prefetch_status",
             Self::WaitPrefetchStatus => "wait_prefetch_status",

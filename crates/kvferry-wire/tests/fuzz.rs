@@ -16,6 +16,8 @@ use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
 use kvferry_core::explain::{
     Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
 };
+use kvferry_core::key::Dtype;
+use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
 use kvferry_wire::message::Slots;
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -86,6 +88,31 @@ fn ours() -> Vec<Recorded> {
         generations: vec![1, 1 << 40],
         checksums: vec![u64::MAX, 0],
     };
+    let tensor = KvDescriptor {
+        shm_name: "/lmcache_kv_1_0".into(),
+        segment_bytes: 1 << 20,
+        dtype: Dtype::new("half").unwrap(),
+        shape: vec![2, 8, 16, 2, 4],
+        stride: vec![1024, 128, 8, 4, 1],
+        storage_offset: 0,
+    };
+    let group = EngineGroup {
+        engine_group_id: 0,
+        layer_indices: vec![0, 1],
+        tokens_per_block: 16,
+        sw_size_tokens: -1,
+        extra_object_group_tag: 0,
+        recurrent_state: false,
+    };
+    let registration = KvRegistration {
+        model_name: "m".into(),
+        world_size: 1,
+        engine_type: "vllm".into(),
+        kv_layout: Some("NHD".into()),
+        groups: vec![group],
+        layers: vec![tensor.clone(), tensor],
+    };
+    let register = Request::RegisterKvCache { instance_id: 1, registration };
     let message = |request, frames| {
         let (file, operation) = ("", String::new());
         Recorded { file, step: 0, request, operation, frames }
@@ -105,7 +132,8 @@ fn ours() -> Vec<Recorded> {
         assert_eq!(Reply::decode(header.operation, payload).unwrap(), reply);
         message(false, frames)
     });
-    [message(true, checksums.encode(1, Dialect::Current))].into_iter().chain(replies).collect()
+    let requests = [checksums, register].map(|it| message(true, it.encode(1, Dialect::Current)));
+    requests.into_iter().chain(replies).collect()
 }
 
 fn config() -> ProptestConfig {

@@ -331,6 +331,139 @@ fn data_is_never_taken_from_a_message() {
     assert_eq!(result, Err(MessageError::Pickle(Operation::PrepareRetrieve)));
 }
 
+/// A `register_kv_cache` of one layer with this descriptor.
+fn register(descriptor: &[u8]) -> Result<Request, MessageError> {
+    let length = u16::try_from(descriptor.len()).unwrap().to_be_bytes();
+    let caches = [&b"\x91\xc8"[..], &length, b"\x01", descriptor].concat();
+    register_all(&caches, b"\x90")
+}
+
+fn register_all(caches: &[u8], groups: &[u8]) -> Result<Request, MessageError> {
+    let frames = [&b"\x01"[..], caches, b"\xa1m", b"\x01", b"\xa4vllm", b"\x80", groups];
+    let payload: Vec<Bytes> = frames.map(Bytes::copy_from_slice).into();
+    let mut result = None;
+    let info = measure(|| result = Some(Request::decode(Operation::RegisterKvCache, &payload)));
+    let input: usize = frames.iter().map(|frame| frame.len()).sum();
+    let bound = 128 * 1024 + 16 * input as u64;
+    assert!(info.bytes_total < bound, "{} bytes reserved for {input}", info.bytes_total);
+    result.unwrap()
+}
+
+/// A descriptor of this type with this tensor.
+fn descriptor(kind: &[u8], metadata: &[u8]) -> Vec<u8> {
+    let names = b"\xa8shm_name\xa2/s\xa6nbytes\x40\xa7version\x01\xa8metadata";
+    [b"\x85\xa4type", kind, &names[..], metadata].concat()
+}
+
+#[test]
+fn memory_that_is_not_served_is_refused_by_its_type_and_never_run_as_code() {
+    let metadata = b"\x85\xa5dtype\xa4half\xa5shape\x93\x01\x01\x01\xa6stride\x93\x01\x01\x01\
+        \xaestorage_offset\x00\xabdevice_uuid\xa3cpu";
+    assert!(register(&descriptor(b"\xa7cpu_shm", metadata)).is_ok());
+    for kind in ["cuda", "cuda_raw", "cuda_vmm", "musa", "npu"] {
+        // Their own fields are not looked into.
+        let length = 0xa0 | u8::try_from(kind.len()).unwrap();
+        let handle = b"\xa6handle\x92\x01\xc4\x02ab\xa7version\x01";
+        let other = [b"\x83\xa4type", &[length][..], kind.as_bytes(), handle].concat();
+        let error = register(&other).unwrap_err();
+        assert_eq!(error, MessageError::MemoryType(Operation::RegisterKvCache, kind.to_owned()));
+        assert!(error.to_string().contains(kind) && error.to_string().contains("engine_driven"));
+        assert_eq!(error.label(), "memory_type");
+    }
+    let long = [&b"\x81\xa4type\xda\x01\x00"[..], &[b'x'; 256]].concat();
+    assert!(register(&long).unwrap_err().to_string().len() < 256, "what is quoted is short");
+    for protocol in 2..=5 {
+        let error = register(&[0x80, protocol, 0x95, 1]).unwrap_err();
+        assert_eq!(error, MessageError::Pickle(Operation::RegisterKvCache));
+    }
+}
+
+#[test]
+fn descriptors_follow_their_grammar_and_have_limits() {
+    let half = b"\xa5dtype\xa4half";
+    let with = |dtype: &[u8], shape: &[u8], rest: &[u8]| {
+        let all = [b"\x84", dtype, b"\xa5shape", shape, b"\xa6stride\x91\x01", rest].concat();
+        register(&descriptor(b"\xa7cpu_shm", &all)).map(drop).map_err(|error| error.label())
+    };
+    let offset = b"\xaestorage_offset\x00";
+    assert_eq!(with(half, b"\x91\x01", offset), Ok(()));
+    for (dtype, shape, rest, label) in [
+        (&b"\xa5dtype\xa5qint8"[..], &b"\x91\x01"[..], &offset[..], "unknown_dtype"),
+        (half, b"\x91\xff", offset, "out_of_range"),
+        (half, b"\x99\x01\x01\x01\x01\x01\x01\x01\x01\x01", offset, "too_long"),
+        (half, b"\xdd\xff\xff\xff\xff", offset, "truncated"),
+        (half, b"\x91\x01", b"\xaestorage_offset\xff", "out_of_range"),
+        (half, b"\x91\x01", b"\xa5shape\x91\x01", "duplicate_key"),
+        (half, b"\x91\x01", b"\xa1x\x00", "missing_key"),
+        (half, b"\x91\x01", b"\xaestorage_offset\x00\x00", "trailing_bytes"),
+    ] {
+        assert_eq!(with(dtype, shape, rest), Err(label), "{shape:?} {rest:?}");
+    }
+    let label = |caches: &[u8], groups: &[u8]| register_all(caches, groups).map_err(|e| e.label());
+    assert_eq!(label(b"\x91\xc7\x01\x02\x80", b"\x90").err(), Some("inconsistent"), "extension 2");
+    assert_eq!(label(b"\x91\x80", b"\x90").err(), Some("wrong_type"), "no extension");
+    assert_eq!(label(b"\x91\xc8\xff\xff\x01", b"\x90").err(), Some("truncated"));
+    let many = [&b"\xdc\x04\x01"[..], &b"\xd4\x01\x80".repeat(0x401)].concat();
+    assert_eq!(label(&many, b"\x90").err(), Some("too_long"), "1025 layers");
+    let many = [&b"\xdc\x04\x01"[..], &[0x80; 0x401]].concat();
+    assert_eq!(label(b"\x90", &many).err(), Some("too_long"), "1025 groups");
+    assert_eq!(label(b"\x90", b"\x91\x80").err(), Some("missing_key"));
+}
+
+#[test]
+fn blocks_are_lists_of_32_bit_numbers() {
+    let decode = |blocks: &[u8], event: &[u8]| {
+        let request = Request::Store {
+            key: key().into(),
+            instance_id: 1,
+            block_ids: Vec::new(),
+            event: Box::default(),
+        };
+        let mut payload = request.encode(0, Dialect::Current).split_off(2);
+        payload[2] = Bytes::copy_from_slice(blocks);
+        payload[3] = Bytes::copy_from_slice(event);
+        match Request::decode(Operation::Store, &payload) {
+            Ok(Request::Store { block_ids, .. }) => Ok(block_ids),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.label()),
+        }
+    };
+    let empty = b"\xc4\x00";
+    assert_eq!(decode(b"\x92\x91\x07\x90", empty), Ok(vec![vec![7], vec![]]));
+    for (blocks, label) in [
+        (&b"\x91\x91\xff"[..], "out_of_range"),
+        (b"\x91\x91\xcf\x00\x00\x00\x01\x00\x00\x00\x00", "out_of_range"),
+        (b"\x91\x07", "wrong_type"),
+        (b"\x91\xdd\xff\xff\xff\xff", "truncated"),
+        (b"\xdd\xff\xff\xff\xff", "truncated"),
+    ] {
+        assert_eq!(decode(blocks, empty), Err(label), "{blocks:?}");
+    }
+    let long = [&b"\xc5\x04\x01"[..], &[0; 0x401]].concat();
+    assert_eq!(decode(b"\x90", &long), Err("too_long"));
+    assert_eq!(decode(b"\x90", b"\xa0"), Err("wrong_type"));
+}
+
+#[test]
+fn no_peer_names_an_instance_of_the_servers_own() {
+    for (instance_id, fine) in
+        [(0, true), ((1 << 63) - 1, true), (1 << 63, false), (u64::MAX, false)]
+    {
+        let requests = [
+            Request::Unregister { instance_id },
+            Request::UnregisterKvCache { instance_id },
+            Request::CommitStore { key: key().into(), instance_id },
+            Request::CommitRetrieve { key: key().into(), instance_id },
+        ];
+        for request in requests {
+            let payload = request.encode(0, Dialect::Current).split_off(2);
+            let decoded = Request::decode(request.operation(), &payload);
+            let label = decoded.map_err(|error| error.label());
+            assert_eq!(label, if fine { Ok(request) } else { Err("out_of_range") });
+        }
+    }
+}
+
 #[test]
 fn the_lists_of_a_reply_go_together() {
     let slot = |dtype: &str| {

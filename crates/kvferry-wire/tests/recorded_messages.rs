@@ -1,4 +1,4 @@
-//! Every recorded message of LMCache's engine-driven mode decodes, and encodes to the same bytes.
+//! Every recorded message of LMCache's transfer modes decodes, and encodes to the same bytes.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests")]
 
@@ -47,7 +47,7 @@ fn recorded_messages_encode_to_the_same_bytes() {
             Err(error) => *refused.entry((message.operation, error.label())).or_default() += 1,
         }
     }
-    assert_eq!(equal, 432);
+    assert_eq!(equal, 449);
     let expected = [
         (50, "lookup"),            // a key with a field that nobody knows
         (54, "free_lookup_locks"), // the same key
@@ -68,12 +68,8 @@ fn recorded_messages_encode_to_the_same_bytes() {
             ("ping", "frame_count", 1),
             ("prepare_retrieve", "pickle", 2),
             ("query_prefetch_status", "wrong_type", 1), // an integer for the request id
-            ("register_kv_cache", "unknown_operation", 2),
             ("register_kv_cache_engine_driven_context", "unknown_dtype", 2),
-            ("retrieve", "unknown_operation", 4),
-            ("store", "unknown_operation", 9),
             ("subscribe_kv_events", "unknown_operation", 3),
-            ("unregister_kv_cache", "unknown_operation", 2),
         ]
     );
 }
@@ -104,6 +100,26 @@ fn a_key_with_unknown_and_missing_fields_takes_the_defaults() {
     assert_eq!((key.key.model_name.as_str(), key.key.world_size), ("tiny/tp2", 2));
     assert_eq!((key.key.token_ids.len(), key.key.start, key.key.end), (32, 0, 16));
     assert_eq!((key.key.cache_salt.as_str(), key.configs, tp_size), ("", None, 2));
+}
+
+#[test]
+fn a_registration_of_memory_is_what_its_engine_said() {
+    let messages = recorded::messages();
+    let file = "lmcache_bench_lmcache_driven_cpu.json";
+    let message = messages.iter().find(|m| m.file == file && m.step == 2).unwrap();
+    let (_, Request::RegisterKvCache { instance_id, registration }) =
+        decode_request(&message.frames).unwrap()
+    else {
+        panic!("{message}");
+    };
+    assert_eq!((instance_id, registration.layers.len(), registration.groups.len()), (1000, 32, 1));
+    let last = &registration.layers[31];
+    assert_eq!((last.shm_name.as_str(), last.segment_bytes), ("/lmcache_kv_15177_31", 64 << 20));
+    assert_eq!(last.shape, [2, 1024, 16, 8, 128]);
+    let memory = registration.memory(256).unwrap();
+    let object = memory.layout.registration(&registration.model_name, registration.world_size, 256);
+    assert_eq!(object.shape(256), [2, 32, 256, 1024], "as its engine-driven mode has it");
+    assert_eq!(object.dtype.name(), "float16");
 }
 
 #[test]
@@ -153,6 +169,14 @@ fn the_salt_is_dropped_by_neither_end_of_the_wire() {
         Request::AbandonStore { key: key(), instance_id: 1 },
         Request::PrepareRetrieve { key: key(), instance_id: 1 },
         Request::CommitRetrieve { key: key(), instance_id: 1 },
+        Request::Store { key: key(), instance_id: 1, block_ids: Vec::new(), event: Box::default() },
+        Request::Retrieve {
+            key: key(),
+            instance_id: 1,
+            block_ids: vec![vec![3, 70_000]],
+            event: (*b"event").into(),
+            skip_first_n_tokens: 16,
+        },
         Request::Explain { key: key() },
     ] {
         let frames = request.encode(7, Dialect::Current);
@@ -182,6 +206,8 @@ fn operations_have_the_ids_of_each_release() {
         "report_block_allocation",
         "noop",
     ];
+    let driven =
+        [(1, "register_kv_cache"), (2, "unregister_kv_cache"), (6, "store"), (7, "retrieve")];
     for (dialect, lookups, others, experimental) in [
         (Dialect::Lmcache047, &operations[..2], 8, None),
         (Dialect::Lmcache050, &operations[..], 9, None),
@@ -189,7 +215,9 @@ fn operations_have_the_ids_of_each_release() {
         (Dialect::Current, &operations[..], 12, Some(32)),
     ] {
         let first = if others == 12 { 8 } else { 5 };
-        let mut expected: Vec<(u64, &str)> = (first..).zip(lookups.iter().copied()).collect();
+        let mut expected: Vec<(u64, &str)> = Vec::new();
+        expected.extend(driven.iter().filter(|_| others == 12));
+        expected.extend((first..).zip(lookups.iter().copied()));
         expected.extend((others..).zip(rest));
         expected.extend(experimental.map(|id| (id, "get_experimental")));
         let ids = |id| Some((id, Operation::from_id(id, dialect)?.name()));
@@ -318,6 +346,8 @@ fn our_own_messages_survive_the_wire() {
                 ("policy".to_owned(), Value::Text("lru".to_owned())),
             ]),
         ),
+        (Operation::RegisterKvCache, Reply::None),
+        (Operation::Store, Reply::Copied { event: Bytes::new(), done: false }),
         (Operation::AbandonStore, Reply::None),
         (Operation::Confirm, Reply::Boolean(false)),
         (Operation::Discard, Reply::Integer(1)),

@@ -36,6 +36,11 @@ pub(crate) fn store_options(chunk_size: u32, memory: u64) -> StoreOptions {
     }
 }
 
+/// Says why something is not tested, past the capture of passed tests.
+pub(crate) fn skipped(what: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED {what}");
+}
+
 /// A server on a free port of loopback.
 pub(crate) fn start(options: StoreOptions) -> Server {
     let address = ServerOptions::default();

@@ -34,6 +34,13 @@ pub enum Reply {
     StoreSlots(Option<StoreSlots>),
     /// What `prepare_retrieve` grants. `None`: not all chunks are there and leased.
     RetrieveSlots(Option<Slots>),
+    /// Whether the server has copied. The handle is of an event that the engine waits for: empty where nothing was done.
+    Copied {
+        /// LMCache's IPC event handle.
+        event: Bytes,
+        /// Whether all of it.
+        done: bool,
+    },
     /// Who the server is.
     Hello(Hello),
     /// Bytes of a slot, or none.
@@ -175,6 +182,11 @@ impl Reply {
                     }
                 }
             }
+            Self::Copied { event, done } => {
+                w.array(2);
+                w.bytes(event);
+                w.boolean(*done);
+            }
             Self::Hello(hello) => {
                 w.map(5);
                 w.str("boot_token");
@@ -215,6 +227,8 @@ impl Reply {
             | Operation::FreeLookupLocks
             | Operation::EndSession
             | Operation::Unregister
+            | Operation::RegisterKvCache
+            | Operation::UnregisterKvCache
             | Operation::Clear
             | Operation::ReportBlockAllocation
             | Operation::Frames
@@ -241,6 +255,7 @@ impl Reply {
             Operation::Register => p.next("result", decode_registered)?,
             Operation::PrepareStore => Self::StoreSlots(p.next("result", StoreSlots::decode)?),
             Operation::PrepareRetrieve => Self::RetrieveSlots(p.retrieve_slots()?),
+            Operation::Store | Operation::Retrieve => p.next("result", decode_copied)?,
             Operation::Hello => Self::Hello(p.next("result", Hello::decode)?),
             Operation::Read => Self::Piece(p.piece_or_none()?),
             Operation::Status => Self::Status(p.next("result", decode_status)?),
@@ -288,6 +303,14 @@ impl Payload<'_> {
             true => self.within("context", required(context.slots, "slots")).map(Some),
         }
     }
+}
+
+fn decode_copied(r: &mut Reader<'_>) -> Result<Reply> {
+    if r.array_len()? != 2 {
+        return Err(Problem::Inconsistent("a result has a handle and a boolean").into());
+    }
+    let event = within("event", r.bytes())?;
+    Ok(Reply::Copied { event: Bytes::copy_from_slice(event), done: within("done", r.boolean())? })
 }
 
 fn decode_registered(r: &mut Reader<'_>) -> Result<Reply> {

@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use kvferry_core::key::{Dtype, Key, Layout};
+use kvferry_core::kv_descriptors::KvRegistration;
 
-use super::{MessageError, Payload, Piece, encode_operation, one, refuse_data};
+use super::{MessageError, Payload, Piece, encode_operation, lmcache_driven, one, refuse_data};
 use crate::messagepack::{Problem, Reader, Result, Writer, frame, once, required};
 use crate::operation::{Dialect, Operation};
 
@@ -148,6 +149,21 @@ pub enum Request {
     /// Answer: `Reply::Boolean`. Schedulers have no instance.
     Ping { instance_id: Option<u64> },
     /// Answer: `Reply::None`.
+    RegisterKvCache { instance_id: u64, registration: KvRegistration },
+    /// Answer: `Reply::None`.
+    UnregisterKvCache { instance_id: u64 },
+    /// Answer: `Reply::Copied`, always. The blocks of each group of layers, and LMCache's handle of an event that the
+    /// server waits for before it reads them.
+    Store { key: RequestKey, instance_id: u64, block_ids: Vec<Vec<u32>>, event: Box<[u8]> },
+    /// Answer: `Reply::Copied`, always. As [`Request::Store`].
+    Retrieve {
+        key: RequestKey,
+        instance_id: u64,
+        block_ids: Vec<Vec<u32>>,
+        event: Box<[u8]>,
+        skip_first_n_tokens: u64,
+    },
+    /// Answer: `Reply::None`.
     ReportBlockAllocation { instance_id: u64, model_name: String, records: Vec<BlockAllocation> },
     /// Answer: `Reply::Text`, "OK".
     Noop,
@@ -202,6 +218,10 @@ impl Request {
             Self::Clear { .. } => Operation::Clear,
             Self::GetChunkSize => Operation::GetChunkSize,
             Self::Ping { .. } => Operation::Ping,
+            Self::RegisterKvCache { .. } => Operation::RegisterKvCache,
+            Self::UnregisterKvCache { .. } => Operation::UnregisterKvCache,
+            Self::Store { .. } => Operation::Store,
+            Self::Retrieve { .. } => Operation::Retrieve,
             Self::ReportBlockAllocation { .. } => Operation::ReportBlockAllocation,
             Self::Noop => Operation::Noop,
             Self::GetExperimental => Operation::GetExperimental,
@@ -242,29 +262,48 @@ impl Request {
                 let (instance_id, layout) = p.next("payload", decode_registration)?;
                 Self::Register { instance_id, layout }
             }
-            Operation::Unregister => Self::Unregister { instance_id: p.uint("instance_id")? },
+            Operation::Unregister => Self::Unregister { instance_id: p.instance_id()? },
             Operation::PrepareStore => {
-                Self::PrepareStore { key: p.key()?, instance_id: p.uint("instance_id")? }
+                Self::PrepareStore { key: p.key()?, instance_id: p.instance_id()? }
             }
             Operation::CommitStore => {
-                let request =
-                    Self::CommitStore { key: p.key()?, instance_id: p.uint("instance_id")? };
+                let request = Self::CommitStore { key: p.key()?, instance_id: p.instance_id()? };
                 p.no_data()?;
                 request
             }
             Operation::PrepareRetrieve => {
-                Self::PrepareRetrieve { key: p.key()?, instance_id: p.uint("instance_id")? }
+                Self::PrepareRetrieve { key: p.key()?, instance_id: p.instance_id()? }
             }
             Operation::CommitRetrieve => {
-                Self::CommitRetrieve { key: p.key()?, instance_id: p.uint("instance_id")? }
+                Self::CommitRetrieve { key: p.key()?, instance_id: p.instance_id()? }
             }
             Operation::Clear => Self::Clear { force: p.next("force", Reader::coerced_bool)? },
             Operation::GetChunkSize => Self::GetChunkSize,
             Operation::Ping => {
                 Self::Ping { instance_id: p.next("instance_id", Reader::integer_or_nil)? }
             }
+            Operation::RegisterKvCache => Self::RegisterKvCache {
+                instance_id: p.instance_id()?,
+                registration: lmcache_driven::registration(&mut p)?,
+            },
+            Operation::UnregisterKvCache => {
+                Self::UnregisterKvCache { instance_id: p.instance_id()? }
+            }
+            Operation::Store => Self::Store {
+                key: p.key()?,
+                instance_id: p.instance_id()?,
+                block_ids: p.next("block_ids", lmcache_driven::block_ids)?,
+                event: lmcache_driven::event(&mut p)?,
+            },
+            Operation::Retrieve => Self::Retrieve {
+                key: p.key()?,
+                instance_id: p.instance_id()?,
+                block_ids: p.next("block_ids", lmcache_driven::block_ids)?,
+                event: lmcache_driven::event(&mut p)?,
+                skip_first_n_tokens: p.uint("skip_first_n_tokens")?,
+            },
             Operation::ReportBlockAllocation => Self::ReportBlockAllocation {
-                instance_id: p.uint("instance_id")?,
+                instance_id: p.instance_id()?,
                 model_name: p.next("model_name", Reader::string)?,
                 records: p.next("records", |r| {
                     r.list(BLOCK_ALLOCATION_BYTES_MIN, BlockAllocation::decode)
@@ -274,10 +313,10 @@ impl Request {
             Operation::GetExperimental => Self::GetExperimental,
             Operation::Hello => Self::Hello,
             Operation::AbandonStore => {
-                Self::AbandonStore { key: p.key()?, instance_id: p.uint("instance_id")? }
+                Self::AbandonStore { key: p.key()?, instance_id: p.instance_id()? }
             }
             operation @ (Operation::Confirm | Operation::Discard) => {
-                let instance_id = p.uint("instance_id")?;
+                let instance_id = p.instance_id()?;
                 let offsets: Vec<u64> = p.next("offsets", Reader::integers)?;
                 let generations = p.one_each("generations", &offsets)?;
                 match operation {
@@ -286,7 +325,7 @@ impl Request {
                 }
             }
             Operation::Checksums => {
-                let instance_id = p.uint("instance_id")?;
+                let instance_id = p.instance_id()?;
                 let offsets: Vec<u64> = p.next("offsets", Reader::integers)?;
                 let generations = p.one_each("generations", &offsets)?;
                 let checksums = p.one_each("checksums", &offsets)?;
@@ -294,14 +333,14 @@ impl Request {
             }
             Operation::Frames => Self::Frames,
             Operation::Write => Self::Write {
-                instance_id: p.uint("instance_id")?,
+                instance_id: p.instance_id()?,
                 offset: p.uint("offset")?,
                 generation: p.uint("generation")?,
                 at: p.uint("at")?,
                 piece: p.piece()?,
             },
             Operation::Read => Self::Read {
-                instance_id: p.uint("instance_id")?,
+                instance_id: p.instance_id()?,
                 offset: p.uint("offset")?,
                 generation: p.uint("generation")?,
                 at: p.uint("at")?,
@@ -345,7 +384,22 @@ impl Request {
             Self::Register { instance_id, layout } => {
                 frames.push(encode_registration(*instance_id, layout));
             }
-            Self::Unregister { instance_id } => frames.push(one(|w| w.uint(*instance_id))),
+            Self::Unregister { instance_id } | Self::UnregisterKvCache { instance_id } => {
+                frames.push(one(|w| w.uint(*instance_id)));
+            }
+            Self::RegisterKvCache { instance_id, registration } => {
+                frames.push(one(|w| w.uint(*instance_id)));
+                frames.extend(lmcache_driven::encode_registration(registration));
+            }
+            Self::Store { key, instance_id, block_ids, event } => {
+                frames.extend([key.encode(), one(|w| w.uint(*instance_id))]);
+                frames.extend(lmcache_driven::encode_blocks(block_ids, event));
+            }
+            Self::Retrieve { key, instance_id, block_ids, event, skip_first_n_tokens } => {
+                frames.extend([key.encode(), one(|w| w.uint(*instance_id))]);
+                frames.extend(lmcache_driven::encode_blocks(block_ids, event));
+                frames.push(one(|w| w.uint(*skip_first_n_tokens)));
+            }
             Self::Clear { force } => frames.push(one(|w| w.boolean(*force))),
             Self::Ping { instance_id } => frames.push(one(|w| w.uint_or_nil(*instance_id))),
             Self::ReportBlockAllocation { instance_id, model_name, records } => frames.extend([
@@ -396,6 +450,11 @@ impl Payload<'_> {
     fn key(&mut self) -> Result<RequestKey, MessageError> {
         let key = RequestKey::decode(self.frame()?);
         self.within("key", key)
+    }
+
+    /// An instance that a peer may name: LMCache's are below 2^63, those above are a server's own.
+    fn instance_id(&mut self) -> Result<u64, MessageError> {
+        self.next("instance_id", |r| own_instance(r.coerced_integer()?))
     }
 
     /// A list as long as that of the slots' offsets.
@@ -455,6 +514,10 @@ impl BlockAllocation {
     }
 }
 
+fn own_instance(id: u64) -> Result<u64> {
+    if id < 1 << 63 { Ok(id) } else { Err(Problem::Range(id.into()).into()) }
+}
+
 fn decode_registration(r: &mut Reader<'_>) -> Result<(u64, Layout)> {
     let mut instance_id = None;
     let mut model_name = None;
@@ -467,7 +530,9 @@ fn decode_registration(r: &mut Reader<'_>) -> Result<(u64, Layout)> {
     let mut num_physical_slots = None;
     for _ in 0..r.map_len()? {
         match r.str()? {
-            "instance_id" => once(&mut instance_id, "instance_id", r.integer()),
+            "instance_id" => {
+                once(&mut instance_id, "instance_id", r.integer().and_then(own_instance))
+            }
             "model_name" => once(&mut model_name, "model_name", r.string()),
             "world_size" => once(&mut world_size, "world_size", r.integer()),
             "block_size" => once(&mut block_size, "block_size", r.integer()),
@@ -494,7 +559,7 @@ fn decode_registration(r: &mut Reader<'_>) -> Result<(u64, Layout)> {
     Ok((required(instance_id, "instance_id")?, layout))
 }
 
-fn decode_dtype(r: &mut Reader<'_>) -> Result<Dtype> {
+pub(super) fn decode_dtype(r: &mut Reader<'_>) -> Result<Dtype> {
     // No name of an element type is longer; what is refused is quoted in the error.
     const LENGTH_MAX: usize = 32;
     Some(r.str()?)

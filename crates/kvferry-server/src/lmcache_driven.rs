@@ -1,0 +1,273 @@
+//! LMCache's `lmcache_driven` mode: engines whose memory this server copies from and to by itself. Each copy has a thread
+//! beside this one, so only the connection that asked waits for it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use kvferry_core::kv_descriptors::KvRegistration;
+use kvferry_core::{Error, ErrorCode, Result};
+use kvferry_store::{EngineMemory, GoOn, Store};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout_at;
+
+/// Copies that run at once; others wait for their turn.
+const COPIES_MAX: usize = 4;
+/// From a request to the end of its copy, the wait for its turn included.
+const COPY: Duration = Duration::from_secs(30);
+/// Registrations of one connection.
+const ENGINES_MAX: usize = 64;
+/// Layers of all of them: each may have a file of its own.
+const LAYERS_MAX: usize = 4_096;
+/// The event of a copy that is over: on a CPU there is nothing to wait for, and this is what LMCache answers.
+const EVENT: Bytes = Bytes::from_static(b"stub_ipc_handle");
+
+/// What a connection registered. Nobody else may have it copied, and it goes with the connection.
+#[derive(Default)]
+pub(crate) struct Engines(HashMap<u64, Arc<Engine>>);
+
+struct Engine {
+    memory: EngineMemory,
+    _layers: OwnedSemaphorePermit,
+}
+
+/// What copies share.
+pub(crate) struct Copiers {
+    turns: Arc<Semaphore>,
+    layers: Arc<Semaphore>,
+}
+
+/// Ends a copy that nobody waits for any more: the server stops.
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Default for Copiers {
+    fn default() -> Self {
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        Self { turns: semaphore(COPIES_MAX), layers: semaphore(LAYERS_MAX) }
+    }
+}
+
+impl Engines {
+    pub(crate) fn unregister(&mut self, instance: u64) {
+        self.0.remove(&instance);
+    }
+}
+
+impl Copiers {
+    /// Registers an engine's memory, in place of what the instance had before.
+    pub(crate) async fn register(
+        &self,
+        store: &Store,
+        engines: &mut Engines,
+        instance: u64,
+        registration: KvRegistration,
+        now: Instant,
+    ) -> Result<()> {
+        let result = self.open(store, engines, instance, registration, now).await;
+        match result {
+            Ok(engine) => drop(engines.0.insert(instance, Arc::new(engine))),
+            Err(error) => {
+                engines.unregister(instance); // its memory is elsewhere now
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    async fn open(
+        &self,
+        store: &Store,
+        engines: &Engines,
+        instance: u64,
+        registration: KvRegistration,
+        now: Instant,
+    ) -> Result<Engine> {
+        if engines.0.len() >= ENGINES_MAX && !engines.0.contains_key(&instance) {
+            return Err(Error::invalid(format!(
+                "a connection has {ENGINES_MAX} registrations, the most that are allowed; unregister one"
+            )));
+        }
+        let count = u32::try_from(registration.layers.len()).unwrap_or(u32::MAX);
+        let layers = Arc::clone(&self.layers).try_acquire_many_owned(count).map_err(|_| {
+            Error::invalid(format!(
+                "all engines together have more than {LAYERS_MAX} layers, the most that are allowed"
+            ))
+        })?;
+        let store = store.clone();
+        let register = move |_: GoOn<'_>| EngineMemory::register(&store, &registration);
+        Ok(Engine { memory: self.run(now, register).await?, _layers: layers })
+    }
+
+    /// Copies for an instance: what `copy` does, and the event that it answers.
+    pub(crate) async fn copy(
+        &self,
+        engines: &Engines,
+        instance: u64,
+        block_ids: Vec<Vec<u32>>,
+        now: Instant,
+        copy: impl FnOnce(&EngineMemory, &[u32], GoOn<'_>) -> Result<bool> + Send + 'static,
+    ) -> Result<(Bytes, bool)> {
+        let engine = engines.0.get(&instance).ok_or_else(|| {
+            let message = format!("instance {instance} is not registered by this connection");
+            Error::new(ErrorCode::Protocol, message)
+        })?;
+        let engine = Arc::clone(engine);
+        let Ok([blocks]) = <[Vec<u32>; 1]>::try_from(block_ids) else {
+            return Err(Error::invalid("there are blocks of several groups of layers, or of none"));
+        };
+        let done = self.run(now, move |go_on| copy(&engine.memory, &blocks, go_on)).await?;
+        Ok(if done { (EVENT, true) } else { (Bytes::new(), false) })
+    }
+
+    /// Runs `work` on another thread when its turn has come. It is asked to end at its deadline.
+    async fn run<T: Send + 'static>(
+        &self,
+        now: Instant,
+        work: impl FnOnce(GoOn<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let deadline = now + COPY;
+        let late = || Error::new(ErrorCode::Timeout, "a copy took too long");
+        let turn = timeout_at(deadline.into(), Arc::clone(&self.turns).acquire_owned()).await;
+        let turn = turn.map_err(|_| late())?;
+        let given_up = Arc::new(AtomicBool::new(false));
+        let waits = GivenUp(Arc::clone(&given_up));
+        let running = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            work(&|| match Instant::now() < deadline && !given_up.load(Ordering::Relaxed) {
+                true => Ok(()),
+                false => Err(late()),
+            })
+        });
+        let result = running.await;
+        drop(waits);
+        result.map_err(|_| Error::new(ErrorCode::Internal, "a copy ended without a result"))?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tokio::task::{JoinHandle, yield_now};
+    use tokio::time::advance;
+
+    use super::*;
+
+    /// A copy that runs until it is let go, and says that it does.
+    struct Held {
+        copy: JoinHandle<Result<()>>,
+        let_go: Option<mpsc::Sender<()>>,
+        begun: mpsc::Receiver<()>,
+    }
+
+    impl Held {
+        fn new(copiers: &Arc<Copiers>) -> Self {
+            let (let_go, held) = mpsc::channel();
+            let (begins, begun) = mpsc::channel();
+            let work = move |go_on: GoOn<'_>| {
+                let _ = begins.send(());
+                let _ = held.recv(); // an error, once nobody holds it
+                go_on()
+            };
+            let copiers = Arc::clone(copiers);
+            let copy = tokio::spawn(async move { copiers.run(Instant::now(), work).await });
+            Self { copy, let_go: Some(let_go), begun }
+        }
+
+        async fn begins(&self) {
+            while self.begun.try_recv().is_err() {
+                yield_now().await;
+            }
+        }
+
+        async fn end(mut self) -> Result<()> {
+            drop(self.let_go.take());
+            self.copy.await.unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn copies_run_beside_each_other_up_to_a_number_and_hold_up_nothing_else() {
+        let copiers = Arc::new(Copiers::default());
+        let mut copies: Vec<Held> = (0..COPIES_MAX).map(|_| Held::new(&copiers)).collect();
+        for copy in &copies {
+            copy.begins().await; // which takes this thread
+        }
+        let next = Held::new(&copiers);
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        assert!(next.begun.try_recv().is_err(), "one more waits for its turn");
+        assert_eq!(copies.remove(0).end().await, Ok(()));
+        next.begins().await;
+        copies.push(next);
+        for copy in copies {
+            assert_eq!(copy.end().await, Ok(()));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_turn_is_told_in_time_that_there_is_none() {
+        let copiers = Arc::new(Copiers::default());
+        let copies: Vec<Held> = (0..COPIES_MAX).map(|_| Held::new(&copiers)).collect();
+        for copy in &copies {
+            copy.begins().await;
+        }
+        let late = Held::new(&copiers);
+        yield_now().await;
+        advance(COPY + Duration::from_secs(1)).await;
+        assert_eq!(late.copy.await.unwrap().unwrap_err().code, ErrorCode::Timeout);
+        assert!(late.begun.try_recv().is_err());
+        for copy in copies {
+            assert_eq!(copy.end().await, Ok(()), "the clock of those that run is the system's");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_copy_ends_when_it_is_late_or_nobody_waits_for_it() {
+        let copiers = Arc::new(Copiers::default());
+        let before = Instant::now().checked_sub(COPY).unwrap();
+        let _turn = copiers.turns.acquire().await; // there are others
+        let late = copiers.run(before, |go_on: GoOn<'_>| go_on()).await;
+        assert_eq!(late.unwrap_err().code, ErrorCode::Timeout);
+        let (ended, has_ended) = mpsc::channel();
+        let (begins, begun) = mpsc::channel();
+        let work = move |go_on: GoOn<'_>| {
+            let _ = begins.send(());
+            while go_on().is_ok() {
+                std::thread::yield_now();
+            }
+            let _ = ended.send(());
+            Ok(())
+        };
+        let copy = tokio::spawn({
+            let copiers = Arc::clone(&copiers);
+            async move { copiers.run(Instant::now(), work).await }
+        });
+        while begun.try_recv().is_err() {
+            yield_now().await;
+        }
+        copy.abort(); // as when the server stops
+        assert!(copy.await.unwrap_err().is_cancelled());
+        has_ended.recv_timeout(Duration::from_secs(20)).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_panics_is_one_that_failed() {
+        let copiers = Copiers::default();
+        for _ in 0..2 * COPIES_MAX {
+            let bug = |_: GoOn<'_>| -> Result<()> { panic!("a bug") };
+            let error = copiers.run(Instant::now(), bug).await.unwrap_err();
+            assert_eq!(error.code, ErrorCode::Internal);
+        }
+        assert_eq!(copiers.run(Instant::now(), |_: GoOn<'_>| Ok(1)).await, Ok(1));
+    }
+}
