@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use kvferry_store::Departure;
 use kvferry_wire::Output;
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
@@ -23,6 +23,8 @@ const MESSAGE: Duration = Duration::from_secs(30);
 const READ: usize = 16 << 10;
 /// The same while a long frame arrives.
 const READ_MAX: usize = 512 << 10;
+/// A frame of which so much is missing is read to its end and not beyond.
+const ALONE: usize = 64 << 10;
 /// Answers are sent when there is this much of them, if not before.
 const WRITE: usize = 256 << 10;
 /// Bytes of unfinished messages that all connections may hold together.
@@ -128,25 +130,22 @@ async fn talk(
     let mut zmtp =
         Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
     let mut deadline = Some(Instant::now() + HANDSHAKE);
-    let mut read_next = READ;
     loop {
         send(stream, &mut output).await?;
-        // Long frames come whole, not in parts that are copied together.
-        if zmtp.missing(&input) > READ {
-            read_next = READ_MAX;
-        }
-        input.reserve(read_next);
-        let read = stream.read_buf(&mut input);
+        // A long frame comes alone: of what came with it, all would have to be copied away from it.
+        let missing = zmtp.missing(&input);
+        let most = if missing > ALONE { missing.min(READ_MAX) } else { missing + READ };
+        input.reserve(most);
+        let mut room = (&mut input).limit(most);
+        let read = stream.read_buf(&mut room);
         let read = match deadline {
             Some(deadline) => {
                 timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
             }
             None => read.await, // an idle connection costs little; its end is noticed
         };
-        match read? {
-            0 => return Ok(()),
-            bytes if bytes < READ => read_next = READ,
-            _ => {}
+        if read? == 0 {
+            return Ok(());
         }
         let arrived = input.len();
         let mut ready = false;
