@@ -7,7 +7,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType, ZmtpError};
 use kvferry_wire::{Dialect, MessageError, Output, Reply, Request};
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+#[cfg(unix)]
+use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
@@ -194,7 +196,7 @@ impl Link {
         sent.map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))
     }
 
-    /// Lets a piece that has begun to arrive go to its place, if `landing` knows one: see [`Session::landing`].
+    /// Lets a piece that has begun to arrive go to its place, if `landing` knows one, which is `Session::landing`.
     pub(crate) fn land(&mut self, landing: impl FnOnce(&[Bytes], &[u8], usize) -> Option<Landing>) {
         if cfg!(unix)
             && let Some((before, here, length)) = self.zmtp.begun(&self.input)
@@ -215,7 +217,7 @@ impl Link {
     /// Waits until bytes came or went. May be dropped and called again.
     pub(crate) async fn progress(&mut self) -> Result<()> {
         let Self { input, output, zmtp, read_next, landing, .. } = self;
-        // Long frames come whole, not in parts that are copied together.
+        // A long frame comes whole, not in parts that are copied together.
         let most = zmtp.missing(input).min(READ_MAX) + *read_next;
         input.reserve(most);
         let mut room = input.limit(most);

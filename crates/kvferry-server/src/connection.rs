@@ -132,7 +132,7 @@ async fn talk(
     let mut deadline = Some(Instant::now() + HANDSHAKE);
     loop {
         send(stream, &mut output).await?;
-        // A long frame comes alone: of what came with it, all would have to be copied away from it.
+        // A long frame comes whole and alone: what came with it would have to be copied away from it.
         let missing = zmtp.missing(&input);
         let most = if missing > ALONE { missing.min(READ_MAX) } else { missing + READ };
         input.reserve(most);
