@@ -16,7 +16,7 @@ use kvferry_wire::{Operation, Reply, Request, RequestKey};
 use tokio::time::timeout;
 
 use crate::client::{Client, unexpected};
-use crate::frames::Transfer;
+use crate::frames::{Staged, Transfer};
 use crate::pool::Pool;
 use crate::session::{Grant, Session, Undo};
 
@@ -173,8 +173,7 @@ impl Cache for Client {
                 let abandon =
                     Request::AbandonStore { key: key.clone().into(), instance_id: instance };
                 let undo = Undo::new(Arc::clone(&session), Some(abandon));
-                let (session, memory) = (&*session, &**memory);
-                let slots = &slots;
+                let (session, slots) = (&*session, &slots);
                 let transfer = Transfer {
                     client: self,
                     session,
@@ -256,7 +255,7 @@ impl Cache for Client {
             let granted = slots.slots;
             let (slots, memory, staged) = place(&session, &granted).await?;
             if let Some((placed, memory)) = &staged {
-                let (session, memory, slots) = (&*session, &**memory, &granted);
+                let (session, slots) = (&*session, &granted);
                 let transfer = Transfer {
                     client: self,
                     session,
@@ -415,12 +414,12 @@ impl Client {
 }
 
 /// Where granted slots are in this process: their places, the memory, and again both when they are not in the pool.
-type Placed = (Vec<Slot>, Arc<dyn Memory>, Option<(Vec<Slot>, Arc<dyn Memory>)>);
+type Placed = (Vec<Slot>, Arc<dyn Memory>, Option<(Vec<Slot>, Arc<Staged>)>);
 
 async fn place(session: &Session, granted: &[Slot]) -> Result<Placed> {
     if session.in_frames().is_some() {
         let (placed, memory) = session.stage.lay_out(granted)?;
-        return Ok((placed.clone(), Arc::clone(&memory), Some((placed, memory))));
+        return Ok((placed.clone(), Arc::<Staged>::clone(&memory), Some((placed, memory))));
     }
     let pool = session.pool().ok_or_else(no_pool)?;
     map(&pool, granted).await?;

@@ -442,8 +442,15 @@ async fn serve(
             silent = false;
             session.deliver(&message);
         }
+        link.land(|before, here, length| session.landing(before, here, length));
         tokio::select! {
-            progress = link.progress() => progress?,
+            progress = link.progress() => {
+                progress?;
+                if let Some(uid) = link.landed() {
+                    silent = false;
+                    session.landed(&uid);
+                }
+            }
             Some(request) = outgoing.recv(), if link.has_room() => {
                 let mut next = Some(request);
                 // Requests that were made together go together: the server wakes once.

@@ -2,11 +2,13 @@
 //! pieces before its commit; what is loaded is fetched in pieces before it is granted.
 
 use std::collections::VecDeque;
+#[cfg(unix)]
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use kvferry_copy::PrivateRegion;
 use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::{Error, ErrorCode, Result};
@@ -42,7 +44,7 @@ impl Default for Stage {
 }
 
 /// The memory of one grant, which comes back when nobody copies from or to it any more.
-struct Staged {
+pub(crate) struct Staged {
     region: Option<Arc<dyn Memory>>,
     whole: Arc<PrivateRegion>,
     bytes: u64,
@@ -51,10 +53,7 @@ struct Staged {
 
 impl Stage {
     /// Memory for these slots, and where in it each of them is.
-    pub(crate) fn lay_out(
-        self: &Arc<Self>,
-        slots: &[Slot],
-    ) -> Result<(Vec<Slot>, Arc<dyn Memory>)> {
+    pub(crate) fn lay_out(self: &Arc<Self>, slots: &[Slot]) -> Result<(Vec<Slot>, Arc<Staged>)> {
         let mut bytes = 0_u64;
         let mut placed = Vec::with_capacity(slots.len());
         for slot in slots {
@@ -115,6 +114,45 @@ impl Drop for Staged {
     }
 }
 
+/// Where a piece belongs here.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub(crate) memory: Arc<Staged>,
+    pub(crate) at: u64,
+    pub(crate) bytes: usize,
+}
+
+/// A piece that is on its way from the socket to its place.
+pub(crate) struct Landing {
+    /// Whose answer it is.
+    pub(crate) uid: Bytes,
+    /// Of what is missing.
+    rest: Place,
+}
+
+impl Landing {
+    /// A piece of which some bytes are here. `None`: they do not fit.
+    pub(crate) fn new(uid: Bytes, place: Place, here: &[u8]) -> Option<Self> {
+        place.memory.write(place.at, here).ok()?;
+        let bytes = place.bytes.checked_sub(here.len())?;
+        Some(Self { uid, rest: Place { at: place.at + here.len() as u64, bytes, ..place } })
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.rest.bytes == 0
+    }
+
+    /// Receives more of it, without a wait; how much.
+    #[cfg(unix)]
+    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> std::io::Result<usize> {
+        let Place { memory, at, bytes } = &mut self.rest;
+        let received = memory.whole.receive(socket, *at, *bytes)?;
+        *at += received as u64;
+        *bytes -= received;
+        Ok(received)
+    }
+}
+
 /// The pieces of slots, each with its place at the server and its place here.
 fn pieces<'a>(
     slots: &'a [Slot],
@@ -135,8 +173,7 @@ type UnderWay<'a> = VecDeque<Asked<'a>>;
 struct Asked<'a> {
     pending: Pending<'a>,
     _credit: SemaphorePermit<'a>,
-    here: u64,
-    bytes: usize,
+    place: Place,
     /// What was sent; its memory is used again.
     sent: Option<Piece>,
 }
@@ -150,7 +187,7 @@ pub(crate) struct Transfer<'a> {
     pub(crate) slots: &'a [Slot],
     /// The same here.
     pub(crate) placed: &'a [Slot],
-    pub(crate) memory: &'a dyn Memory,
+    pub(crate) memory: &'a Arc<Staged>,
     pub(crate) deadline: Instant,
 }
 
@@ -209,12 +246,13 @@ impl<'a> Transfer<'a> {
                 }
             };
             let request = ask(std::mem::take(&mut memory), generation, slot, at, here, bytes)?;
-            let pending = self.session.begin(&request)?;
-            let sent = match request {
-                Request::Write { piece, .. } => Some(piece),
-                _ => None,
+            let place = Place { memory: Arc::clone(self.memory), at: here, bytes };
+            let (sent, into) = match &request {
+                Request::Write { piece, .. } => (Some(piece.clone()), None),
+                _ => (None, Some(place.clone())),
             };
-            under_way.push_back(Asked { pending, _credit: credit, here, bytes, sent });
+            let pending = self.session.begin(&request, into)?;
+            under_way.push_back(Asked { pending, _credit: credit, place, sent });
         }
         while let Some(oldest) = under_way.pop_front() {
             if !self.end(oldest).await? {
@@ -224,15 +262,15 @@ impl<'a> Transfer<'a> {
         Ok(true)
     }
 
-    /// Waits for an answer, and puts what it brings in its place.
+    /// Waits for an answer, and puts what it brings in its place, unless it went there by itself.
     async fn end(&self, asked: Asked<'a>) -> Result<bool> {
-        let Asked { pending, _credit, here, bytes, .. } = asked;
+        let Asked { pending, _credit, place: Place { memory, at, bytes }, .. } = asked;
         let operation = pending.operation();
         match pending.wait(self.client.deadline(self.deadline)).await? {
-            Reply::Boolean(written) => Ok(written),
+            Reply::Boolean(done) => Ok(done),
             Reply::Piece(None) => Ok(false),
             Reply::Piece(Some(piece)) if piece.data().len() == bytes => {
-                self.memory.write(here, piece.data()).map(|()| true)
+                memory.write(at, piece.data()).map(|()| true)
             }
             reply => Err(unexpected(operation, &reply)),
         }

@@ -1,17 +1,28 @@
 //! A socket that is through the ZMTP handshake.
 
-use bytes::{Buf, Bytes, BytesMut};
+#[cfg(unix)]
+use std::os::fd::AsFd;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType, ZmtpError};
 use kvferry_wire::{Dialect, MessageError, Output, Reply, Request};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+#[cfg(unix)]
+use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+#[cfg(unix)]
+use tokio::net::UnixStream;
 
 use crate::address::{Address, Place};
+use crate::frames::Landing;
 
 /// Bytes that are read at once.
 const READ: usize = 64 << 10;
+/// The same while a long frame arrives.
 const READ_MAX: usize = 512 << 10;
+/// The same after a piece that went to its place: the next one's begin, of which little shall have to be copied there.
+const BEGIN: usize = 4 << 10;
 /// Bytes that may wait for the socket before no more messages are taken.
 const WRITE: usize = 256 << 10;
 
@@ -27,7 +38,7 @@ pub(crate) fn unreachable(address: &Address, reason: impl std::fmt::Display) -> 
 enum Stream {
     Tcp(TcpStream),
     #[cfg(unix)]
-    Ipc(tokio::net::UnixStream),
+    Ipc(UnixStream),
 }
 
 impl Stream {
@@ -40,7 +51,7 @@ impl Stream {
                 Ok(Self::Tcp(stream))
             }
             #[cfg(unix)]
-            Place::Ipc(path) => tokio::net::UnixStream::connect(path).await.map(Self::Ipc),
+            Place::Ipc(path) => UnixStream::connect(path).await.map(Self::Ipc),
             #[cfg(not(unix))]
             Place::Ipc(_) => Err(std::io::ErrorKind::Unsupported.into()),
         }
@@ -53,7 +64,9 @@ pub(crate) struct Link {
     stream: Stream,
     zmtp: Connection,
     input: BytesMut,
-    /// Bytes to have room for.
+    /// A piece that goes to its place; `input` is empty then.
+    landing: Option<Landing>,
+    /// Bytes that are read next.
     read_next: usize,
     output: Output,
     uids: u64,
@@ -77,6 +90,7 @@ impl Link {
             stream,
             zmtp,
             input: BytesMut::new(),
+            landing: None,
             read_next: READ,
             output,
             uids: 0,
@@ -182,28 +196,64 @@ impl Link {
         sent.map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))
     }
 
+    /// Lets a piece that has begun to arrive go to its place, if `landing` knows one, which is `Session::landing`.
+    pub(crate) fn land(&mut self, landing: impl FnOnce(&[Bytes], &[u8], usize) -> Option<Landing>) {
+        if cfg!(unix)
+            && let Some((before, here, length)) = self.zmtp.begun(&self.input)
+            && let Some(landing) = landing(before, here, length)
+        {
+            self.zmtp.take_begun(&mut self.input);
+            self.landing = Some(landing);
+        }
+    }
+
+    /// The uid of a piece that lies in its place now.
+    pub(crate) fn landed(&mut self) -> Option<Bytes> {
+        let landed = self.landing.take_if(|landing| landing.has_ended())?;
+        self.read_next = BEGIN;
+        Some(landed.uid)
+    }
+
     /// Waits until bytes came or went. May be dropped and called again.
     pub(crate) async fn progress(&mut self) -> Result<()> {
-        let Self { input, output, zmtp, read_next, .. } = self;
-        // Long frames come whole, not in parts that are copied together.
-        if zmtp.missing(input) > READ {
-            *read_next = READ_MAX;
-        }
-        input.reserve(*read_next);
-        let (read, bytes) = match &mut self.stream {
-            Stream::Tcp(stream) => pump(stream.split(), input, output).await,
+        let Self { input, output, zmtp, read_next, landing, .. } = self;
+        // A long frame comes whole, not in parts that are copied together.
+        let most = zmtp.missing(input).min(READ_MAX) + *read_next;
+        input.reserve(most);
+        let mut room = input.limit(most);
+        let (read, bytes) = match (&mut self.stream, landing) {
             #[cfg(unix)]
-            Stream::Ipc(stream) => pump(stream.split(), input, output).await,
+            (Stream::Tcp(stream), Some(landing)) => {
+                let (reader, writer) = stream.split();
+                let stream: &TcpStream = reader.as_ref();
+                let receive = || landing.receive(stream.as_fd());
+                pump(stream.async_io(Interest::READABLE, receive), writer, output).await
+            }
+            #[cfg(unix)]
+            (Stream::Ipc(stream), Some(landing)) => {
+                let (reader, writer) = stream.split();
+                let stream: &UnixStream = reader.as_ref();
+                let receive = || landing.receive(stream.as_fd());
+                pump(stream.async_io(Interest::READABLE, receive), writer, output).await
+            }
+            (Stream::Tcp(stream), _) => {
+                let (mut reader, writer) = stream.split();
+                pump(reader.read_buf(&mut room), writer, output).await
+            }
+            #[cfg(unix)]
+            (Stream::Ipc(stream), _) => {
+                let (mut reader, writer) = stream.split();
+                pump(reader.read_buf(&mut room), writer, output).await
+            }
         };
         match bytes {
-            Ok(bytes) if read && bytes > 0 => {
-                if bytes < READ {
+            Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),
+            Ok(_) => {
+                if read {
                     self.read_next = READ;
                 }
                 Ok(())
             }
-            Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),
-            Ok(_) => Ok(()),
             Err(error) => Err(unreachable(&self.address, error)),
         }
     }
@@ -211,12 +261,12 @@ impl Link {
 
 /// Waits until bytes were read (`true`) or written; how many.
 async fn pump(
-    (mut reader, mut writer): (impl AsyncRead + Unpin, impl AsyncWrite + Unpin),
-    input: &mut BytesMut,
+    read: impl Future<Output = std::io::Result<usize>>,
+    mut writer: impl AsyncWrite + Unpin,
     output: &mut Output,
 ) -> (bool, std::io::Result<usize>) {
     tokio::select! {
-        read = reader.read_buf(input) => (true, read),
+        read = read => (true, read),
         sent = writer.write_buf(output), if output.has_remaining() => (false, sent),
     }
 }

@@ -9,13 +9,13 @@ use bytes::Bytes;
 use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_wire::message::Hello;
+use kvferry_wire::message::{Hello, Piece};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 
 use crate::address::Address;
-use crate::frames::Stage;
+use crate::frames::{Landing, Place, Stage, Staged};
 use crate::gate::{Gate, Gated, LOOK};
 use crate::pool::Pool;
 
@@ -36,6 +36,8 @@ pub(crate) struct Outgoing {
 struct Waiting {
     operation: Operation,
     answer: oneshot::Sender<Result<Reply>>,
+    /// Where the piece goes that the reply brings.
+    place: Option<Place>,
 }
 
 /// Requests that wait for a reply, by the bytes of their uid; after the end, why it ended.
@@ -55,7 +57,7 @@ struct Granted {
 #[derive(Clone)]
 pub(crate) struct Grant {
     pub(crate) slots: Vec<Slot>,
-    pub(crate) staged: Option<(Vec<Slot>, Arc<dyn Memory>)>,
+    pub(crate) staged: Option<(Vec<Slot>, Arc<Staged>)>,
 }
 
 impl Granted {
@@ -138,14 +140,15 @@ impl Session {
     /// Sends a request and waits for its reply until `deadline`. A reply that comes later is
     /// dropped.
     pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {
-        self.begin(request)?.wait(deadline).await
+        self.begin(request, None)?.wait(deadline).await
     }
 
-    /// Sends a request, whose reply is waited for later.
-    pub(crate) fn begin(&self, request: &Request) -> Result<Pending<'_>> {
+    /// Sends a request, whose reply is waited for later. A piece that it brings goes to `place` by itself where it can;
+    /// the reply is `true` then.
+    pub(crate) fn begin(&self, request: &Request, place: Option<Place>) -> Result<Pending<'_>> {
         let (answer, answered) = oneshot::channel();
         let operation = request.operation();
-        let uid = self.enqueue(request, Some(Waiting { operation, answer }))?;
+        let uid = self.enqueue(request, Some(Waiting { operation, answer, place }))?;
         Ok(Pending { session: self, uid, operation, answered })
     }
 
@@ -202,7 +205,7 @@ impl Session {
     /// Hands a reply to whoever waits for it. What nobody waits for is dropped.
     pub(crate) fn deliver(&self, message: &[Bytes]) {
         let Ok((header, payload)) = Header::decode_in(self.dialect, message) else { return };
-        let Some(Waiting { operation, answer }) = self.take(&header.uid) else { return };
+        let Some(Waiting { operation, answer, .. }) = self.take(&header.uid) else { return };
         let reply = if header.operation == operation {
             Reply::decode(operation, payload).map_err(Error::from)
         } else {
@@ -215,6 +218,26 @@ impl Session {
             ))
         };
         let _ = answer.send(reply); // nobody may wait any more
+    }
+
+    /// The way of a piece to its place, when its reply begins so: the frames before it, and what is here of its own, which
+    /// has `length` bytes. `None` for any other reply.
+    pub(crate) fn landing(&self, before: &[Bytes], here: &[u8], length: usize) -> Option<Landing> {
+        let (bytes, here) = Piece::begun(here, length)?;
+        let (header, payload) = Header::decode_in(self.dialect, before).ok()?;
+        let fits = |waiting: &Waiting| {
+            let place = waiting.place.clone().filter(|place| place.bytes == bytes);
+            place.filter(|_| waiting.operation == header.operation && payload.is_empty())
+        };
+        let place = lock(&self.requests).as_ref().ok()?.get(&header.uid).and_then(fits)?;
+        Landing::new(header.uid, place, here)
+    }
+
+    /// Tells who waits for a piece that it lies in its place.
+    pub(crate) fn landed(&self, uid: &Bytes) {
+        if let Some(Waiting { answer, .. }) = self.take(uid) {
+            let _ = answer.send(Ok(Reply::Boolean(true))); // nobody may wait any more
+        }
     }
 
     fn take(&self, uid: &Bytes) -> Option<Waiting> {

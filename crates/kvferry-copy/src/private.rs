@@ -1,6 +1,10 @@
 //! Memory of this process alone, for a store that is embedded and shared with nobody.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+#[cfg(unix)]
+use std::io;
+#[cfg(unix)]
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -53,6 +57,21 @@ impl PrivateRegion {
     pub(crate) fn place(&self, offset: u64, bytes: usize) -> Result<*mut u8> {
         let range = range_of(offset, bytes, self.bytes)?;
         Ok(self.start.as_ptr().wrapping_add(range.start))
+    }
+
+    /// Receives up to `bytes` from a socket to `offset`, without a copy in between, and says how many there were: 0 at
+    /// the stream's end. Never waits.
+    ///
+    /// # Errors
+    /// The range lies outside; what the system says, which is `WouldBlock` when nothing has arrived.
+    #[cfg(unix)]
+    pub fn receive(&self, socket: BorrowedFd<'_>, offset: u64, bytes: usize) -> io::Result<usize> {
+        let start = self.place(offset, bytes).map_err(io::Error::other)?;
+        // SAFETY: the bytes are inside the allocation, which lives as long as `self`; like a copy by `write`, the system's
+        // does not overlap another in time.
+        let received =
+            unsafe { libc::recv(socket.as_raw_fd(), start.cast(), bytes, libc::MSG_DONTWAIT) };
+        usize::try_from(received).map_err(|_| io::Error::last_os_error())
     }
 
     pub(crate) fn pins(&self) -> &Arc<Pins> {
@@ -115,6 +134,27 @@ mod tests {
         assert!(region.write(u64::MAX, &two).is_err());
         assert!(PrivateRegion::new(0).is_err());
         assert_eq!(region.start.align_offset(PAGE), 0);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_socket_s_bytes_come_to_their_place_and_nowhere_else() {
+        use std::io::Write;
+        use std::os::fd::AsFd;
+        use std::os::unix::net::UnixStream;
+
+        let region = PrivateRegion::new(4).unwrap();
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let receive = |at, bytes| region.receive(near.as_fd(), at, bytes).map_err(|e| e.kind());
+        assert_eq!(receive(0, 4), Err(io::ErrorKind::WouldBlock), "it does not wait");
+        far.write_all(b"kv cache").unwrap();
+        assert_eq!(receive(1, 4), Err(io::ErrorKind::Other), "outside");
+        assert_eq!(receive(1, 2), Ok(2));
+        let mut four = [0; 4];
+        region.read(0, &mut four).unwrap();
+        assert_eq!(&four, b"\0kv\0");
+        drop(far);
+        assert_eq!((receive(0, 4), receive(0, 4), receive(0, 4)), (Ok(4), Ok(2), Ok(0)));
     }
 
     #[test]

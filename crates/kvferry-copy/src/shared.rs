@@ -75,7 +75,7 @@ impl SharedRegion {
         let file = open(&path, false).map_err(|error| {
             let what = format!("cannot open the server's pool {}", path.display());
             match error.kind() {
-                std::io::ErrorKind::PermissionDenied => {
+                io::ErrorKind::PermissionDenied => {
                     let hint = "it is another user's: run the server and this process as one user";
                     Error::system(format!("{what} ({hint})"), &error)
                 }

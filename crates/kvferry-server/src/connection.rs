@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use kvferry_store::Departure;
 use kvferry_wire::Output;
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
@@ -25,6 +25,8 @@ const MESSAGE: Duration = Duration::from_secs(30);
 const READ: usize = 16 << 10;
 /// The same while a long frame arrives.
 const READ_MAX: usize = 512 << 10;
+/// A frame of which so much is missing is read to its end and not beyond.
+const ALONE: usize = 64 << 10;
 /// Answers are sent when there is this much of them, if not before.
 const WRITE: usize = 256 << 10;
 /// For so long after an answer the next request is waited for awake: a thread that sleeps is woken up in more time than
@@ -135,27 +137,24 @@ async fn talk(
     let mut zmtp =
         Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
     let mut deadline = Some(Instant::now() + HANDSHAKE);
-    let mut read_next = READ;
     let (mut awake, mut turn) = (false, 0);
     loop {
         send(stream, &mut output).await?;
-        // Long frames come whole, not in parts that are copied together.
-        if zmtp.missing(&input) > READ {
-            read_next = READ_MAX;
-        }
-        input.reserve(read_next);
+        // A long frame comes whole and alone: what came with it would have to be copied away from it.
+        let missing = zmtp.missing(&input);
+        let most = if missing > ALONE { missing.min(READ_MAX) } else { missing + READ };
+        input.reserve(most);
+        let mut room = (&mut input).limit(most);
         let answered = std::time::Instant::now();
-        let read = awake_until(awake.then(|| answered + AWAKE), stream.read_buf(&mut input));
+        let read = awake_until(awake.then(|| answered + AWAKE), stream.read_buf(&mut room));
         let read = match deadline {
             Some(deadline) => {
                 timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
             }
             None => read.await, // an idle connection costs little; its end is noticed
         };
-        match read? {
-            0 => return Ok(()),
-            bytes if bytes < READ => read_next = READ,
-            _ => {}
+        if read? == 0 {
+            return Ok(());
         }
         let before = std::mem::replace(&mut turn, service.next_turn());
         // Not where it was in vain, nor where others keep the thread awake; and who is as fast as this shares our
@@ -521,7 +520,7 @@ mod tests {
             let mut most = 0;
             for _ in 0..1000 {
                 near.write_all(&noop()).await.unwrap();
-                near.read(&mut buffer).await.unwrap();
+                assert_ne!(near.read(&mut buffer).await.unwrap(), 0);
                 let before = asked.load(Ordering::Relaxed);
                 let pause = std::time::Instant::now();
                 while pause.elapsed() < 2 * SHARED {

@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use common::{Client as Peer, start, store_options};
@@ -15,6 +16,8 @@ use kvferry_core::key::{Key, Layout};
 use kvferry_server::Server;
 use kvferry_wire::message::{PIECE_MAX, Piece};
 use kvferry_wire::{Reply, Request};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 /// Of an object: three pieces, the last of which is short.
 const OBJECT: u64 = 2 * PIECE_MAX as u64 + 4096;
@@ -188,6 +191,74 @@ async fn a_server_that_goes_in_the_middle_of_a_transfer_makes_a_miss() {
         assert!(begun.elapsed() < Duration::from_secs(30));
         ending.await.unwrap();
     }
+}
+
+/// Carries what the client sends to the server as it comes, and of what comes back `step` bytes at a time and `most` in
+/// all.
+async fn carry(near: impl AsyncRead + AsyncWrite, to: SocketAddr, step: usize, most: usize) {
+    let far = TcpStream::connect(to).await.unwrap();
+    let (mut from_client, mut to_client) = tokio::io::split(near);
+    let (mut from_server, mut to_server) = tokio::io::split(far);
+    let back = async {
+        let (mut part, mut left) = (vec![0; step], most);
+        while let Ok(read @ 1..) = from_server.read(&mut part[..step.min(left)]).await {
+            to_client.write_all(&part[..read]).await.unwrap();
+            left -= read;
+        }
+    };
+    tokio::select! {
+        _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
+        () = back => {}
+    }
+}
+
+#[tokio::test]
+async fn a_load_is_the_same_in_whatever_parts_it_comes_and_an_error_when_it_ends_in_one() {
+    let server = server(4);
+    let (writer, writing) = connect(&server, false).await;
+    assert_eq!(store(&writer, writing, &key("w", 0, 4), 0).await, 4);
+    let directory = std::env::temp_dir().join(format!("kvferry-parts-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let whole = usize::MAX;
+    for (ipc, step, most) in [
+        (false, 999, whole),
+        (false, PIECE_MAX + 1, whole),
+        (true, 4096, whole),
+        (false, 4096, 100_000),
+        (true, PIECE_MAX, 900_000),
+    ] {
+        let to = server.address();
+        let (address, carrying) = if ipc {
+            let path = directory.join(format!("{step}"));
+            let listener = UnixListener::bind(&path).unwrap();
+            let carrying = tokio::spawn(async move {
+                carry(listener.accept().await.unwrap().0, to, step, most).await;
+            });
+            (format!("ipc://{}", path.display()), carrying)
+        } else {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap().to_string();
+            let carrying = tokio::spawn(async move {
+                carry(listener.accept().await.unwrap().0, to, step, most).await;
+            });
+            (address, carrying)
+        };
+        let options = ConnectOptions { shared_memory: false, ..ConnectOptions::new(address) };
+        let client = Client::connect(options).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let prompt = key("r", 0, 4);
+        if most == whole {
+            load(&client, instance, &prompt, 0).await;
+            load(&client, instance, &prompt, 0).await;
+        } else {
+            assert_eq!(client.lookup(&prompt, soon()).await.unwrap(), 4);
+            let ended = client.prepare_retrieve(&prompt, instance, soon()).await.err().unwrap();
+            assert_eq!(ended.code, ErrorCode::Unreachable, "at once, not at the deadline");
+        }
+        client.close().await;
+        carrying.await.unwrap();
+    }
+    std::fs::remove_dir_all(directory).unwrap();
 }
 
 /// A connection of which every byte is known.

@@ -40,6 +40,8 @@ const VERSION: [u8; 2] = [3, 1];
 const MORE: u8 = 1;
 const LONG: u8 = 2;
 const COMMAND: u8 = 4;
+/// Bytes of a long frame's header.
+const LONG_HEADER: usize = 9;
 
 /// What a peer may make us hold. A connection holds at most one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -289,14 +291,34 @@ impl Connection {
 
     /// Bytes that are missing of the frame that `input` begins with, as far as its length is here and is allowed.
     pub fn missing(&self, input: &[u8]) -> usize {
-        match input {
-            [flags, header @ ..] if self.is_ready() && flags & LONG != 0 => {
-                let length = header.first_chunk().map(|length| u64::from_be_bytes(*length));
-                let whole = length.and_then(|length| self.admit(*flags, length).ok());
-                whole.map_or(0, |length| (9 + length).saturating_sub(input.len()))
-            }
-            _ => 0,
+        self.long(input).map_or(0, |(_, length)| (LONG_HEADER + length).saturating_sub(input.len()))
+    }
+
+    /// The message whose last frame `input` begins with, if that is a long one that has not arrived whole: the frames
+    /// before it, what is here of its bytes, and how many it has.
+    pub fn begun<'a>(&'a self, input: &'a [u8]) -> Option<(&'a [Bytes], &'a [u8], usize)> {
+        let (_, length) = self.long(input).filter(|(flags, _)| *flags == LONG)?;
+        let here = &input[LONG_HEADER..];
+        (here.len() < length).then_some((&self.frames, here, length))
+    }
+
+    /// Takes that message from the front of `input`, which holds no more of its bytes then. Those that are missing the
+    /// caller takes from the stream before it goes on with [`Connection::receive`].
+    pub fn take_begun(&mut self, input: &mut BytesMut) -> Vec<Bytes> {
+        if self.begun(input).is_none() {
+            return Vec::new();
         }
+        input.clear();
+        (self.bytes, self.kept) = (0, 0);
+        std::mem::take(&mut self.frames)
+    }
+
+    /// Flags and length of the long frame that `input` begins with, if its header is here and allowed.
+    fn long(&self, input: &[u8]) -> Option<(u8, usize)> {
+        let (flags, header) = input.split_first().filter(|(flags, _)| *flags & LONG != 0)?;
+        let length = header.first_chunk().filter(|_| self.is_ready())?;
+        let length = self.admit(*flags, u64::from_be_bytes(*length)).ok()?;
+        Some((*flags, length))
     }
 
     /// Bytes of the frames that are here of a message whose last frame is not; `None` between
@@ -505,7 +527,7 @@ impl Connection {
             (2, u64::from(length))
         } else {
             let Some(length) = input[1..].first_chunk() else { return Ok(None) };
-            (9, u64::from_be_bytes(*length))
+            (LONG_HEADER, u64::from_be_bytes(*length))
         };
         let length = self.admit(flags, length)?;
         if input.len() < header + length {

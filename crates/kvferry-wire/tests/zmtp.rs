@@ -337,3 +337,37 @@ fn what_is_sent_is_received_whatever_its_size() {
     let nothing: [Bytes; 0] = [];
     assert!(client.connection.send(&nothing, &mut client.output).is_err());
 }
+
+#[test]
+fn the_last_frame_of_a_message_can_be_taken_from_the_stream_by_the_caller() {
+    let (long, after) = (vec![7; 300], b"\0\x05after");
+    let message = [&b"\x01\x03uid\x02\0\0\0\0\0\0\x01\x2c"[..], &long].concat();
+    let begins = 5 + 9;
+    for cut in 0..=message.len() {
+        let mut peer = Peer::ready();
+        let mut input = BytesMut::from(&message[..cut]);
+        let events = peer.receive_from(&mut input).unwrap();
+        let begun = peer.connection.begun(&input);
+        if !(begins..message.len()).contains(&cut) {
+            assert_eq!(begun, None, "{cut} bytes: not begun, or whole");
+            assert_eq!(peer.connection.take_begun(&mut input), Vec::<Bytes>::new());
+            assert_eq!(events.len(), usize::from(cut == message.len()));
+            continue;
+        }
+        assert_eq!(begun, Some((&[Bytes::from("uid")][..], &long[..cut - begins], 300)));
+        assert_eq!(peer.connection.take_begun(&mut input), [Bytes::from("uid")]);
+        assert!(input.is_empty());
+        assert_eq!(peer.connection.unfinished(), None);
+        let events = peer.receive(after).unwrap();
+        assert_eq!(events, [Event::Message(vec![Bytes::from("after")])], "cut at {cut}");
+    }
+    // Not the last one; one of a few bytes; a command; one that is too long.
+    for begun in [
+        &b"\x03\0\0\0\0\0\0\x01\x2c"[..],
+        b"\0\x05",
+        b"\x06\0\0\0\0\0\0\x01\x2c",
+        b"\x02\0\0\0\0\x01\0\0\0",
+    ] {
+        assert_eq!(Peer::ready().connection.begun(begun), None, "{begun:?}");
+    }
+}

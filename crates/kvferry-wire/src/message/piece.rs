@@ -55,6 +55,15 @@ impl Piece {
         Ok(Self { frame: frame.freeze(), header: HEADER })
     }
 
+    /// Of a frame of `length` bytes that begins so: how many bytes the piece has, and those that are here. `None` while
+    /// that cannot be told, and for what is no piece.
+    pub fn begun(here: &[u8], length: usize) -> Option<(usize, &[u8])> {
+        let (header, data) = here.split_at_checked(HEADER)?;
+        let bytes = length.checked_sub(HEADER).filter(|bytes| *bytes <= PIECE_MAX)?;
+        let announced = header[1..].iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte));
+        (header[0] == BIN32 && announced == bytes).then_some((bytes, data))
+    }
+
     /// Its bytes.
     pub fn data(&self) -> &[u8] {
         &self.frame[self.header..]
@@ -75,5 +84,29 @@ impl Piece {
             return Err(Problem::Inconsistent("a piece has at most 262144 bytes").into());
         }
         Ok(Self { frame: bytes.clone(), header: bytes.len() - length })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_is_known_by_its_beginning_as_by_the_whole_of_it() {
+        let fill = |data: &mut [u8]| {
+            data.fill(7);
+            Ok::<_, ()>(())
+        };
+        let frame = Piece::fill(300, fill).unwrap().encode();
+        for cut in 0..frame.len() {
+            let begun = Piece::begun(&frame[..cut], frame.len());
+            assert_eq!(begun, (cut >= HEADER).then(|| (300, &frame[HEADER..cut])));
+        }
+        // Another length, another kind, more than a piece.
+        assert_eq!(Piece::begun(&frame[..9], frame.len() + 1), None);
+        assert_eq!(Piece::begun(&frame[..9], 4), None);
+        assert_eq!(Piece::begun(&[&[0xc5], &frame[1..9]].concat(), frame.len()), None);
+        let more = u32::try_from(PIECE_MAX + 1).unwrap().to_be_bytes();
+        assert_eq!(Piece::begun(&[&[BIN32][..], &more].concat(), HEADER + PIECE_MAX + 1), None);
     }
 }
