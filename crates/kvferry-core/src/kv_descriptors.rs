@@ -450,8 +450,8 @@ mod tests {
             Ok(1),
             "layers that share others' KV are left out"
         );
-        type Change<'a> = (&'a str, &'a dyn Fn(&mut KvRegistration));
-        let changes: [Change<'_>; 9] = [
+        type Change<'a> = &'a dyn Fn(&mut KvRegistration);
+        let changes: [(&str, Change<'_>); 9] = [
             ("of vLLM", &|it| it.engine_type = "sglang".into()),
             ("KV layouts", &|it| it.kv_layout = Some("other".into())),
             ("not known", &|it| it.layers = vec![tensor(&[2, 8, 4, 3, 5, 1]); 2]),

@@ -13,7 +13,8 @@ use common::{
 };
 use kvferry_core::ErrorCode;
 use kvferry_core::cache::Slot;
-use kvferry_core::key::Key;
+use kvferry_core::key::{Dtype, Key};
+use kvferry_core::kv_descriptors::{KvDescriptor, KvRegistration};
 use kvferry_server::{Server, ServerOptions};
 use kvferry_store::{Store, StoreOptions};
 use kvferry_wire::message::{BlockAllocation, Piece, StoreSlots};
@@ -36,7 +37,38 @@ fn requests() -> Vec<Request> {
     let (key, request_id) = (key("r", 0, 2), "r".to_owned());
     let request_key = || key.clone().into();
     let piece = || Piece::fill(3, |_| Ok::<_, ()>(())).unwrap();
+    let tensor = KvDescriptor {
+        shm_name: "/lmcache_kv_none".into(),
+        segment_bytes: 4096,
+        dtype: Dtype::new("uint8").unwrap(),
+        shape: vec![4, 16, 64],
+        stride: vec![1024, 64, 1],
+        storage_offset: 0,
+    };
+    let registration = KvRegistration {
+        model_name: "other".into(),
+        world_size: 1,
+        engine_type: "vllm".into(),
+        kv_layout: None,
+        groups: Vec::new(),
+        layers: vec![tensor],
+    };
     let requests = vec![
+        Request::RegisterKvCache { instance_id: 10, registration },
+        Request::UnregisterKvCache { instance_id: 10 },
+        Request::Store {
+            key: request_key(),
+            instance_id: 10,
+            block_ids: vec![vec![1]],
+            event: Box::default(),
+        },
+        Request::Retrieve {
+            key: request_key(),
+            instance_id: 10,
+            block_ids: vec![vec![1]],
+            event: Box::default(),
+            skip_first_n_tokens: 0,
+        },
         Request::Lookup { key: request_key(), tp_size: 1 },
         Request::QueryPrefetchStatus { request_id: request_id.clone() },
         Request::WaitPrefetchStatus { request_id: request_id.clone(), timeout_s: 1.0 },
@@ -120,6 +152,10 @@ fn refusal(operation: Operation) -> Option<Reply> {
     Some(match operation {
         Operation::PrepareStore => Reply::StoreSlots(Some(StoreSlots::default())),
         Operation::PrepareRetrieve => Reply::RetrieveSlots(None),
+        Operation::RegisterKvCache => Reply::None,
+        Operation::Store | Operation::Retrieve => {
+            Reply::Copied { event: Bytes::new(), done: false }
+        }
         Operation::CommitStore | Operation::Confirm => Reply::Boolean(false),
         Operation::CommitRetrieve => Reply::Boolean(true),
         Operation::Discard | Operation::Checksums => Reply::Integer(0),
