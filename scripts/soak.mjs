@@ -51,7 +51,7 @@ async function soak() {
 	const counts = { hits: 0, misses: 0, stored: 0, wrong: 0, killed: 0, stopped: 0, damaged: 0 };
 	/** @type {Map<string, number>} */
 	const errors = new Map();
-	/** @type {number[]} */
+	/** @type {ReturnType<typeof resident>[]} */
 	const memory = [];
 	const engines = Array.from({ length: ENGINES }, (_, number) => start(number));
 	const begin = Date.now();
@@ -96,7 +96,7 @@ async function soak() {
 	}
 	let status = await client.status();
 	const open = () =>
-		["leases", "slots_writing", "slots_reading", "slots_apart", "sessions"].filter(
+		["leases", "slots_writing", "slots_reading", "slots_apart", "sessions", "instances"].filter(
 			(name) => status[name] !== 0,
 		);
 	for (const until = Date.now() + 10_000; open().length > 0 && Date.now() < until; ) {
@@ -108,11 +108,15 @@ async function soak() {
 	await once(server.child, "exit");
 	rmSync(disk, { recursive: true });
 
-	const third = memory.slice(SETTLED_S).length / 3;
 	const settled = memory.slice(SETTLED_S);
-	const early = median(settled.slice(0, third));
-	const late = median(settled.slice(-third));
-	const growth = settled.length < 30 ? undefined : late / early - 1;
+	const growthOf = (/** @type {"own" | "all"} */ part) => {
+		const bytes = settled.map((sample) => sample[part]);
+		const third = bytes.length / 3;
+		return bytes.length < 30
+			? undefined
+			: median(bytes.slice(-third)) / median(bytes.slice(0, third)) - 1;
+	};
+	const growth = growthOf("all");
 	const failures = [
 		...(counts.wrong ? [`${counts.wrong} chunks came back wrong`] : []),
 		...[...errors].map(([code, count]) => `${count} errors ${code}`),
@@ -124,7 +128,9 @@ async function soak() {
 	];
 	const { evicted_objects, promoted_chunks, disk_damaged, disk_evicted_objects } = status;
 	const figures = { evicted_objects, promoted_chunks, disk_damaged, disk_evicted_objects };
-	const report = { seconds, ...counts, ...figures, memory_growth: growth ?? null, failures };
+	const mebibytes = (memory.at(-1)?.all ?? 0) / 2 ** 20;
+	const grown = { memory_growth: growth ?? null, own_memory_growth: growthOf("own") ?? null };
+	const report = { seconds, ...counts, ...figures, mebibytes, ...grown, failures };
 	process.stdout.write(
 		values.json ? `${JSON.stringify(report)}\n` : `${JSON.stringify(report, null, 2)}\n`,
 	);
@@ -211,9 +217,15 @@ function damage(/** @type {string} */ disk) {
 	}
 }
 
-/** Bytes that a process has in memory of its own: the pool is shared, and full. */
+/**
+ * Bytes that a process has in memory without the pool, which is shared and full: those of its own and all. Of its
+ * own, JavaScript's young generation is a part; it grows by some MiB before it is collected for the first time.
+ */
 function resident(/** @type {number} */ pid) {
-	return 1024 * Number(/^RssAnon:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
+	const status = readFileSync(`/proc/${pid}/status`, "utf8");
+	const of = (/** @type {string} */ what) =>
+		1024 * Number(new RegExp(`^${what}:\\s+(\\d+)`, "m").exec(status)?.[1]);
+	return { own: of("RssAnon"), all: of("VmRSS") - of("RssShmem") };
 }
 
 function median(/** @type {number[]} */ values) {

@@ -1,6 +1,5 @@
 //! The client as a [`Cache`].
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,6 @@ use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_sal
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{Slots, StoreSlots};
 use kvferry_wire::{Operation, Reply, Request, RequestKey};
-use tokio::time::timeout;
 
 use crate::client::{Client, unexpected};
 use crate::frames::{Staged, Transfer};
@@ -22,8 +20,8 @@ use crate::session::{Grant, Session, Undo};
 
 /// Between the first two questions for a lookup's result; doubled from there on.
 const POLL_MIN: Duration = Duration::from_millis(1);
-/// How long a registration may be answered later than what was asked after it.
-const LATE: Duration = Duration::from_secs(1);
+/// For the question whether a server that did not answer a registration answers anything.
+const QUESTION: Duration = Duration::from_millis(500);
 /// Between two questions at most.
 const POLL_MAX: Duration = Duration::from_millis(16);
 
@@ -470,23 +468,18 @@ async fn boolean(session: &Session, request: &Request, deadline: Instant) -> Res
 }
 
 /// The answer to a registration. LMCache's server gives none in its other mode, in which it copies from and to the
-/// engine's memory by itself.
+/// engine's memory by itself: it is told apart from one that hangs by a question, for which there is a little more time.
 async fn registered(session: &Session, register: Request, deadline: Instant) -> Result<Reply> {
-    let mut answer = pin!(session.request(&register, deadline));
-    if session.hello.is_some() {
-        return answer.await;
-    }
-    tokio::select! {
-        biased;
-        reply = &mut answer => reply,
-        alive = session.request(&Request::Noop, deadline) => {
-            alive?;
-            // It answers both in their order.
-            match timeout(LATE, answer).await {
-                Ok(reply) => reply,
-                Err(_) => Err(unmapped("the server answers, but takes no registration")),
-            }
+    let answer = session.request(&register, deadline).await;
+    match answer {
+        Err(error) if error.code == ErrorCode::Timeout && session.hello.is_none() => {
+            let alive = session.request(&Request::Noop, Instant::now() + QUESTION).await;
+            Err(match alive {
+                Ok(_) => unmapped("the server answers, but takes no registration"),
+                Err(_) => error,
+            })
         }
+        answer => answer,
     }
 }
 

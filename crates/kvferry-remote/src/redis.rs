@@ -203,7 +203,9 @@ impl Redis {
         let asked = async {
             let (connecting, number) = self.connection(line);
             let newest = self.connections.load(Ordering::Relaxed);
-            let connection = connecting.await?;
+            let connection = connecting.await.inspect_err(|_| {
+                line.drop_connection(|it| it == number); // whatever ended it, the next request makes another
+            })?;
             let under_way = UnderWay { line, number };
             let answer = ask(connection).await;
             match &answer {

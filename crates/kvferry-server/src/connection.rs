@@ -12,6 +12,7 @@ use kvferry_store::Departure;
 use kvferry_wire::Output;
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::task::unconstrained;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::service::{Peer, Service};
@@ -146,7 +147,10 @@ async fn talk(
         input.reserve(most);
         let mut room = (&mut input).limit(most);
         let answered = std::time::Instant::now();
-        let read = awake_until(awake.then(|| answered + AWAKE), stream.read_buf(&mut room));
+        let mut waited = false;
+        // All that is there is read before it waits, however much that is.
+        let read = unconstrained(stream.read_buf(&mut room));
+        let read = awake_until(awake.then(|| answered + AWAKE), read, &mut waited);
         let read = match deadline {
             Some(deadline) => {
                 timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
@@ -155,6 +159,9 @@ async fn talk(
         };
         if read? == 0 {
             return Ok(());
+        }
+        if waited {
+            peer.is_heard_out();
         }
         let before = std::mem::replace(&mut turn, service.next_turn());
         // Not where it was in vain, nor where others keep the thread awake; and who is as fast as this shares our
@@ -213,11 +220,16 @@ async fn talk(
     }
 }
 
-/// The same, without letting the thread sleep before then. Other tasks run in between.
-async fn awake_until<T>(until: Option<std::time::Instant>, future: impl Future<Output = T>) -> T {
+/// The same, without letting the thread sleep before then; other tasks run in between. Says whether it took any time.
+async fn awake_until<T>(
+    until: Option<std::time::Instant>,
+    future: impl Future<Output = T>,
+    waited: &mut bool,
+) -> T {
     let mut future = pin!(future);
     poll_fn(|context| {
         let polled = future.as_mut().poll(context);
+        *waited |= polled.is_pending();
         if polled.is_pending() && until.is_some_and(|until| std::time::Instant::now() < until) {
             context.waker().wake_by_ref();
         }

@@ -15,8 +15,9 @@ use tokio::time::timeout_at;
 
 /// Copies that run at once; others wait for their turn.
 const COPIES_MAX: usize = 4;
-/// From a request to the end of its copy, the wait for its turn included.
-const COPY: Duration = Duration::from_secs(30);
+/// From when a peer may have asked to the end of its copy, all waits included. LMCache's worker sends its signs of life, one
+/// in 10 s, over the same connection: one that is not answered in time ends what it waits for, and its blocks are others'.
+const COPY: Duration = Duration::from_secs(5);
 /// Registrations of one connection.
 const ENGINES_MAX: usize = 64;
 /// Layers of all of them: each may have a file of its own.
@@ -62,35 +63,16 @@ impl Engines {
 }
 
 impl Copiers {
-    /// Registers an engine's memory, in place of what the instance had before.
+    /// Registers an engine's memory, in place of what the instance had before: its memory is elsewhere now.
     pub(crate) async fn register(
         &self,
         store: &Store,
         engines: &mut Engines,
         instance: u64,
         registration: KvRegistration,
-        now: Instant,
     ) -> Result<()> {
-        let result = self.open(store, engines, instance, registration, now).await;
-        match result {
-            Ok(engine) => drop(engines.0.insert(instance, Arc::new(engine))),
-            Err(error) => {
-                engines.unregister(instance); // its memory is elsewhere now
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    async fn open(
-        &self,
-        store: &Store,
-        engines: &Engines,
-        instance: u64,
-        registration: KvRegistration,
-        now: Instant,
-    ) -> Result<Engine> {
-        if engines.0.len() >= ENGINES_MAX && !engines.0.contains_key(&instance) {
+        engines.unregister(instance);
+        if engines.0.len() >= ENGINES_MAX {
             return Err(Error::invalid(format!(
                 "a connection has {ENGINES_MAX} registrations, the most that are allowed; unregister one"
             )));
@@ -102,17 +84,21 @@ impl Copiers {
             ))
         })?;
         let store = store.clone();
-        let register = move |_: GoOn<'_>| EngineMemory::register(&store, &registration);
-        Ok(Engine { memory: self.run(now, register).await?, _layers: layers })
+        // Opening files takes no turn: an engine that was not registered for want of one would not ask again.
+        let opening =
+            tokio::task::spawn_blocking(move || EngineMemory::register(&store, &registration));
+        let memory = opening.await.map_err(|_| without_result())??;
+        engines.0.insert(instance, Arc::new(Engine { memory, _layers: layers }));
+        Ok(())
     }
 
-    /// Copies for an instance: what `copy` does, and the event that it answers.
+    /// Copies for an instance that may have asked at `since`: what `copy` does, and the event that it answers.
     pub(crate) async fn copy(
         &self,
         engines: &Engines,
         instance: u64,
         block_ids: Vec<Vec<u32>>,
-        now: Instant,
+        since: Instant,
         copy: impl FnOnce(&EngineMemory, &[u32], GoOn<'_>) -> Result<bool> + Send + 'static,
     ) -> Result<(Bytes, bool)> {
         let engine = engines.0.get(&instance).ok_or_else(|| {
@@ -123,18 +109,22 @@ impl Copiers {
         let Ok([blocks]) = <[Vec<u32>; 1]>::try_from(block_ids) else {
             return Err(Error::invalid("there are blocks of several groups of layers, or of none"));
         };
-        let done = self.run(now, move |go_on| copy(&engine.memory, &blocks, go_on)).await?;
+        let done = self.run(since, move |go_on| copy(&engine.memory, &blocks, go_on)).await?;
         Ok(if done { (EVENT, true) } else { (Bytes::new(), false) })
     }
 
     /// Runs `work` on another thread when its turn has come. It is asked to end at its deadline.
     async fn run<T: Send + 'static>(
         &self,
-        now: Instant,
+        since: Instant,
         work: impl FnOnce(GoOn<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let deadline = now + COPY;
-        let late = || Error::new(ErrorCode::Timeout, "a copy took too long");
+        let deadline = since + COPY;
+        let late =
+            || Error::new(ErrorCode::Timeout, "a copy, or what was asked before it, took too long");
+        if Instant::now() >= deadline {
+            return Err(late());
+        }
         let turn = timeout_at(deadline.into(), Arc::clone(&self.turns).acquire_owned()).await;
         let turn = turn.map_err(|_| late())?;
         let given_up = Arc::new(AtomicBool::new(false));
@@ -148,8 +138,12 @@ impl Copiers {
         });
         let result = running.await;
         drop(waits);
-        result.map_err(|_| Error::new(ErrorCode::Internal, "a copy ended without a result"))?
+        result.map_err(|_| without_result())?
     }
+}
+
+fn without_result() -> Error {
+    Error::new(ErrorCode::Internal, "a copy ended without a result")
 }
 
 #[cfg(test)]

@@ -31,13 +31,16 @@ pub(crate) struct Peer {
     /// It takes and gives bytes in frames.
     frames: Option<Frames>,
     engines: Engines,
+    /// The last time that nothing was there from it: what it asks now, it asked then at the earliest.
+    waits_since: Instant,
     distant: bool,
 }
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        let engines = Engines::default();
-        Self { owner, extended: false, admin: false, frames: None, engines, distant: false }
+        let (engines, waits_since) = (Engines::default(), Instant::now());
+        let (extended, admin, frames, distant) = (false, false, None, false);
+        Self { owner, extended, admin, frames, engines, waits_since, distant }
     }
 
     /// Of another machine, which cannot have mapped the pool, whatever it says.
@@ -53,6 +56,11 @@ impl Peer {
     /// Whether it is a client of kvferry's.
     pub(crate) fn is_ours(&self) -> bool {
         self.extended
+    }
+
+    /// Nothing more was there from it.
+    pub(crate) fn is_heard_out(&mut self) {
+        self.waits_since = Instant::now();
     }
 
     pub(crate) fn make_admin(&mut self) {
@@ -201,7 +209,7 @@ impl Service {
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
             Request::RegisterKvCache { instance_id, registration } => {
-                self.register_memory(peer, instance_id, registration, now).await?;
+                self.register_memory(peer, instance_id, registration).await?;
                 Reply::None
             }
             Request::UnregisterKvCache { instance_id } => {
@@ -212,7 +220,8 @@ impl Service {
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.store(&key.key, blocks, go_on)
                 };
-                let copied = self.copiers.copy(&peer.engines, instance_id, block_ids, now, copy);
+                let (engines, since) = (&peer.engines, peer.waits_since);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
@@ -221,7 +230,8 @@ impl Service {
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.retrieve(&key.key, blocks, skip, go_on)
                 };
-                let copied = self.copiers.copy(&peer.engines, instance_id, block_ids, now, copy);
+                let (engines, since) = (&peer.engines, peer.waits_since);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
@@ -301,14 +311,13 @@ impl Service {
         peer: &mut Peer,
         instance: u64,
         registration: KvRegistration,
-        now: Instant,
     ) -> Result<()> {
         let registered = if peer.distant {
             let message = "an engine of another machine has no memory here";
             Err(Error::new(ErrorCode::UnsupportedOption, message))
         } else {
             let (store, engines) = (&self.store, &mut peer.engines);
-            self.copiers.register(store, engines, instance, registration, now).await
+            self.copiers.register(store, engines, instance, registration).await
         };
         registered.inspect_err(|error| {
             let (code, reason) = (error.code.as_str(), error.message.clone());

@@ -220,6 +220,33 @@ fn what_an_engine_stored_comes_back_into_other_blocks_and_is_any_modes() {
 }
 
 #[test]
+fn an_object_that_is_not_what_was_stored_is_not_loaded() {
+    let server = start(store_options(16, MIB));
+    let mut engine = Engine::registered(server.address());
+    let mut writer = Client::connect(server.address());
+    let layout = engine.registration().memory(16).unwrap().layout.registration("m", 1, 16);
+    writer.register(1, layout);
+    writer.hello();
+    let prompt = key("w", 0, 2);
+    let slots = writer.prepare_store(prompt.clone(), 1).slots;
+    let generations = slots.slots.iter().filter_map(|slot| slot.generation).collect();
+    let checksums = Request::Checksums {
+        instance_id: 1,
+        offsets: slots.slots.iter().map(|slot| slot.offset).collect(),
+        generations,
+        checksums: vec![1, 2], // of other bytes
+    };
+    assert_eq!(writer.call(&checksums), Reply::Integer(2));
+    writer.call(&Request::CommitStore { key: prompt.into(), instance_id: 1 });
+    assert_eq!(engine.client.lookup(key("r", 0, 2)), 2);
+    engine.forget();
+    let into = [1, 2, 3, 4, 5, 6, 7, 8];
+    assert!(!engine.retrieve(key("r", 0, 2), &into, 0));
+    assert_eq!(engine.object(&into[..4]), [0xee; OBJECT]);
+    assert_eq!(engine.client.lookup(key("again", 0, 2)), 0, "nobody else loads it");
+}
+
+#[test]
 fn what_is_there_already_is_not_copied_and_what_does_not_fit_is_not_said_to_be_stored() {
     // A page for each object: four of them.
     let server = start(store_options(16, 4 * 4096));

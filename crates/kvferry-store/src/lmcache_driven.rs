@@ -1,6 +1,7 @@
 //! LMCache's `lmcache_driven` mode: this process copies from and to an engine's memory by itself, between a reservation
 //! and its commit that nobody else can end.
 
+use crc_fast::{CrcAlgorithm, Digest};
 use kvferry_copy::SegmentMemory;
 use kvferry_core::cache::Slot;
 use kvferry_core::copy_plan::{ChunkCopy, Direction};
@@ -12,6 +13,8 @@ use crate::clock::now;
 use crate::embedded::next_instance;
 use crate::store::{Departure, Owner, Store};
 
+/// Bytes that are summed at a time: the processor's cache holds them.
+const STEP: usize = 128 << 10;
 /// Blocks of one request at most: a plan has a few words for each.
 const BLOCKS_MAX: usize = 1 << 20;
 
@@ -93,8 +96,34 @@ impl EngineMemory {
         let slots = self.store.prepare_retrieve(self.owner, key, self.instance, now())?;
         let Some(slots) = slots else { return Ok(false) };
         let _in_the_end = EndRead { engine: self, key };
+        if !self.are_whole(&slots, go_on)? {
+            return Ok(false);
+        }
         self.copy(Direction::Scatter, blocks, skip, slots.iter().enumerate(), go_on)?;
         Ok(true)
+    }
+
+    /// Whether these hold what was stored, as far as whoever stored it told its checksum; what does not, goes.
+    fn are_whole(&self, slots: &[Slot], go_on: GoOn<'_>) -> Result<bool> {
+        let pool = self.store.memory();
+        let mut damaged = Vec::new();
+        for slot in slots {
+            let Some(expected) = slot.checksum else { continue };
+            let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
+            let mut bytes = vec![0; STEP];
+            for at in (0..slot.length).step_by(STEP) {
+                go_on()?;
+                let left = usize::try_from(slot.length - at).unwrap_or(STEP).min(STEP);
+                pool.read(slot.offset + at, &mut bytes[..left])?;
+                digest.update(&bytes[..left]);
+            }
+            if digest.finalize() != expected {
+                damaged.extend(slot.generation);
+            }
+        }
+        let whole = damaged.is_empty();
+        self.store.discard_read(self.instance, damaged);
+        Ok(whole)
     }
 
     /// The blocks of the key's range, of which there may be more.

@@ -270,6 +270,9 @@ impl Shared {
     }
 
     pub(crate) fn remove(&self, ids: &[ObjectId]) {
+        if ids.is_empty() {
+            return; // what waits to be saved is not looked through
+        }
         let mut guard = self.lock();
         let state = &mut *guard;
         for id in ids {

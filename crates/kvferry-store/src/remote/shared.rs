@@ -365,7 +365,10 @@ impl Shared {
             return None;
         }
         let (id, number) = loop {
-            let (id, number) = state.removals.pop_front()?;
+            let Some((id, number)) = state.removals.pop_front() else {
+                self.changed.notify_all(); // what was left was void
+                return None;
+            };
             if state.removed.get(&id) == Some(&number) {
                 break (id, number);
             }
@@ -414,6 +417,7 @@ impl Shared {
         state.overtaken.append(&mut state.saves);
         state.removed.clear(); // they are of the former epoch
         state.removals.clear();
+        self.changed.notify_all();
         self.for_savers.notify_one();
         self.for_keeper.notify_one();
     }
@@ -499,10 +503,14 @@ impl Shared {
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
         let (last, failures) = (state.tickets, state.status.save_failures);
-        while state.outstanding.first().is_some_and(|first| *first <= last) || state.removes() {
+        let begun = state.removals_begun;
+        while state.outstanding.first().is_some_and(|first| *first <= last) || state.removes(begun)
+        {
             if Instant::now() >= deadline {
-                let waiting = state.outstanding.len();
-                let message = format!("{waiting} saves are not in the remote yet; wait longer");
+                let (saves, removals) = (state.outstanding.len(), state.removals.len());
+                let message = format!(
+                    "{saves} saves are not in the remote yet and {removals} removals not carried out; wait longer"
+                );
                 return Err(Error::new(ErrorCode::Timeout, message));
             }
             if state.workers == 0 {
@@ -587,9 +595,10 @@ impl State {
         }
     }
 
-    /// Objects are being taken out, or will be at once.
-    fn removes(&self) -> bool {
-        let waiting = !self.removals.is_empty() && !self.removals_wait && self.answers();
+    /// Objects are being taken out, or will be at once, of the removals up to this one.
+    fn removes(&self, last: u64) -> bool {
+        let next = self.removals.front().is_some_and(|(_, number)| *number <= last);
+        let waiting = next && !self.removals_wait && self.answers();
         waiting || self.removing > 0
     }
 
