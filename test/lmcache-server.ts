@@ -6,6 +6,7 @@ const LOOKUP = 8;
 const QUERY = 9;
 const REGISTER = 14;
 const CHUNK_SIZE = 21;
+const NOOP = 24;
 const EXPERIMENTAL = 32;
 
 /** A greeting of ZMTP 3.0 with the NULL mechanism. */
@@ -39,6 +40,7 @@ export class LmcacheServer implements AsyncDisposable {
 		const answers: Record<number, Buffer> = {
 			[CHUNK_SIZE]: Buffer.of(chunkSize),
 			[QUERY]: Buffer.of(hits),
+			[NOOP]: text("OK"),
 			[EXPERIMENTAL]: Buffer.of(0x90),
 		};
 		if (pool !== undefined) {
