@@ -67,3 +67,35 @@ impl Events {
         self.first.saturating_add(self.events.len() as u64)
     }
 }
+
+/// What LMCache's `subscribe_kv_events` tells at once of one model's chunks in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvEventBatch {
+    /// `false`: nothing is told, and the stream ends.
+    pub enabled: bool,
+    /// Differs from start to start of the server.
+    pub incarnation: u64,
+    /// The sequence of the last event that was looked at, of whichever model: the cursor to read on from.
+    pub next_cursor: u64,
+    /// Whether events between the cursor and these are gone: what was announced before is void.
+    pub lost: bool,
+    /// In their order.
+    pub events: Vec<KvEventRecord>,
+}
+
+/// One event of a [`KvEventBatch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvEventRecord {
+    /// Counted from 1 since the server started.
+    pub seq: u64,
+    /// What happened.
+    pub kind: EventKind,
+    /// The model, as it was registered.
+    pub model_name: String,
+    /// The chained hashes of the chunks: of one, if it was stored.
+    pub block_hashes: Vec<[u8; 32]>,
+    /// That of the chunk before it; `None` for a prompt's first, and where chunks went.
+    pub parent_block_hash: Option<[u8; 32]>,
+    /// The chunk's tokens; empty where chunks went.
+    pub token_ids: Arc<[u32]>,
+}

@@ -151,11 +151,22 @@ async fn talk(
         // All that is there is read before it waits, however much that is.
         let read = unconstrained(stream.read_buf(&mut room));
         let read = awake_until(awake.then(|| answered + AWAKE), read, &mut waited);
-        let read = match deadline {
-            Some(deadline) => {
-                timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
+        let read = async {
+            match deadline {
+                Some(deadline) => {
+                    timeout_at(deadline, read).await.map_err(|_| io::ErrorKind::TimedOut)?
+                }
+                None => read.await, // an idle connection costs little; its end is noticed
             }
-            None => read.await, // an idle connection costs little; its end is noticed
+        };
+        let read = tokio::select! {
+            biased; // it says no more than the peer asked for
+            message = service.told(peer), if peer.listens() => {
+                zmtp.send_shared(&message, &mut output).map_err(Malformed::io)?;
+                awake = false;
+                continue;
+            }
+            read = read => read,
         };
         if read? == 0 {
             return Ok(());

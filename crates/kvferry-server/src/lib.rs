@@ -12,6 +12,7 @@ mod notes;
 mod quotas;
 mod server;
 mod service;
+mod streams;
 mod tokens;
 
 pub use notes::{Level, Note};

@@ -9,7 +9,7 @@ use kvferry_core::key::Key;
 use kvferry_core::kv_descriptors::KvRegistration;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{EngineMemory, GoOn, Owner, Store, clock};
-use kvferry_wire::message::{EXTENSION, Hello, Slots, StoreSlots, Value};
+use kvferry_wire::message::{Control, EXTENSION, Hello, KV_EVENT_STREAM, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 
 use crate::figures::Figures;
@@ -17,6 +17,7 @@ use crate::frames::Frames;
 use crate::lmcache_driven::{Copiers, Engines};
 use crate::notes::Level;
 use crate::quotas::Labels;
+use crate::streams::Streams;
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
 const WAIT: Duration = Duration::from_millis(50);
@@ -31,6 +32,7 @@ pub(crate) struct Peer {
     /// It takes and gives bytes in frames.
     frames: Option<Frames>,
     engines: Engines,
+    streams: Streams,
     /// The last time that nothing was there from it: what it asks now, it asked then at the earliest.
     waits_since: Instant,
     distant: bool,
@@ -38,9 +40,10 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        let (engines, waits_since) = (Engines::default(), Instant::now());
+        let (engines, streams, waits_since) =
+            (Engines::default(), Streams::default(), Instant::now());
         let (extended, admin, frames, distant) = (false, false, None, false);
-        Self { owner, extended, admin, frames, engines, waits_since, distant }
+        Self { owner, extended, admin, frames, engines, streams, waits_since, distant }
     }
 
     /// Of another machine, which cannot have mapped the pool, whatever it says.
@@ -61,6 +64,11 @@ impl Peer {
     /// Nothing more was there from it.
     pub(crate) fn is_heard_out(&mut self) {
         self.waits_since = Instant::now();
+    }
+
+    /// Whether there may be more for it than answers.
+    pub(crate) fn listens(&self) -> bool {
+        !self.streams.is_empty()
     }
 
     pub(crate) fn make_admin(&mut self) {
@@ -110,6 +118,14 @@ impl Service {
         frames: &[Bytes],
         now: Instant,
     ) -> Option<Vec<Bytes>> {
+        if let Some(control) = Control::decode(frames) {
+            match control {
+                Ok((uid, control)) if peer.streams.control(uid, control) => {}
+                Ok(_) => self.drop_message("unknown_stream"),
+                Err(error) => self.drop_message(error.label()),
+            }
+            return None;
+        }
         let (header, payload) = match Header::decode(frames) {
             Ok(message) => message,
             Err(error) => {
@@ -119,6 +135,13 @@ impl Service {
         };
         let reply = match Request::decode(header.operation, payload) {
             Ok(_) if needs_admin(header.operation) && !peer.admin => Err("not_admin"),
+            Ok(Request::SubscribeKvEvents { instance_id, model_name, cursor, max_events }) => {
+                let what = (instance_id, model_name, cursor, max_events);
+                match peer.streams.begin(&self.store, peer.admin, &header, what) {
+                    Ok(()) => return None, // all that it says comes from `told`
+                    Err(error) => Err(error.code.as_str()),
+                }
+            }
             Ok(request) => {
                 self.carry_out(peer, request, now).await.map_err(|error| error.code.as_str())
             }
@@ -134,6 +157,11 @@ impl Service {
         let reply = header.reply(&if peer.extended { reply } else { reply.plain() });
         self.figures.observe(header.operation, now.elapsed());
         Some(reply)
+    }
+
+    /// The next message of the peer's streams, whenever that is.
+    pub(crate) async fn told(&self, peer: &mut Peer) -> Vec<Bytes> {
+        self.store.after_events(|| peer.streams.next(&self.store)).await
     }
 
     /// Counts what was dropped, by why.
@@ -245,8 +273,13 @@ impl Service {
             Request::ReportBlockAllocation { .. } => Reply::None,
             Request::Noop => Reply::Text("OK".into()),
             Request::GetExperimental => {
-                let named = [Operation::Checksums.name(), Operation::Frames.name()];
-                Reply::Names([EXTENSION].into_iter().chain(named).map(str::to_owned).collect())
+                let named = [EXTENSION, Operation::Checksums.name(), Operation::Frames.name()];
+                // Who may not listen goes on by what it stores itself.
+                let streams = peer.admin.then_some(KV_EVENT_STREAM);
+                Reply::Names(named.into_iter().chain(streams).map(str::to_owned).collect())
+            }
+            Request::SubscribeKvEvents { .. } => {
+                return Err(Error::new(ErrorCode::Protocol, "a stream has no single answer"));
             }
             Request::Hello => {
                 peer.extended = true;

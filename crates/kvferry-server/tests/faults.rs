@@ -107,6 +107,12 @@ fn requests() -> Vec<Request> {
         Request::Frames,
         Request::Write { instance_id: INSTANCE, offset: 0, generation: 1, at: 0, piece: piece() },
         Request::Read { instance_id: INSTANCE, offset: 0, generation: 1, at: 0, bytes: 1 },
+        Request::SubscribeKvEvents {
+            instance_id: INSTANCE,
+            model_name: "m".into(),
+            cursor: 0,
+            max_events: 9,
+        },
         Request::Status,
         Request::Events { cursor: 1, max: 9 },
         Request::Explain { key: request_key() },

@@ -4,13 +4,14 @@
 
 mod common;
 
+use bytes::Bytes;
 use common::{Client, key, layout, start, store_options};
-use kvferry_core::events::{EventKind, Events};
+use kvferry_core::events::{EventKind, Events, KvEventBatch};
 use kvferry_core::explain::Explanation;
 use kvferry_core::key::{Key, MODEL_NAME_BYTES_MAX};
-use kvferry_wire::message::EXTENSION;
+use kvferry_wire::message::{Control, EXTENSION, KV_EVENT_STREAM};
 use kvferry_wire::zmtp::Limits;
-use kvferry_wire::{Operation, Reply, Request};
+use kvferry_wire::{Dialect, Operation, Reply, Request};
 
 const PAGE: u64 = 4096;
 
@@ -35,9 +36,10 @@ fn a_listener_hears_what_others_store_and_what_is_evicted() {
     engine.register(7, layout("m"));
     let mut listener = Client::connect(server.address());
     let names = listener.call(&Request::GetExperimental);
-    let announced = [EXTENSION, Operation::Checksums.name(), Operation::Frames.name()]
-        .map(str::to_owned)
-        .to_vec();
+    let announced =
+        [EXTENSION, Operation::Checksums.name(), Operation::Frames.name(), KV_EVENT_STREAM]
+            .map(str::to_owned)
+            .to_vec();
     assert_eq!(names, Reply::Names(announced), "the operations are announced");
     assert_eq!(events(&mut listener, 0, 9).next(), 1);
     engine.store(key("a", 0, 2), 7);
@@ -80,7 +82,7 @@ fn answers_stay_within_a_message_however_long_the_names_are() {
     while cursor < 2001 {
         engine.request(&Request::Events { cursor, max: u32::MAX });
         let frames = engine.receive();
-        let bytes: usize = frames.iter().map(bytes::Bytes::len).sum();
+        let bytes: usize = frames.iter().map(Bytes::len).sum();
         assert!(bytes < Limits::default().message_bytes_max);
         let Ok(Reply::Events(events)) = Reply::decode(Operation::Events, &frames[2..]) else {
             panic!("{frames:?}")
@@ -98,6 +100,123 @@ fn impossible_questions_are_met_with_silence_and_counted() {
     let mut peer = Client::connect(server.address());
     let key = Key { cache_salt: "a@b".into(), ..key("r", 0, 1) };
     let question = Request::Explain { key: key.into() };
-    assert!(peer.is_unanswered(&question.encode(1, kvferry_wire::Dialect::Current)));
+    assert!(peer.is_unanswered(&question.encode(1, Dialect::Current)));
     peer.wait_for("dropped_invalid_salt", 1);
+}
+
+/// A stream of model "m" of the connection's instance; its uid frame.
+fn subscribe(peer: &mut Client, instance_id: u64, cursor: u64, max_events: u64) -> Bytes {
+    let model_name = "m".to_owned();
+    let request = Request::SubscribeKvEvents { instance_id, model_name, cursor, max_events };
+    let uid = peer.request(&request);
+    Request::Noop.encode(uid, Dialect::Current).swap_remove(0)
+}
+
+/// The next message, which is a batch of the stream.
+fn batch(peer: &mut Client, uid: &Bytes) -> KvEventBatch {
+    let frames = peer.receive();
+    assert_eq!(frames[0], uid);
+    match Reply::decode(Operation::SubscribeKvEvents, &frames[2..]) {
+        Ok(Reply::KvEvents(batch)) => batch,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn ends(peer: &mut Client, uid: &Bytes) {
+    let frames = peer.receive();
+    assert_eq!((frames.len(), &frames[0]), (2, uid), "{frames:?}");
+}
+
+fn told(batch: &KvEventBatch) -> Vec<(EventKind, Option<u32>)> {
+    batch.events.iter().map(|it| (it.kind, it.token_ids.first().copied())).collect()
+}
+
+#[test]
+fn a_stream_tells_of_stores_and_removals_a_batch_for_each_acknowledgement_until_it_is_cancelled() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    let mut listener = Client::connect(server.address());
+    let uid = subscribe(&mut listener, 9, 0, 64);
+    let first = batch(&mut listener, &uid);
+    assert_eq!((first.enabled, first.next_cursor, first.events), (true, 0, vec![]), "at once");
+
+    engine.store(key("a", 0, 2), 7);
+    assert_eq!(listener.call(&Request::Noop), Reply::Text("OK".into()), "none without credit");
+    listener.send(&Control::Ack.encode(&uid));
+    let stored = batch(&mut listener, &uid);
+    assert_eq!(
+        told(&stored),
+        [(EventKind::Stored, Some(0)), (EventKind::Stored, Some(16))],
+        "what came meanwhile, and with its tokens"
+    );
+    assert_eq!(stored.events[1].parent_block_hash, Some(stored.events[0].block_hashes[0]));
+    assert_eq!(stored.incarnation, first.incarnation);
+
+    listener.send(&Control::Ack.encode(&uid));
+    listener.send(&Control::Ack.encode(&uid));
+    assert_eq!(listener.call(&Request::Noop), Reply::Text("OK".into()), "nothing is no batch");
+    engine.call(&Request::Clear { force: false });
+    let removed = batch(&mut listener, &uid);
+    assert_eq!(told(&removed)[0], (EventKind::Removed, None), "it was waited for");
+    engine.store(key("b", 100, 1), 7);
+    assert_eq!(listener.call(&Request::Noop), Reply::Text("OK".into()), "credit does not add up");
+
+    listener.send(&Control::Cancel.encode(&uid));
+    ends(&mut listener, &uid);
+    engine.store(key("c", 200, 1), 7);
+    listener.send(&Control::Ack.encode(&uid));
+    listener.wait_for("dropped_unknown_stream", 1);
+}
+
+#[test]
+fn an_instance_has_one_stream_and_others_go_on() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    let mut listener = Client::connect(server.address());
+    let old = subscribe(&mut listener, 9, 0, 64);
+    batch(&mut listener, &old);
+    let other = subscribe(&mut listener, 10, 0, 64);
+    batch(&mut listener, &other);
+    let new = subscribe(&mut listener, 9, 0, 64);
+    ends(&mut listener, &old);
+    batch(&mut listener, &new);
+    listener.send(&Control::Ack.encode(&other));
+    engine.store(key("a", 0, 1), 7);
+    assert_eq!(told(&batch(&mut listener, &other)), [(EventKind::Stored, Some(0))]);
+}
+
+#[test]
+fn streams_that_are_too_many_or_make_no_sense_are_refused_and_the_connection_goes_on() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut listener = Client::connect(server.address());
+    for instance in 0..16 {
+        let uid = subscribe(&mut listener, instance, 0, 64);
+        assert!(batch(&mut listener, &uid).enabled);
+    }
+    let uid = subscribe(&mut listener, 16, 0, 64);
+    assert!(!batch(&mut listener, &uid).enabled, "LMCache's worker reports by itself then");
+    ends(&mut listener, &uid);
+    for max_events in [0, 1025] {
+        subscribe(&mut listener, 17, 0, max_events);
+    }
+    listener.wait_for("dropped_invalid_argument", 2);
+}
+
+#[test]
+fn a_listener_that_takes_nothing_keeps_nobody_waiting() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    let mut listener = Client::connect(server.address());
+    let uid = subscribe(&mut listener, 9, 0, 1);
+    batch(&mut listener, &uid);
+    for round in 0..100 {
+        engine.store(key(&format!("{round}"), round * 100, 1), 7);
+    }
+    listener.send(&Control::Ack.encode(&uid));
+    assert_eq!(told(&batch(&mut listener, &uid)), [(EventKind::Stored, Some(0))]);
+    drop(listener);
+    engine.store(key("last", 77_777, 1), 7);
 }

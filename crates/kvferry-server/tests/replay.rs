@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use common::{Client, skipped, start, store_options};
+use kvferry_core::events::{EventKind, KvEventBatch};
 use kvferry_store::StoreOptions;
 use kvferry_wire::message::StoreSlots;
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -17,8 +18,6 @@ use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 enum Difference {
     /// LMCache's is silent; ours answers this.
     Answered(Reply),
-    /// LMCache's answers; ours is silent.
-    Silent,
     /// Both answer; ours answers this.
     Other(Reply),
 }
@@ -35,6 +34,7 @@ fn extension() -> Difference {
         "kvferry.v1".into(),
         "kvferry.checksums".into(),
         "kvferry.frames".into(),
+        "kv_event_stream".into(),
     ]))
 }
 
@@ -76,6 +76,16 @@ struct Run {
 }
 
 impl Run {
+    /// Our reply in LMCache's values.
+    fn read(&mut self, received: &[Bytes], recorded: &[Bytes]) -> Vec<Bytes> {
+        let (header, payload) = Header::decode(received).unwrap();
+        let ours = Reply::decode(header.operation, payload).unwrap();
+        assert_eq!(header.reply(&ours), received, "in the form that is always sent");
+        let (_, recorded) = Header::decode(recorded).unwrap();
+        let recorded = Reply::decode(header.operation, recorded).unwrap();
+        header.reply(&self.translate(ours, &recorded))
+    }
+
     fn translate(&mut self, ours: Reply, recorded: &Reply) -> Reply {
         match (ours, recorded) {
             (Reply::Registered { shm_name, pool_size }, Reply::Registered { .. }) => {
@@ -98,12 +108,21 @@ impl Run {
                 }
                 Reply::RetrieveSlots(Some(ours))
             }
+            (Reply::KvEvents(ours), Reply::KvEvents(recorded)) => {
+                let KvEventBatch { incarnation, next_cursor, .. } = *recorded;
+                Reply::KvEvents(KvEventBatch { incarnation, next_cursor, ..ours })
+            }
             (ours, _) => ours,
         }
     }
 }
 
-fn replay(file: &str, options: impl FnOnce(u32) -> StoreOptions, differences: Vec<Expected>) {
+/// What our server said in streams beside what LMCache's did.
+fn replay(
+    file: &str,
+    options: impl FnOnce(u32) -> StoreOptions,
+    differences: Vec<Expected>,
+) -> Vec<Vec<Bytes>> {
     let steps = recording(file);
     let mut differences: HashMap<u64, Difference> = differences.into_iter().collect();
     let mut latest = HashMap::new();
@@ -135,6 +154,7 @@ fn replay(file: &str, options: impl FnOnce(u32) -> StoreOptions, differences: Ve
     };
     let server = start(options);
     let mut clients: HashMap<&str, Client> = HashMap::new();
+    let mut streamed = Vec::new();
     let marker = Request::Noop.encode(u64::MAX, Dialect::Current);
     for step in steps.iter().filter(|step| step.is_request) {
         let at = format!("{file}, step {}", step.number);
@@ -142,16 +162,22 @@ fn replay(file: &str, options: impl FnOnce(u32) -> StoreOptions, differences: Ve
             clients.entry(&step.client).or_insert_with(|| Client::connect(server.address()));
         client.send(&step.frames);
         client.send(&marker); // whatever is answered is answered before this
-        let mut received = client.receive();
-        let recorded = replies.get(&step.number).copied();
+        let mut received = receive(client, &mut streamed);
+        let mut recorded = replies.get(&step.number).copied();
         let difference = differences.remove(&step.number);
         let answered = received[0] != marker[0];
+        if let Some(expected) = recorded.filter(|frames| is_of_a_stream(frames)) {
+            // It comes when it comes, after whatever its stream said before.
+            let ours = client.receive();
+            assert_eq!(run.read(&ours, expected), expected, "{at}");
+            recorded = None;
+        }
         if answered {
-            assert_eq!(client.receive()[0], marker[0], "{at}: one answer");
+            assert_eq!(receive(client, &mut streamed)[0], marker[0], "{at}: one answer");
             assert_eq!(received[..2], step.frames[..2], "{at}: the header is repeated");
         }
         let expected = match (recorded, &difference) {
-            (None, None) | (Some(_), Some(Difference::Silent)) => {
+            (None, None) => {
                 assert!(!answered, "{at}: silence, not {received:?}");
                 continue;
             }
@@ -164,17 +190,28 @@ fn replay(file: &str, options: impl FnOnce(u32) -> StoreOptions, differences: Ve
         };
         assert!(answered, "{at}: no answer");
         if let Some(recorded) = recorded {
-            let (header, payload) = Header::decode(&received).unwrap();
-            let ours = Reply::decode(header.operation, payload).unwrap();
-            assert_eq!(header.reply(&ours), received, "{at}: in the form that is always sent");
-            let (_, recorded) = Header::decode(recorded).unwrap();
-            let recorded = Reply::decode(header.operation, recorded).unwrap();
-            received = header.reply(&run.translate(ours, &recorded));
+            received = run.read(&received, recorded);
         }
         assert_eq!(received, expected, "{at}");
     }
     assert!(differences.is_empty(), "differences at steps that there are not");
     assert!(run.slots.values().all(|offset| offset % 4096 == 0));
+    streamed
+}
+
+fn is_of_a_stream(frames: &[Bytes]) -> bool {
+    Header::decode(frames).is_ok_and(|(it, _)| it.operation == Operation::SubscribeKvEvents)
+}
+
+/// The next message that is no stream's.
+fn receive(client: &mut Client, streamed: &mut Vec<Vec<Bytes>>) -> Vec<Bytes> {
+    loop {
+        let frames = client.receive();
+        if !is_of_a_stream(&frames) {
+            return frames;
+        }
+        streamed.push(frames);
+    }
 }
 
 #[test]
@@ -197,19 +234,25 @@ fn a_round_trip_of_lmcaches_own_client() {
 
 #[test]
 fn two_ranks_one_plane_names_for_numbers_and_abuse() {
-    replay(
+    let streamed = replay(
         "extra.json",
         |chunk_size| store_options(chunk_size, 1 << 20),
         vec![
-            // Event streams are not served: neither is their end answered.
-            (60, Difference::Silent),
-            (67, Difference::Silent),
             // A store of a mode that the recorded server did not serve.
             (71, Difference::Answered(Reply::Copied { event: Bytes::new(), done: false })),
             // A worker without a rank: silence ends a vLLM engine.
             (74, nothing_to_store()),
         ],
     );
+    // LMCache's tells of stores in its other mode only, ours of all.
+    let [batch] = &streamed[..] else { panic!("{streamed:?}") };
+    let Ok(Reply::KvEvents(batch)) = Reply::decode(Operation::SubscribeKvEvents, &batch[2..])
+    else {
+        panic!("{batch:?}")
+    };
+    let [event] = &batch.events[..] else { panic!("{batch:?}") };
+    assert_eq!((event.kind, &event.model_name[..]), (EventKind::Stored, "tiny/tp2"));
+    assert_eq!(event.token_ids[..], (23..39).collect::<Vec<u32>>());
 }
 
 #[test]

@@ -17,6 +17,7 @@ use kvferry_core::cache::Cache;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_server::{HttpOptions, Server, ServerOptions};
 use kvferry_store::Store;
+use kvferry_wire::message::KV_EVENT_STREAM;
 use kvferry_wire::zmtp::ZmtpError;
 use kvferry_wire::{Dialect, Reply, Request};
 
@@ -142,6 +143,18 @@ fn on_loopback_lmcaches_peers_need_no_token_and_are_no_admins() {
     assert_eq!(engine.store(key("r", 0, 2), INSTANCE), 2);
     let clear = Request::Clear { force: true }.encode(1 << 40, Dialect::Current);
     assert!(engine.is_unanswered(&clear));
+    let Reply::Names(names) = engine.call(&Request::GetExperimental) else { panic!("no names") };
+    assert!(!names.iter().any(|name| name == KV_EVENT_STREAM), "{names:?}");
+    // An engine that asks all the same is told so, and reports its own stores.
+    let (instance_id, model_name) = (INSTANCE, "m".to_owned());
+    engine.request(&Request::SubscribeKvEvents {
+        instance_id,
+        model_name,
+        cursor: 0,
+        max_events: 9,
+    });
+    assert!(matches!(engine.reply(), Reply::KvEvents(batch) if !batch.enabled));
+    assert_eq!(engine.reply(), Reply::None, "its end");
     let wrong = Client::connect_with(server.address(), Some("wrong")).err().unwrap();
     assert_eq!(wrong, ZmtpError::Refused("wrong token".into()), "a token counts, if it is given");
     let mut admin = Client::connect_with(server.address(), Some(ADMIN)).unwrap();

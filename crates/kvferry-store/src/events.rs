@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvferry_core::events::{EVENT_SPACES_MAX, EVENTS_MAX, EventKind, Events, KvEvent};
 use kvferry_core::explain::RemovalCause;
+use tokio::sync::Notify;
 
 use crate::probe::PROBE_MODEL;
 use crate::space::Space;
@@ -46,11 +47,13 @@ pub(crate) struct EventLog {
     /// The sequence of the next event.
     next: u64,
     started_ms: u64,
+    changed: Arc<Notify>,
 }
 
 impl Default for EventLog {
     fn default() -> Self {
-        Self { entries: VecDeque::new(), names: 0, next: 1, started_ms: now_ms() }
+        let changed = Arc::default();
+        Self { entries: VecDeque::new(), names: 0, next: 1, started_ms: now_ms(), changed }
     }
 }
 
@@ -82,6 +85,12 @@ impl EventLog {
         self.names += names;
         self.next += 1;
         self.entries.push_back(Entry { chunk, rank, origin, removed, by, at_ms: now_ms(), names });
+        self.changed.notify_waiters();
+    }
+
+    /// Told of each event.
+    pub(crate) fn changed(&self) -> &Arc<Notify> {
+        &self.changed
     }
 
     /// The sequence of the oldest event that is kept.
@@ -106,7 +115,8 @@ impl EventLog {
         self.entries.range(..usize::try_from(end).unwrap_or(usize::MAX)).rev()
     }
 
-    fn read(&self, cursor: u64, max: u32) -> (u64, Vec<KvEvent>) {
+    /// Up to `max` events from the one of sequence `cursor` on, 0 for the oldest, and the first one's sequence.
+    pub(crate) fn read(&self, cursor: u64, max: u32) -> (u64, Vec<KvEvent>) {
         let first = if cursor == 0 { self.first() } else { cursor.clamp(self.first(), self.next) };
         let skip = usize::try_from(first - self.first()).unwrap_or(usize::MAX);
         let events = self.entries.range(skip..).take(max as usize).map(|entry| KvEvent {

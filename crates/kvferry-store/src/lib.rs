@@ -10,6 +10,7 @@ mod eviction;
 mod explain;
 mod index;
 pub mod latencies;
+mod listeners;
 mod lmcache_driven;
 mod pool;
 mod probe;

@@ -41,6 +41,10 @@ impl Prompt {
         Arc::new(Self { tokens: Arc::clone(tokens), hashes })
     }
 
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
     /// Bytes that it takes.
     pub(crate) fn bytes(&self) -> u64 {
         (size_of_val(&*self.tokens) + size_of_val(self.hashes.as_slice())) as u64

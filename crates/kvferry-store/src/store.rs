@@ -20,6 +20,7 @@ use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
 use crate::index::{Demand, Handle, ObjectId};
+use crate::listeners::Listeners;
 use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
 use crate::remote::{Remote, RemoteOptions};
@@ -149,6 +150,7 @@ struct Inner {
     chunk_size: u32,
     boot_token: [u8; 16],
     growing: AtomicBool,
+    listeners: Listeners,
     state: Arc<Mutex<State>>,
     disk: Option<Disk>,
     remote: Option<Arc<Remote>>,
@@ -205,14 +207,24 @@ impl Store {
                 break; // the others follow as they are needed
             }
         }
-        let growing = AtomicBool::new(false);
+        let (growing, listeners) = (AtomicBool::new(false), Listeners::default());
         let mut state = State::new(pool, limits, policy);
         if let Some(disk) = &disk {
             // After a restart all of it is asked for at once.
             state.headroom = state.headroom.max(disk.status().bytes.min(memory));
         }
         let state = Arc::new(Mutex::new(state));
-        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk, remote };
+        let inner = Inner {
+            region,
+            hasher,
+            chunk_size,
+            boot_token,
+            growing,
+            listeners,
+            state,
+            disk,
+            remote,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -938,7 +950,16 @@ impl Store {
         let known =
             self.lock().sessions.get(&key.request_id).map(|session| Arc::clone(&session.prompt));
         let end = usize::try_from(key.end).unwrap_or(usize::MAX).min(key.token_ids.len());
-        Prompt::new(&key.token_ids, end, known, &self.inner.hasher, self.inner.chunk_size as usize)
+        let (hasher, chunk_size) = (&self.inner.hasher, self.inner.chunk_size as usize);
+        let prompt = Prompt::new(&key.token_ids, end, known, hasher, chunk_size);
+        if key.cache_salt.is_empty() {
+            self.inner.listeners.hear(&prompt, chunk_size);
+        }
+        prompt
+    }
+
+    pub(crate) fn listeners(&self) -> &Listeners {
+        &self.inner.listeners
     }
 
     /// The locked state and the range that a commit's key names; `None` for an empty one.

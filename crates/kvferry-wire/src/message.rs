@@ -6,11 +6,15 @@
 //! engine), and sends [`Header::reply`]. A client sends [`Request::encode`], finds its request by
 //! [`Header::uid`], and decodes with [`Reply::decode`].
 //!
+//! One answer is a stream: `subscribe_kv_events` is answered as often as its sender asks for by a [`Control`], which is the
+//! one message of another form, `[uid, "", word]`.
+//!
 //! Only the grammar is checked here: types and integer ranges. What values mean (salts, model
 //! names, ranges of tokens, alignment) is for the store to judge.
 
 mod events;
 mod explain;
+mod kv_events;
 mod lmcache_driven;
 mod piece;
 mod reply;
@@ -19,8 +23,8 @@ mod request;
 use bytes::Bytes;
 
 use crate::messagepack::{Malformed, Problem, Reader, Result, Writer, frame, within};
-pub use crate::operation::EXTENSION;
 use crate::operation::{Dialect, Operation};
+pub use crate::operation::{EXTENSION, KV_EVENT_STREAM};
 pub use piece::{PIECE_MAX, Piece};
 pub use reply::{Hello, Reply, Slots, StoreSlots, Value};
 pub use request::{BlockAllocation, Request, RequestKey};
@@ -38,6 +42,9 @@ pub enum MessageError {
     /// The second frame is neither an integer nor a string.
     #[error("operation: {0}")]
     OperationFrame(Malformed),
+    /// A control message that is neither of [`Control`]'s words.
+    #[error("a stream's control message is [uid, \"\", \"ack\" or \"cancel\"]")]
+    Control,
     /// An operation that kvferry does not have.
     #[error("unknown operation {0}")]
     UnknownOperation(String),
@@ -76,6 +83,7 @@ impl MessageError {
             Self::TooFewFrames(_) => "too_few_frames",
             Self::Uid(_) => "bad_uid",
             Self::OperationFrame(_) => "bad_operation",
+            Self::Control => "bad_control",
             Self::UnknownOperation(_) => "unknown_operation",
             Self::FrameCount(..) => "frame_count",
             Self::Parameter { malformed, .. } => malformed.problem.label(),
@@ -125,6 +133,36 @@ impl Header {
         let mut frames = vec![self.uid.clone(), self.operation_frame.clone()];
         frames.extend(reply.encode());
         frames
+    }
+}
+
+/// What the receiver of a stream tells its sender.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// It takes one more batch.
+    Ack,
+    /// The stream is to end.
+    Cancel,
+}
+
+impl Control {
+    /// The uid frame of the stream's request, and what is wanted; `None` for any other message.
+    pub fn decode(frames: &[Bytes]) -> Option<Result<(&Bytes, Self), MessageError>> {
+        let [uid, operation, payload @ ..] = frames else { return None };
+        operation.is_empty().then(|| match payload {
+            [word] if &word[..] == b"ack" => Ok((uid, Self::Ack)),
+            [word] if &word[..] == b"cancel" => Ok((uid, Self::Cancel)),
+            _ => Err(MessageError::Control),
+        })
+    }
+
+    /// The message about the stream of `uid`, its request's first frame.
+    pub fn encode(self, uid: &Bytes) -> Vec<Bytes> {
+        let word: &[u8] = match self {
+            Self::Ack => b"ack",
+            Self::Cancel => b"cancel",
+        };
+        vec![uid.clone(), Bytes::new(), Bytes::from_static(word)]
     }
 }
 

@@ -107,6 +107,9 @@ pub enum Operation {
     Noop,
     /// Names of what the server can beside the table.
     GetExperimental,
+    /// A stream of what became visible and what went of one model. Sent only to a server whose `get_experimental` reply
+    /// holds [`KV_EVENT_STREAM`].
+    SubscribeKvEvents,
     /// kvferry: boot token, version and process of the server; replies to a connection that asked
     /// carry generations from then on.
     Hello,
@@ -137,10 +140,12 @@ pub enum Operation {
 /// The name in a `get_experimental` reply that announces the `kvferry.` operations; one that came later is
 /// announced by its own name beside it.
 pub const EXTENSION: &str = "kvferry.v1";
+/// The name in a `get_experimental` reply that announces `subscribe_kv_events`.
+pub const KV_EVENT_STREAM: &str = "kv_event_stream";
 
 impl Operation {
     /// All operations, in the order of their ids.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 33] = [
         Self::RegisterKvCache,
         Self::UnregisterKvCache,
         Self::Store,
@@ -162,6 +167,7 @@ impl Operation {
         Self::ReportBlockAllocation,
         Self::Noop,
         Self::GetExperimental,
+        Self::SubscribeKvEvents,
         Self::Hello,
         Self::AbandonStore,
         Self::Confirm,
@@ -203,7 +209,8 @@ impl Operation {
             Self::ReportBlockAllocation => [23, 23, 20, 19],
             Self::Noop => [24, 24, 21, 20],
             Self::GetExperimental => [32, 40, 0, 0],
-            Self::Hello
+            Self::SubscribeKvEvents
+            | Self::Hello
             | Self::AbandonStore
             | Self::Confirm
             | Self::Discard
@@ -245,6 +252,7 @@ impl Operation {
             Self::ReportBlockAllocation => "report_block_allocation",
             Self::Noop => "noop",
             Self::GetExperimental => "get_experimental",
+            Self::SubscribeKvEvents => "subscribe_kv_events",
             Self::Hello => "kvferry.hello",
             Self::AbandonStore => "kvferry.abandon_store",
             Self::Confirm => "kvferry.confirm",

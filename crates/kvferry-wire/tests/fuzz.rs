@@ -12,13 +12,13 @@ use std::sync::{Arc, LazyLock};
 use allocation_counter::measure;
 use bytes::{Bytes, BytesMut};
 use kvferry_core::cache::Slot;
-use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent};
+use kvferry_core::events::{EventKind, EventSpace, Events, KvEvent, KvEventBatch, KvEventRecord};
 use kvferry_core::explain::{
     Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
 };
 use kvferry_core::key::Dtype;
 use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
-use kvferry_wire::message::Slots;
+use kvferry_wire::message::{Control, Slots};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
 use proptest::collection::vec;
@@ -58,6 +58,24 @@ fn ours() -> Vec<Recorded> {
             event(EventKind::Removed, Some([2; 32]), space("b")),
         ],
         lost: false,
+    };
+    let record = |kind, block_hashes, parent_block_hash| KvEventRecord {
+        seq: 7,
+        kind,
+        model_name: "m".to_owned(),
+        block_hashes,
+        parent_block_hash,
+        token_ids: [0, 70_000, u32::MAX].into(),
+    };
+    let batch = KvEventBatch {
+        enabled: true,
+        incarnation: 5,
+        next_cursor: 8,
+        lost: false,
+        events: vec![
+            record(EventKind::Stored, vec![[1; 32]], Some([2; 32])),
+            record(EventKind::Removed, vec![[1; 32], [2; 32]], None),
+        ],
     };
     let missing = MissingChunk {
         chunk: [3; 32],
@@ -120,6 +138,7 @@ fn ours() -> Vec<Recorded> {
     let replies = [
         (&b"\xaekvferry.events"[..], Reply::Events(events)),
         (b"\xafkvferry.explain", Reply::Explanation(explanation)),
+        (b"\xb3subscribe_kv_events", Reply::KvEvents(batch)),
         (b"\xb0prepare_retrieve", Reply::RetrieveSlots(Some(slots))),
     ];
     let replies = replies.map(|(operation, reply)| {
@@ -219,6 +238,7 @@ fn bounded<T>(input: usize, decode: impl FnOnce() -> T) -> T {
 /// decodes and encodes to the same.
 fn check_message(frames: &[Bytes]) {
     let input = frames.iter().map(Bytes::len).sum();
+    let _ = bounded(input, || Control::decode(frames).is_some());
     let Ok((header, payload)) = bounded(input, || Header::decode(frames)) else { return };
     check_request(header.operation, payload);
     if let Ok(reply) = bounded(input, || Reply::decode(header.operation, payload)) {

@@ -2,10 +2,10 @@
 
 use bytes::Bytes;
 use kvferry_core::cache::Slot;
-use kvferry_core::events::Events;
+use kvferry_core::events::{Events, KvEventBatch};
 use kvferry_core::explain::Explanation;
 
-use super::{MessageError, Payload, Piece, events, explain, one, refuse_data};
+use super::{MessageError, Payload, Piece, events, explain, kv_events, one, refuse_data};
 use crate::messagepack::{Kind, Problem, Reader, Result, Writer, frame, once, required, within};
 use crate::operation::Operation;
 
@@ -49,6 +49,8 @@ pub enum Reply {
     Status(Vec<(String, Value)>),
     /// What became visible and what went.
     Events(Events),
+    /// The same of one model, as LMCache tells it.
+    KvEvents(KvEventBatch),
     /// Why a prompt is no hit.
     Explanation(Explanation),
 }
@@ -204,6 +206,7 @@ impl Reply {
                 }
             }
             Self::Events(events) => events::encode(events, w),
+            Self::KvEvents(batch) => kv_events::encode(batch, w),
             Self::Explanation(explanation) => explain::encode(explanation, w),
             Self::Status(entries) => {
                 w.map(entries.len());
@@ -233,7 +236,9 @@ impl Reply {
             | Operation::ReportBlockAllocation
             | Operation::Frames
             | Operation::AbandonStore => Self::None,
-            Operation::QueryPrefetchStatus | Operation::WaitPrefetchStatus
+            Operation::QueryPrefetchStatus
+            | Operation::WaitPrefetchStatus
+            | Operation::SubscribeKvEvents
                 if payload.is_empty() =>
             {
                 Self::None
@@ -259,6 +264,7 @@ impl Reply {
             Operation::Hello => Self::Hello(p.next("result", Hello::decode)?),
             Operation::Read => Self::Piece(p.piece_or_none()?),
             Operation::Status => Self::Status(p.next("result", decode_status)?),
+            Operation::SubscribeKvEvents => Self::KvEvents(p.next("result", kv_events::decode)?),
             Operation::Events => Self::Events(p.next("result", events::decode)?),
             Operation::Explain => Self::Explanation(p.next("result", explain::decode)?),
         };

@@ -170,6 +170,9 @@ pub enum Request {
     /// Answer: `Reply::Names`; [`EXTENSION`](super::EXTENSION) among them announces the operations
     /// below.
     GetExperimental,
+    /// Answers: a `Reply::KvEvents` at once, and one more for each [`Control::Ack`](super::Control::Ack) when there is
+    /// something new; `Reply::None` ends the stream. Events of the sequences after `cursor`, at most `max_events` at once.
+    SubscribeKvEvents { instance_id: u64, model_name: String, cursor: u64, max_events: u64 },
     /// Answer: `Reply::Hello`.
     Hello,
     /// Answer: `Reply::None`.
@@ -225,6 +228,7 @@ impl Request {
             Self::ReportBlockAllocation { .. } => Operation::ReportBlockAllocation,
             Self::Noop => Operation::Noop,
             Self::GetExperimental => Operation::GetExperimental,
+            Self::SubscribeKvEvents { .. } => Operation::SubscribeKvEvents,
             Self::Hello => Operation::Hello,
             Self::AbandonStore { .. } => Operation::AbandonStore,
             Self::Confirm { .. } => Operation::Confirm,
@@ -311,6 +315,12 @@ impl Request {
             },
             Operation::Noop => Self::Noop,
             Operation::GetExperimental => Self::GetExperimental,
+            Operation::SubscribeKvEvents => Self::SubscribeKvEvents {
+                instance_id: p.instance_id()?,
+                model_name: p.next("model_name", Reader::string)?,
+                cursor: p.uint("cursor")?,
+                max_events: p.uint("max_events")?,
+            },
             Operation::Hello => Self::Hello,
             Operation::AbandonStore => {
                 Self::AbandonStore { key: p.key()?, instance_id: p.instance_id()? }
@@ -410,6 +420,13 @@ impl Request {
                     records.iter().for_each(|record| record.encode(w));
                 }),
             ]),
+            Self::SubscribeKvEvents { instance_id, model_name, cursor, max_events } => frames
+                .extend([
+                    one(|w| w.uint(*instance_id)),
+                    one(|w| w.str(model_name)),
+                    one(|w| w.uint(*cursor)),
+                    one(|w| w.uint(*max_events)),
+                ]),
             Self::Confirm { instance_id, offsets, generations }
             | Self::Discard { instance_id, offsets, generations } => frames.extend([
                 one(|w| w.uint(*instance_id)),
