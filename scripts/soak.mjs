@@ -130,7 +130,17 @@ async function soak() {
 	const figures = { evicted_objects, promoted_chunks, disk_damaged, disk_evicted_objects };
 	const mebibytes = (memory.at(-1)?.all ?? 0) / 2 ** 20;
 	const grown = { memory_growth: growth ?? null, own_memory_growth: growthOf("own") ?? null };
-	const report = { seconds, ...counts, ...figures, mebibytes, ...grown, failures };
+	const minutes = memory.filter((_, second) => second % 60 === 59);
+	const own_kibibytes_by_minute = minutes.map(({ own }) => Math.round(own / 2 ** 10));
+	const report = {
+		seconds,
+		...counts,
+		...figures,
+		mebibytes,
+		...grown,
+		own_kibibytes_by_minute,
+		failures,
+	};
 	process.stdout.write(
 		values.json ? `${JSON.stringify(report)}\n` : `${JSON.stringify(report, null, 2)}\n`,
 	);
