@@ -1,0 +1,209 @@
+// Ours beside the real vLLM and LMCache, in turns within one run on one machine: `npm run bench -- peers [PART …]`.
+// Whatever is timed is compared with what theirs gives first. What is not installed is told in a line that begins with
+// SKIPPED; `npm run test:peers` installs both.
+
+import { readFileSync } from "node:fs";
+import { cpus, loadavg } from "node:os";
+import { fileURLToPath } from "node:url";
+import { installed, installLmcache, installVllm } from "../../scripts/peers.mjs";
+import { buildProgram, load, median } from "./rows.mjs";
+import { Asked, count, hitCycles, inTurns, paired, Served } from "./served.mjs";
+
+/** @typedef {import("./rows.mjs").Row} Row */
+
+const kvferry = await load();
+const manifest = readFileSync(new URL("../../package.json", import.meta.url), "utf8");
+/** @type {{ version: string }} */
+const { version } = JSON.parse(manifest);
+const script = fileURLToPath(new URL("peers.py", import.meta.url));
+/** vLLM's xxhash algorithms draw a seed in each process otherwise. */
+const env = {
+	...process.env,
+	PYTHONHASHSEED: "0",
+	LMCACHE_TRACK_USAGE: "false",
+	LMCACHE_LOG_LEVEL: "WARNING",
+	VLLM_LOGGING_LEVEL: "ERROR",
+};
+
+/** @type {Record<string, { needs: ("lmcache" | "vllm")[], run: () => Promise<Row[]> }>} */
+const PARTS = {
+	hashes: { needs: ["vllm"], run: hashes },
+	chunks: { needs: ["lmcache"], run: chunks },
+	start: { needs: ["lmcache"], run: start },
+	lookups: { needs: ["lmcache"], run: lookups },
+};
+
+/** @returns {Promise<Row[]>} */
+export default async function peers(/** @type {string[]} */ ...names) {
+	const peers = { lmcache: installed("lmcache"), vllm: installed("vllm") };
+	for (const [peer, found] of Object.entries(peers)) {
+		console.error(
+			typeof found === "string"
+				? `SKIPPED what needs ${peer}: ${found}`
+				: `${peer} ${found.version}, Python ${found.python}`,
+		);
+	}
+	console.error(`kvferry ${version}, Node.js ${process.versions.node}`);
+	console.error(`${cpus().length} cores, ${cpus()[0]?.model}; load average ${loads()}`);
+	/** @type {Row[]} */
+	const rows = [];
+	for (const [name, { needs, run }] of Object.entries(PARTS)) {
+		if (names.length > 0 && !names.includes(name)) {
+			continue;
+		}
+		if (needs.some((peer) => typeof peers[peer] === "string")) {
+			console.error(`SKIPPED ${name}: needs ${needs.join(" and ")}`);
+			continue;
+		}
+		const begun = performance.now();
+		rows.push(...(await run()));
+		console.error(
+			`${name}: ${((performance.now() - begun) / 1000).toFixed(0)} s, load average ${loads()}`,
+		);
+	}
+	return rows;
+}
+
+function loads() {
+	return loadavg()
+		.map((load) => load.toFixed(1))
+		.join(", ");
+}
+
+/** A part of peers.py, ready. */
+async function python(/** @type {string} */ program, /** @type {string[]} */ ...args) {
+	const asked = new Asked(program, [script, ...args], env);
+	await asked.answer();
+	return {
+		ask: (/** @type {object} */ question) => asked.answer(JSON.stringify(question)),
+		close: () => asked.close(),
+	};
+}
+
+/** A row whose ratio tells how many times as fast as theirs ours is. */
+function faster(
+	/** @type {string} */ name,
+	/** @type {string} */ unit,
+	/** @type {number[]} */ ours,
+	/** @type {number[]} */ theirs,
+) {
+	const row = paired(name, unit, ours, theirs);
+	const ratio = median(theirs.map((their, at) => their / /** @type {number} */ (ours[at])));
+	return { ...row, ratio };
+}
+
+const TOKENS = Uint32Array.from({ length: 32 * 1024 }, (_, at) => (at * 7919 + 13) % 128_256);
+const HASH_ROUNDS = 51;
+
+/**
+ * Microseconds of hashing 32k tokens, through the package and in theirs.
+ *
+ * @param {Awaited<ReturnType<typeof python>>} peer
+ * @param {string} algorithm
+ * @param {string} name
+ * @param {() => import("../../ts/index.js").Hashes} ours
+ */
+async function hashed(peer, algorithm, name, ours) {
+	const { hashes, skipped } = await peer.ask({ algorithm, times: 1 });
+	if (skipped !== undefined) {
+		console.error(`SKIPPED ${algorithm}: ${skipped}`); // vLLM itself does without this module
+		return [];
+	}
+	const told = [...ours()].map((hash) => Buffer.from(hash).toString("hex"));
+	if (hashes.length === 0 || told.join() !== hashes.join()) {
+		throw new Error(`${algorithm}: the hashes differ, so times mean nothing`);
+	}
+	const timed = (/** @type {number} */ calls) => {
+		const begun = performance.now();
+		for (let call = 0; call < calls; call++) {
+			ours();
+		}
+		return ((performance.now() - begun) * 1000) / calls;
+	};
+	timed(200); // compiled by then
+	const theirs = async () => (await peer.ask({ algorithm, times: 1 })).ns / 1000;
+	// As long as one of theirs, so that what else the machine does falls on both.
+	const calls = Math.max(1, Math.round((await theirs()) / timed(100)));
+	const sides = [async () => timed(calls), theirs];
+	const [us = [], their = []] = await inTurns(sides, (side) => side(), HASH_ROUNDS);
+	return [faster(name, "µs", us, their)];
+}
+
+/** Block hashes beside vLLM's. */
+async function hashes() {
+	const vllm = await python(installVllm(), "hashes");
+	const rows = [];
+	for (const [algorithm, limit] of /** @type {const} */ ([
+		["sha256_cbor", "; limit 40"],
+		["xxhash_cbor", "; limit 90"],
+		["sha256", ""],
+	])) {
+		const name = `block hashes of 32k tokens, ${algorithm}: vLLM's ÷ ours${limit}`;
+		const options = { seed: "0", algorithm };
+		rows.push(...(await hashed(vllm, algorithm, name, () => kvferry.blockHashes(TOKENS, options))));
+	}
+	await vllm.close();
+	return rows;
+}
+
+/** Chunk hashes beside LMCache's. */
+async function chunks() {
+	const lmcache = await python(installLmcache(), "chunks");
+	const name = "chunk hashes of 32k tokens, blake3: LMCache's ÷ ours";
+	const rows = await hashed(lmcache, "blake3", name, () => kvferry.chunkHashes(TOKENS));
+	await lmcache.close();
+	return rows;
+}
+
+/** From a server's start to its first answer, and what it takes besides its pool of 1 GB. */
+async function start() {
+	/** @type {(() => Promise<Served | string>)[]} */
+	const sides = [() => Served.ours("--memory", "1GiB", "--http-port", "0"), () => Served.lmcache()];
+	const [ours = [], theirs = []] = await inTurns(
+		sides,
+		async (side) => {
+			const served = started(await side());
+			const told = { ms: served.startMs, mib: served.residentMib };
+			await served.close();
+			return told;
+		},
+		3,
+	);
+	const row = (/** @type {string} */ name, /** @type {"ms" | "mib"} */ what, unit = "ms") =>
+		paired(
+			name,
+			unit,
+			ours.map((told) => told[what]),
+			theirs.map((told) => told[what]),
+		);
+	return [
+		row("a server's start to its first answer ÷ LMCache's; limit 0.1", "ms"),
+		row("its memory at rest, without the pool ÷ LMCache's; limit 0.1", "mib", "MiB"),
+	];
+}
+
+/** Hit cycles of both servers under one load. */
+async function lookups() {
+	const program = buildProgram("kvferry-bench", "--example", "server");
+	const servers = [
+		await Served.ours("--memory", "64MiB", "--http-port", "0"),
+		started(await Served.lmcache()),
+	];
+	const rows = [];
+	for (const { tokens, clients, told } of await hitCycles(program, servers, [2048])) {
+		const [ours = [], theirs = []] = told.map((of) => of.map(({ perSecond }) => perSecond));
+		const name = `${tokens} tokens, ${count(clients, "client")}: hit cycles a second ÷ LMCache's`;
+		rows.push(paired(`${name}; limit 10`, "1/s", ours, theirs));
+	}
+	for (const served of servers) {
+		await served.close();
+	}
+	return rows;
+}
+
+function started(/** @type {Served | string} */ served) {
+	if (typeof served === "string") {
+		throw new Error(served);
+	}
+	return served;
+}
