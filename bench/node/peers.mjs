@@ -4,8 +4,12 @@
 
 import { readFileSync } from "node:fs";
 import { cpus, loadavg } from "node:os";
+import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
+import { isDeepStrictEqual } from "node:util";
 import { installed, installLmcache, installVllm } from "../../scripts/peers.mjs";
+import { VllmEngine } from "../../test/peers/programs.mjs";
+import { BLOCKS, OBJECT, plainCopies, Stack, WARM_UP } from "./copy.mjs";
 import { buildProgram, load, median } from "./rows.mjs";
 import { Asked, count, hitCycles, inTurns, paired, Served } from "./served.mjs";
 
@@ -30,7 +34,9 @@ const PARTS = {
 	hashes: { needs: ["vllm"], run: hashes },
 	chunks: { needs: ["lmcache"], run: chunks },
 	start: { needs: ["lmcache"], run: start },
+	copies: { needs: ["lmcache"], run: copies },
 	lookups: { needs: ["lmcache"], run: lookups },
+	ttft: { needs: ["lmcache", "vllm"], run: ttft },
 };
 
 /** @returns {Promise<Row[]>} */
@@ -163,6 +169,7 @@ async function start() {
 		sides,
 		async (side) => {
 			const served = started(await side());
+			await sleep(500); // what it does after its first answer
 			const told = { ms: served.startMs, mib: served.residentMib };
 			await served.close();
 			return told;
@@ -199,6 +206,132 @@ async function lookups() {
 		await served.close();
 	}
 	return rows;
+}
+
+/** Chunks of 32 MiB of a request. */
+const CHUNKS = 2;
+/** Requests of each client after which LMCache's pool is emptied: it does not make room when it is asked for it. */
+const PERIOD = 8;
+
+/** Milliseconds of stores and loads through shared memory, from submission to end. */
+async function copies() {
+	const server = started(await Served.lmcache(2));
+	const plain = plainCopies(buildProgram("kvferry-copy", "--example", "copies"), CHUNKS);
+	const ours = await Stack.open("never");
+	const crossed = await Stack.open("never", { kv: ours.kv }, server.url);
+	const theirs = await python(installLmcache(), "copies", server.url);
+	let prompt = 0;
+	let check = true;
+	const wrong = () => new Error("what was loaded is not what was stored, so times mean nothing");
+	const stack = (/** @type {Stack} */ on) => async () => {
+		const stored = on.op(CHUNKS);
+		if (check) {
+			on.fill(stored);
+		}
+		const store = await on.store(stored);
+		const loaded = on.op(CHUNKS, stored.prompt, stored.prompt + BLOCKS / 2);
+		const load = await on.load(loaded);
+		if (check && !on.fill(loaded, true)) {
+			throw wrong();
+		}
+		return { store, load };
+	};
+	const sides = [
+		stack(ours),
+		stack(crossed),
+		async () => {
+			const asked = { prompt: ++prompt, chunks: CHUNKS };
+			const store = await theirs.ask({ ...asked, do: "store" });
+			const load = await theirs.ask({ ...asked, do: "load" });
+			if (!load.same) {
+				throw wrong();
+			}
+			return { store: store.ns / 1e6, load: load.ns / 1e6 };
+		},
+		async () => ({ store: await plain.run("gather"), load: await plain.run("gather") }),
+	];
+	/** @type {{ store: number, load: number }[][]} */
+	const told = sides.map(() => []);
+	await inTurns(sides, (side) => side(), PERIOD); // each pool is mapped by then
+	check = false;
+	for (let round = 0; round < WARM_UP; round++) {
+		await stack(ours)();
+	}
+	for (let period = 0; period < 3; period++) {
+		await crossed.client.clear();
+		for (const [at, times] of (await inTurns(sides, (side) => side(), PERIOD)).entries()) {
+			told[at]?.push(...times);
+		}
+	}
+	await theirs.close();
+	await crossed.close();
+	await ours.close();
+	await plain.close();
+	await server.close();
+	const size = `${(CHUNKS * OBJECT) / 2 ** 20} MiB`;
+	return /** @type {const} */ (["store", "load"]).flatMap((what) => {
+		const [us = [], cross = [], them = [], gather = []] = told.map((of) =>
+			of.map((ms) => ms[what]),
+		);
+		const own = `${what} of ${size}: LMCache's client and server`;
+		const copied = `${what} of ${size}: the host gather`;
+		return [
+			faster(`${own} ÷ ours; limit 2`, "ms", us, them),
+			faster(`${own} ÷ our client on its server; limit 2`, "ms", cross, them),
+			faster(`${copied} ÷ ours; limit 0.85`, "ms", us, gather),
+			faster(`${copied} ÷ our client on LMCache's server`, "ms", cross, gather),
+		];
+	});
+}
+
+/** What vLLM is asked, of which a cache has 11 chunks at most. */
+const PROMPT = 3000;
+const CACHED = 2816;
+const COLD = 3;
+const WARM = 9;
+
+/** Seconds to vLLM's first token: from nothing, and from either server. One engine before each, asked in turns. */
+async function ttft() {
+	const servers = [
+		await Served.ours("--memory", "1GiB", "--chunk-size", "256", "--http-port", "off"),
+		started(await Served.lmcache()),
+	];
+	const engines = await Promise.all(
+		servers.map(({ address }) => VllmEngine.start(Number(address.split(":")[1]))),
+	);
+	/** @type {number[] | undefined} */
+	let first;
+	const ask = async (/** @type {VllmEngine} */ engine, seed = 1, hit = CACHED) => {
+		const { seconds, cached, tokens } = await engine.ask({ tokens: PROMPT, seed, reset: true });
+		if (seed === 1) {
+			first ??= tokens;
+		}
+		if (cached !== hit || (seed === 1 && !isDeepStrictEqual(tokens, first))) {
+			throw new Error(`${cached} tokens were cached, ${tokens} said, so times mean nothing`);
+		}
+		return seconds;
+	};
+	let seed = 0;
+	const cold = [];
+	for (const [at, engine] of Array.from({ length: COLD }).flatMap(() => [...engines.entries()])) {
+		seed += at === 0 ? 1 : 0; // the same for both
+		cold.push(await ask(engine, seed, 0));
+	}
+	await inTurns(engines, (engine) => ask(engine), 1);
+	const [ours = [], theirs = []] = await inTurns(engines, (engine) => ask(engine), WARM);
+	for (const engine of engines) {
+		await engine[Symbol.asyncDispose]();
+	}
+	for (const served of servers) {
+		await served.close();
+	}
+	const name = `vLLM's first token of ${PROMPT}, ${CACHED} from our server`;
+	const uncached = Array.from(ours, () => median(cold));
+	return [
+		paired(`${name} ÷ from LMCache's; limit 0.95`, "s", ours, theirs),
+		paired(`${name} ÷ computed`, "s", ours, uncached),
+		paired(`the same from LMCache's server ÷ computed`, "s", theirs, uncached),
+	];
 }
 
 function started(/** @type {Served | string} */ served) {
