@@ -10,6 +10,7 @@ import { isDeepStrictEqual } from "node:util";
 import { installed, installLmcache, installVllm } from "../../scripts/peers.mjs";
 import { VllmEngine } from "../../test/peers/programs.mjs";
 import { BLOCKS, OBJECT, plainCopies, Stack, WARM_UP } from "./copy.mjs";
+import { ConnectorLoad, measure, planned, REQUESTS, STEPS, TableLoad } from "./plan.mjs";
 import { buildProgram, load, median } from "./rows.mjs";
 import { Asked, count, hitCycles, inTurns, paired, Served } from "./served.mjs";
 
@@ -33,6 +34,7 @@ const env = {
 const PARTS = {
 	hashes: { needs: ["vllm"], run: hashes },
 	chunks: { needs: ["lmcache"], run: chunks },
+	plans: { needs: ["vllm"], run: plans },
 	start: { needs: ["lmcache"], run: start },
 	copies: { needs: ["lmcache"], run: copies },
 	lookups: { needs: ["lmcache"], run: lookups },
@@ -161,6 +163,57 @@ async function chunks() {
 	return rows;
 }
 
+/** Microseconds of planning a scheduler's step, beside vLLM's built-in LMCacheMPConnector. */
+async function plans() {
+	const vllm = await python(installVllm(), "plans");
+	const shapes = {
+		idle: { count: REQUESTS },
+		alone: { count: 0, prompt: true },
+	};
+	for (const shape of [...Object.values(shapes), { count: REQUESTS, chunks: true }]) {
+		const theirs = await vllm.ask({ ...shape, steps: STEPS, turns: 0 });
+		for (const Load of [TableLoad, ConnectorLoad]) {
+			if (!isDeepStrictEqual(planned(Load, shape), theirs.planned)) {
+				throw new Error(`${Load.name}: vLLM plans otherwise, so times mean nothing`);
+			}
+		}
+	}
+	/** @typedef {{ plan: number, metadata: number }} Step */
+	/** @type {(() => Promise<{ idle: Step, alone: Step }>)[]} */
+	const sides = [
+		async () => {
+			const plan = measure(TableLoad, shapes, 1);
+			const metadata = measure(ConnectorLoad, shapes, 1);
+			const of = (/** @type {"idle" | "alone"} */ shape) => ({
+				plan: plan[shape],
+				metadata: metadata[shape],
+			});
+			return { idle: of("idle"), alone: of("alone") };
+		},
+		async () => {
+			const ask = (/** @type {object} */ shape) => vllm.ask({ ...shape, steps: STEPS, turns: 1 });
+			return { idle: await ask(shapes.idle), alone: await ask(shapes.alone) };
+		},
+	];
+	const [ours = [], theirs = []] = await inTurns(sides, (side) => side());
+	await vllm.close();
+	const row = (
+		/** @type {string} */ name,
+		/** @type {"idle" | "alone"} */ shape,
+		/** @type {"plan" | "metadata"} */ what,
+	) => {
+		const requests = shape === "idle" ? REQUESTS : 1;
+		const [us, them] = [ours, theirs].map((of) => of.map((step) => step[shape][what] / requests));
+		return faster(name, "µs", us ?? [], them ?? []);
+	};
+	return [
+		row("32k tokens stored: GetStoreMetadata ÷ our plan; limit 100", "alone", "plan"),
+		row("one of 1,024 with nothing to do: the same; limit 6", "idle", "plan"),
+		row("32k tokens stored: build_connector_meta ÷ ours", "alone", "metadata"),
+		row("one of 1,024 with nothing to do: build_connector_meta ÷ ours", "idle", "metadata"),
+	];
+}
+
 /** From a server's start to its first answer, and what it takes besides its pool of 1 GB. */
 async function start() {
 	/** @type {(() => Promise<Served | string>)[]} */
@@ -284,11 +337,11 @@ async function copies() {
 	});
 }
 
-/** What vLLM is asked, of which a cache has 11 chunks at most. */
-const PROMPT = 3000;
+/** Tokens that vLLM is asked: the longer ones leave 184 to be computed after 11 chunks, the others one. */
+const PROMPTS = [3000, 2817];
 const CACHED = 2816;
-const COLD = 3;
-const WARM = 9;
+const COLD = 2;
+const WARM = 15;
 
 /** Seconds to vLLM's first token: from nothing, and from either server. One engine before each, asked in turns. */
 async function ttft() {
@@ -299,39 +352,53 @@ async function ttft() {
 	const engines = await Promise.all(
 		servers.map(({ address }) => VllmEngine.start(Number(address.split(":")[1]))),
 	);
-	/** @type {number[] | undefined} */
-	let first;
-	const ask = async (/** @type {VllmEngine} */ engine, seed = 1, hit = CACHED) => {
-		const { seconds, cached, tokens } = await engine.ask({ tokens: PROMPT, seed, reset: true });
-		if (seed === 1) {
-			first ??= tokens;
+	/** What each prompt was answered first. @type {Map<string, number[]>} */
+	const said = new Map();
+	const ask = async (
+		/** @type {VllmEngine} */ engine,
+		/** @type {number} */ length,
+		seed = 1,
+		hit = CACHED,
+	) => {
+		const told = await engine.ask({ tokens: length, seed, reset: true });
+		const prompt = `${length} of ${seed}`;
+		const first = said.get(prompt) ?? told.tokens;
+		said.set(prompt, first);
+		if (told.cached !== hit || !isDeepStrictEqual(told.tokens, first)) {
+			const found = `${told.cached} cached, ${told.tokens} for ${first}`;
+			throw new Error(`vLLM's answer to ${prompt}: ${found}, so times mean nothing`);
 		}
-		if (cached !== hit || (seed === 1 && !isDeepStrictEqual(tokens, first))) {
-			throw new Error(`${cached} tokens were cached, ${tokens} said, so times mean nothing`);
-		}
-		return seconds;
+		return told.seconds;
 	};
-	let seed = 0;
-	const cold = [];
-	for (const [at, engine] of Array.from({ length: COLD }).flatMap(() => [...engines.entries()])) {
-		seed += at === 0 ? 1 : 0; // the same for both
-		cold.push(await ask(engine, seed, 0));
+	const longest = Math.max(...PROMPTS);
+	/** @type {number[]} */
+	const colds = [];
+	for (let seed = COLD; seed > 0; seed--) {
+		const told = await inTurns(engines, (engine) => ask(engine, longest, seed, 0), 1);
+		colds.push(...told.flat());
 	}
-	await inTurns(engines, (engine) => ask(engine), 1);
-	const [ours = [], theirs = []] = await inTurns(engines, (engine) => ask(engine), WARM);
+	const cold = median(colds);
+	/** @type {Row[]} */
+	const rows = [];
+	for (const length of PROMPTS) {
+		await inTurns(engines, (engine) => ask(engine, length), 2);
+		const [ours = [], theirs = []] = await inTurns(engines, (engine) => ask(engine, length), WARM);
+		const name = `vLLM's first token of ${length} with ${CACHED} cached`;
+		const limit = length === longest ? "; limit 0.95" : "";
+		rows.push(paired(`${name}: our server ÷ LMCache's${limit}`, "s", ours, theirs));
+		if (length === longest) {
+			const none = ours.map(() => cold);
+			rows.push(paired(`${name}: our server ÷ computed`, "s", ours, none));
+			rows.push(paired(`${name}: LMCache's server ÷ computed`, "s", theirs, none));
+		}
+	}
 	for (const engine of engines) {
 		await engine[Symbol.asyncDispose]();
 	}
 	for (const served of servers) {
 		await served.close();
 	}
-	const name = `vLLM's first token of ${PROMPT}, ${CACHED} from our server`;
-	const uncached = Array.from(ours, () => median(cold));
-	return [
-		paired(`${name} ÷ from LMCache's; limit 0.95`, "s", ours, theirs),
-		paired(`${name} ÷ computed`, "s", ours, uncached),
-		paired(`the same from LMCache's server ÷ computed`, "s", theirs, uncached),
-	];
+	return rows;
 }
 
 function started(/** @type {Served | string} */ served) {
