@@ -64,7 +64,11 @@ export default async function peers(/** @type {string[]} */ ...names) {
 			continue;
 		}
 		const begun = performance.now();
-		rows.push(...(await run()));
+		const told = await run();
+		rows.push(...told);
+		for (const { name, ratio } of told) {
+			console.error(`${name}: ${ratio.toFixed(3)}`); // should a later part fail
+		}
 		console.error(
 			`${name}: ${((performance.now() - begun) / 1000).toFixed(0)} s, load average ${loads()}`,
 		);
