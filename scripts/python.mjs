@@ -5,6 +5,8 @@ import { join } from "node:path";
 import { runQuietly } from "./engine.mjs";
 import { cache, root, step } from "./setup.mjs";
 
+const BINARY = join("bin", "python");
+
 /**
  * The Python of the environment `name` in .cache.
  *
@@ -15,15 +17,14 @@ import { cache, root, step } from "./setup.mjs";
  */
 export function pythonEnvironment(name, ...installs) {
 	const venv = join(cache, name);
-	const python = (/** @type {string} */ directory) => join(directory, "bin", "python");
-	if (existsSync(python(venv))) {
-		return python(venv);
+	if (existsSync(pythonOf(name))) {
+		return pythonOf(name);
 	}
 	step(`${name} into .cache`);
 	const partial = `${venv}.${process.pid}`;
 	try {
 		runQuietly("python3", ["-m", "venv", "--without-pip", partial], root);
-		const pip = ["-m", "pip", "--python", python(partial), "--disable-pip-version-check"];
+		const pip = ["-m", "pip", "--python", join(partial, BINARY), "--disable-pip-version-check"];
 		for (const packages of installs) {
 			runQuietly("python3", [...pip, "install", "--quiet", ...packages], root);
 		}
@@ -33,5 +34,10 @@ export function pythonEnvironment(name, ...installs) {
 	} finally {
 		rmSync(partial, { recursive: true, force: true });
 	}
-	return python(venv);
+	return pythonOf(name);
+}
+
+/** The Python that the environment `name` has once it is made. */
+export function pythonOf(/** @type {string} */ name) {
+	return join(cache, name, BINARY);
 }

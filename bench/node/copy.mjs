@@ -12,7 +12,7 @@ import { buildProgram, load, median } from "./rows.mjs";
 
 const PAIRS = 51;
 /** Operations before those that are timed: an engine's JavaScript has been compiled long ago. */
-const WARM_UP = 300;
+export const WARM_UP = 300;
 export const CHUNK = 256;
 export const BLOCK = 16;
 export const BLOCKS = 256;
@@ -49,26 +49,32 @@ export function arrays(make) {
 	return Object.fromEntries(layers.map((layer) => [layer, make()]));
 }
 
+function serve() {
+	const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
+	const ports = ["--port", "0", "--http-port", "off"];
+	const args = ["serve", ...ports, "--memory", String(POOL), "--chunk-size", String(CHUNK)];
+	return spawn(process.execPath, [program, ...args], { stdio: ["ignore", "pipe", "inherit"] });
+}
+
+async function urlOf(/** @type {ReturnType<typeof serve> | undefined} */ child) {
+	const input = /** @type {NodeJS.ReadableStream} */ (child?.stdout);
+	const [line] = await once(createInterface({ input }), "line");
+	return /** @type {string} */ (/tcp:\S+/.exec(line)?.[0]);
+}
+
 /** An engine before a server of its own process. */
 export class Stack {
 	#requests = 0;
 
 	/**
 	 * @param {"never" | "always"} verify
-	 * @param {{ kvferry: typeof import("../../ts/index.js"), kv: any, place: any }} [engine] Whose KV memory is not the host's.
+	 * @param {{ kvferry?: typeof import("../../ts/index.js"), kv?: any, place?: any }} [engine] Whose KV memory is not the host's, or another's.
+	 * @param {string} [url] Of a server that runs already; what its pool has is its own matter.
 	 */
-	static async open(verify, engine) {
+	static async open(verify, engine, url) {
 		const kvferry = engine?.kvferry ?? (await load());
-		const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
-		const ports = ["--port", "0", "--http-port", "off"];
-		const args = ["serve", ...ports, "--memory", String(POOL), "--chunk-size", String(CHUNK)];
-		const child = spawn(process.execPath, [program, ...args], {
-			stdio: ["ignore", "pipe", "inherit"],
-		});
-		const [line] = await once(createInterface({ input: child.stdout }), "line");
-		const client = await kvferry.Client.connect({
-			url: /** @type {string} */ (/tcp:\S+/.exec(line)?.[0]),
-		});
+		const child = url === undefined ? serve() : undefined;
+		const client = await kvferry.Client.connect({ url: url ?? (await urlOf(child)) });
 		const kv =
 			engine?.kv ?? arrays(() => new Uint32Array(new SharedArrayBuffer(2 * BLOCKS * BLOCK_BYTES)));
 		const options = {
@@ -80,14 +86,14 @@ export class Stack {
 		};
 		const adapter = kvferry.createWorkerAdapter(options);
 		await adapter.registerKvCaches(kv, { ...layout, ...engine?.place });
-		while (Number((await client.status()).reserved_bytes) < POOL) {
+		while (child !== undefined && Number((await client.status()).reserved_bytes) < POOL) {
 			await new Promise((resolve) => setTimeout(resolve, 20)); // the pool grows in the background
 		}
 		return new Stack(child, client, kv, kvferry.createSchedulerAdapter(options), adapter);
 	}
 
 	/**
-	 * @param {import("node:child_process").ChildProcess} child
+	 * @param {import("node:child_process").ChildProcess | undefined} child
 	 * @param {import("../../ts/index.js").Client} client
 	 * @param {Record<string, Uint32Array>} kv
 	 * @param {import("../../ts/index.js").CacheSchedulerAdapter} scheduler
@@ -173,8 +179,10 @@ export class Stack {
 	async close() {
 		await this.adapter.shutdown();
 		await this.client.close();
-		this.child.kill();
-		await once(this.child, "exit");
+		if (this.child !== undefined) {
+			this.child.kill();
+			await once(this.child, "exit");
+		}
 	}
 }
 
@@ -206,13 +214,24 @@ async function submission(/** @type {Stack} */ stack, /** @type {number} */ chun
 	};
 }
 
-async function compare(/** @type {string} */ program, /** @type {number} */ chunks) {
+/** The same copies with no boundary to cross: milliseconds of a gather or a scatter. */
+export function plainCopies(/** @type {string} */ program, /** @type {number} */ chunks) {
 	const child = spawn(program, [String(chunks)], { stdio: ["pipe", "pipe", "inherit"] });
 	const lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
-	const reference = async (/** @type {string} */ direction) => {
-		child.stdin.write(`${direction}\n`);
-		return Number((await lines.next()).value) / 1e6;
+	return {
+		run: async (/** @type {"gather" | "scatter"} */ direction) => {
+			child.stdin.write(`${direction}\n`);
+			return Number((await lines.next()).value) / 1e6;
+		},
+		close: async () => {
+			child.stdin.end();
+			await once(child, "close");
+		},
 	};
+}
+
+async function compare(/** @type {string} */ program, /** @type {number} */ chunks) {
+	const plain = plainCopies(program, chunks);
 	const size = `${(chunks * OBJECT) / 2 ** 20} MiB`;
 	const rows = [];
 	for (const verify of /** @type {const} */ (["never", "always"])) {
@@ -229,7 +248,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 				throw new Error("what was loaded is not what was stored, so times mean nothing");
 			}
 			await submitted.run();
-			await reference("gather");
+			await plain.run("gather");
 		}
 		for (let round = 0; round < WARM_UP; round++) {
 			const operation = stack.op(chunks);
@@ -240,7 +259,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 		const ms = { submit: [], store: [], load: [], gather: [] };
 		for (let pair = 0; pair < PAIRS; pair++) {
 			const operation = stack.op(chunks);
-			ms.gather.push(await reference("gather"));
+			ms.gather.push(await plain.run("gather"));
 			ms.store.push(await stack.store(operation));
 			ms.load.push(await stack.load(operation));
 			ms.submit.push(await submitted.run());
@@ -266,8 +285,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 		await submitted.close();
 		await stack.close();
 	}
-	child.stdin.end();
-	await once(child, "close");
+	await plain.close();
 	return rows;
 }
 

@@ -16,11 +16,11 @@ const VLLM_STORE = 154.3;
 
 const BLOCK = 16;
 const CHUNK = 256;
-const REQUESTS = 1024;
+export const REQUESTS = 1024;
 const SHORT = 1024;
 const LONG = 128 * 1024;
 /** Requests decode fewer tokens than a chunk has; then others take their places. */
-const STEPS = 200;
+export const STEPS = 200;
 const TURNS = 5;
 
 /** A prompt that one step stores whole. */
@@ -102,10 +102,10 @@ function row(
  * @param {new (shape: Shape) => { step(): number }} Load
  * @param {Record<Name, Shape>} shapes
  */
-function measure(Load, shapes) {
+export function measure(Load, shapes, turns = TURNS) {
 	const names = /** @type {Name[]} */ (Object.keys(shapes));
 	const times = names.map(() => /** @type {number[]} */ ([]));
-	for (let turn = 0; turn <= TURNS; turn++) {
+	for (let turn = 0; turn <= turns; turn++) {
 		const loads = names.map((name) => new Load(shapes[name]));
 		for (let step = 1; step < STEPS; step++) {
 			loads.forEach((load, i) => {
@@ -119,6 +119,20 @@ function measure(Load, shapes) {
 	return /** @type {Record<Name, number>} */ (
 		Object.fromEntries(names.map((name, i) => [name, median(times[i] ?? [])]))
 	);
+}
+
+/**
+ * What each step of a load plans: request, first and last token, blocks.
+ *
+ * @param {new (shape: Shape) => { step(): number, planned: unknown[] }} Load
+ * @param {Shape} shape
+ */
+export function planned(Load, shape) {
+	const load = new Load(shape);
+	return Array.from({ length: STEPS - 1 }, () => {
+		load.step();
+		return load.planned;
+	});
 }
 
 /** A request that decodes: a token in each step, and a new block when the last one is full. */
@@ -161,7 +175,9 @@ class Decoding {
 const PROMPT_STORED = { start: 0, end: PROMPT, blockIds: [PROMPT_BLOCKS] };
 
 /** Steps of a tracker table. */
-class TableLoad {
+export class TableLoad {
+	/** Of the last step, as {@link planned} tells it. @type {unknown[]} */
+	planned = [];
 	#table = new TrackerTable({ chunkSize: CHUNK, blockSize: BLOCK });
 	#prompt;
 	#decoding;
@@ -224,6 +240,10 @@ class TableLoad {
 			this.#table.remove("prompt");
 		}
 		const direction = "STORE";
+		const names = new Map(this.#decoding.map(({ request, handle }) => [handle, request.requestId]));
+		this.planned = [...plan].map(({ handle, start, end, blockIds }) => {
+			return [names.get(handle) ?? "prompt", start, end, blockIds.flat()];
+		});
 		check(
 			[...plan],
 			expected.map((op) => ({ ...op, direction, skipFirstNTokens: 0 })),
@@ -233,7 +253,9 @@ class TableLoad {
 }
 
 /** Steps of a connector. */
-class ConnectorLoad {
+export class ConnectorLoad {
+	/** Of the last step, as {@link planned} tells it. @type {unknown[]} */
+	planned = [];
 	/** New blocks that the step has told. */
 	#told = 0;
 	#tells;
@@ -311,6 +333,9 @@ class ConnectorLoad {
 			this.#connector.requestFinished(prompt);
 			this.#connector.updateConnectorOutput({ finishedSending: [requestId] }); // its id is used again
 		}
+		this.planned = requests.map(({ requestId, op: { start, end, blockIds } }) => {
+			return [requestId, start, end, blockIds.flat()];
+		});
 		check([this.#told], [this.#tells ? newBlocks : 0]);
 		check(
 			requests.map(({ op: { tokenIds, ...op }, ...rest }) => ({ ...rest, ...op })),

@@ -1,31 +1,21 @@
 // Ours beside LMCache's server under the same load of a native program (bench/examples/server.rs), in turns; servers
 // of 1,000,000 and of 1,000 objects, in turns; and what a server takes: memory, time to start.
 //
-// LMCache's server is looked for in the environment of KVFERRY_LMCACHE_PYTHON (python3 unless told). With
-// KVFERRY_BENCH_LOOKUP=FILE, prototypes/lmcache/bench_lookup.py prints its own figures of both, on stderr.
+// With KVFERRY_BENCH_LOOKUP=FILE, prototypes/lmcache/bench_lookup.py prints its own figures of both, on stderr.
 
-import { spawn, spawnSync } from "node:child_process";
-import { once } from "node:events";
-import { readFileSync } from "node:fs";
-import { createServer } from "node:net";
-import { createInterface } from "node:readline";
+import { spawnSync } from "node:child_process";
 import { setTimeout as sleep } from "node:timers/promises";
-import { fileURLToPath } from "node:url";
-import { buildProgram, load, median } from "./rows.mjs";
+import { installLmcache } from "../../scripts/peers.mjs";
+import { buildProgram, median } from "./rows.mjs";
+import { Asked, count, hitCycles, inTurns, MS, paired, ROUNDS, Served } from "./served.mjs";
 
-/** @typedef {{ p50: number, p99: number, max: number }} Spread of one request of a cycle, in microseconds */
-/** @typedef {{ perSecond: number, lookup: Spread, prepare: Spread, commit: Spread, query: Spread, free: Spread, end: Spread }} Told */
+/** @typedef {import("./served.mjs").Told} Told */
 /** @typedef {import("./rows.mjs").Row} Row */
 
-const ROUNDS = 5;
-const MS = 1500;
-/** Prompts of a side-by-side load. */
-const PROMPTS = 16;
 const SMALL = 1000;
 const LARGE = 1_000_000;
 /** New prompts of one round of stores; each takes the place of eight objects. */
 const STORES = 2000;
-const python = process.env.KVFERRY_LMCACHE_PYTHON ?? "python3";
 /** Hit cycles a second of LMCache 0.5.6, the most that were recorded on another machine with two cores. */
 const RECORDED = new Map([
 	[1, 241],
@@ -38,133 +28,6 @@ export default async function server() {
 	return [...(await sideBySide(program)), ...(await bySize(program)), ...(await atRest())];
 }
 
-/** A program that answers each line with one of JSON. */
-class Asked {
-	/** @type {import("node:child_process").ChildProcess} */
-	#child;
-	/** @type {AsyncIterator<string>} */
-	#lines;
-
-	constructor(/** @type {string} */ program, /** @type {string[]} */ args) {
-		const child = spawn(program, args, { stdio: ["pipe", "pipe", "inherit"] });
-		this.#child = child;
-		this.#lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
-	}
-
-	/** The next answer, to a line or unasked. */
-	async answer(/** @type {string | undefined} */ line = undefined) {
-		if (line !== undefined) {
-			this.#child.stdin?.write(`${line}\n`);
-		}
-		const { value, done } = await this.#lines.next();
-		if (done) {
-			throw new Error(`${this.#child.spawnargs.join(" ")} ended, asked ${line}`);
-		}
-		return JSON.parse(value);
-	}
-
-	async close() {
-		this.#child.stdin?.end();
-		if (this.#child.exitCode === null) {
-			await once(this.#child, "exit");
-		}
-	}
-}
-
-/** A server's process. */
-class Served {
-	/** `kvferry serve`, and the milliseconds to its first answer. */
-	static async ours(/** @type {string[]} */ ...args) {
-		const { Client } = await load();
-		const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
-		const start = performance.now();
-		const child = spawn(process.execPath, [program, "serve", "--port", "0", ...args], {
-			stdio: ["ignore", "pipe", "inherit"],
-		});
-		const [line] = await once(createInterface({ input: child.stdout }), "line");
-		const address = /** @type {string} */ (/tcp:\/\/(\S+)/.exec(line)?.[1]);
-		const client = await Client.connect({ url: `tcp://${address}` }); // asks for its chunk size
-		const ms = performance.now() - start;
-		await client.close();
-		return new Served(child, address, ms);
-	}
-
-	/** LMCache's, or why not. */
-	static async lmcache() {
-		const { status, stderr, error } = spawnSync(python, ["-c", "import lmcache"], {
-			encoding: "utf8",
-		});
-		if (status !== 0) {
-			return `${python} has no LMCache: ${error?.message ?? stderr.trim().split("\n").at(-1)}`;
-		}
-		const port = await freePort();
-		const start = performance.now();
-		const args = [
-			"-m",
-			"lmcache.v1.multiprocess.server",
-			"--host",
-			"127.0.0.1",
-			"--port",
-			`${port}`,
-		];
-		const pool = ["--chunk-size", "256", "--l1-size-gb", "1", "--no-l1-use-lazy"];
-		const mode = ["--supported-transfer-mode", "engine_driven", "--eviction-policy", "LRU"];
-		const child = spawn(
-			python,
-			[...args, ...pool, ...mode, "--shm-name", `kvferry_bench_${port}`],
-			{
-				stdio: ["ignore", "ignore", "ignore"],
-				env: { ...process.env, LMCACHE_TRACK_USAGE: "false", LMCACHE_LOG_LEVEL: "WARNING" },
-			},
-		);
-		const { Client } = await load();
-		while (child.exitCode === null && performance.now() - start < 180_000) {
-			try {
-				const client = await Client.connect({ url: `tcp://127.0.0.1:${port}`, timeoutMs: 2000 });
-				await client.close();
-				return new Served(child, `127.0.0.1:${port}`, performance.now() - start);
-			} catch {
-				await sleep(200);
-			}
-		}
-		child.kill("SIGKILL");
-		return `${python}'s LMCache server did not answer`;
-	}
-
-	/**
-	 * @param {import("node:child_process").ChildProcess} child
-	 * @param {string} address
-	 * @param {number} startMs
-	 */
-	constructor(child, address, startMs) {
-		this.child = child;
-		this.address = address;
-		this.startMs = startMs;
-	}
-
-	/** Mebibytes of it that are in memory, without the pool's pages: these are shared. */
-	get residentMib() {
-		const status = readFileSync(`/proc/${this.child.pid}/status`, "utf8");
-		const of = (/** @type {string} */ what) =>
-			Number(new RegExp(`${what}:\\s+(\\d+) kB`).exec(status)?.[1]) / 1024;
-		return of("VmRSS") - of("RssShmem");
-	}
-
-	async close() {
-		this.child.kill();
-		await once(this.child, "exit");
-	}
-}
-
-async function freePort() {
-	const probe = createServer().listen(0, "127.0.0.1");
-	await once(probe, "listening");
-	const { port } = /** @type {import("node:net").AddressInfo} */ (probe.address());
-	probe.close();
-	await once(probe, "close");
-	return port;
-}
-
 /** Hit cycles of both servers. */
 async function sideBySide(/** @type {string} */ program) {
 	const ours = await Served.ours("--memory", "64MiB");
@@ -173,24 +36,10 @@ async function sideBySide(/** @type {string} */ program) {
 		console.error(`SKIPPED LMCache's server beside ours: ${theirs}`);
 	}
 	const servers = typeof theirs === "string" ? [ours] : [ours, theirs];
-	const loads = servers.map(({ address }) => new Asked(program, ["load", address]));
 	/** @type {Row[]} */
 	const rows = [];
-	for (const tokens of [2048, 8192]) {
-		for (const asked of loads) {
-			if (tokens === 2048) {
-				await asked.answer();
-			}
-			await asked.answer(`fill ${tokens} ${PROMPTS}`);
-		}
-		for (const clients of [1, 8]) {
-			const line = `hit ${clients} ${tokens} ${PROMPTS} ${MS}`;
-			const told = await inTurns(loads, (asked) => asked.answer(line));
-			rows.push(...besides(told, `${tokens} tokens, ${count(clients, "client")}`, tokens, clients));
-		}
-	}
-	for (const asked of loads) {
-		await asked.close();
+	for (const { tokens, clients, told } of await hitCycles(program, servers, [2048, 8192])) {
+		rows.push(...besides(told, `${tokens} tokens, ${count(clients, "client")}`, tokens, clients));
 	}
 	const file = process.env.KVFERRY_BENCH_LOOKUP;
 	for (const { address } of file === undefined ? [] : servers) {
@@ -200,7 +49,10 @@ async function sideBySide(/** @type {string} */ program) {
 			[8192, 1, 200],
 		]) {
 			const args = [`${file}`, `tcp://${address}`, `${tokens}`, `${clients}`, `${cycles}`];
-			const { stdout, stderr } = spawnSync(python, args, { encoding: "utf8", timeout: 120_000 });
+			const { stdout, stderr } = spawnSync(installLmcache(), args, {
+				encoding: "utf8",
+				timeout: 120_000,
+			});
 			console.error(
 				`bench_lookup.py ${address === ours.address ? "ours" : "LMCache"}: ${stdout || stderr}`,
 			);
@@ -333,39 +185,6 @@ async function atRest() {
 }
 
 /**
- * Asks all of them in turns, in the other order every second time.
- *
- * @template T
- * @param {T[]} all
- * @param {(one: T) => Promise<Told>} ask
- */
-async function inTurns(all, ask) {
-	/** @type {Told[][]} */
-	const told = all.map(() => []);
-	for (let round = 0; round < ROUNDS; round++) {
-		const turns = [...all.entries()];
-		for (const [at, one] of round % 2 === 0 ? turns : turns.reverse()) {
-			told[at]?.push(await ask(one));
-		}
-	}
-	return told;
-}
-
-/**
- * Medians of both, and of the ratios of the pairs.
- *
- * @param {string} name
- * @param {string} unit
- * @param {number[]} ours
- * @param {number[]} references
- * @returns {Row}
- */
-function paired(name, unit, ours, references) {
-	const ratio = median(ours.map((value, at) => value / /** @type {number} */ (references[at])));
-	return { name, ours: median(ours), reference: median(references), unit, ratio };
-}
-
-/**
  * @param {string} name
  * @param {string} unit
  * @param {number} ours
@@ -374,8 +193,4 @@ function paired(name, unit, ours, references) {
  */
 function limit(name, unit, ours, reference) {
 	return { name, ours, reference, unit, ratio: ours / reference };
-}
-
-function count(/** @type {number} */ number, /** @type {string} */ what) {
-	return `${number} ${what}${number === 1 ? "" : "s"}`;
 }

@@ -2,7 +2,7 @@
 
 import { describe, expect, it } from "vitest";
 import { ServerProcess } from "../server-process.js";
-import { lmcache } from "./programs.js";
+import { lmcache } from "./programs.mjs";
 
 describe("lmcache bench server", () => {
 	it.each(["engine_driven", "lmcache_driven"])(

@@ -15,7 +15,7 @@ import {
 	type PrefixCacheOptions,
 } from "../../ts/index.js";
 import { BLOCK, Engine, lmcache as offloading, range } from "../connector/token-engine.js";
-import { LmcacheServer } from "./programs.js";
+import { LmcacheServer } from "./programs.mjs";
 
 const CHUNK = 16;
 const BYTES = 100_000;

@@ -4,7 +4,7 @@ import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { Client } from "../../ts/index.js";
 import { freePort } from "../connector/token-engine.js";
 import { ServerProcess } from "../server-process.js";
-import { type Answered, type Asked, VllmEngine } from "./programs.js";
+import { type Answered, type Asked, VllmEngine } from "./programs.mjs";
 
 const LIFE_MS = 600_000;
 const HEARTBEATS = ["mq_timeout=5", "heartbeat_interval=1"];

@@ -1,0 +1,221 @@
+// The real programs, each in a process of its own. The benchmark beside them uses these, too: plain JavaScript.
+
+import { execFile, spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync } from "node:fs";
+import { connect, createServer } from "node:net";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { installLmcache, installVllm } from "../../scripts/peers.mjs";
+import { cache } from "../../scripts/setup.mjs";
+
+/** The first start reads gigabytes from the disk. */
+const START_MS = 240_000;
+const env = {
+	...process.env,
+	LMCACHE_TRACK_USAGE: "false",
+	LMCACHE_LOG_LEVEL: "WARNING",
+	VLLM_NO_USAGE_STATS: "1",
+	VLLM_LOGGING_LEVEL: "ERROR",
+	VLLM_CPU_KVCACHE_SPACE: "1",
+};
+
+/** LMCache's server, without its HTTP. */
+export class LmcacheServer {
+	/** What an operator has to add, that clients may map its memory. */
+	static SHARED = LmcacheServer.shared(`kvferry_peers_${process.pid}`);
+
+	/** The same by another name of its memory: each server that runs at the same time needs one. */
+	static shared(/** @type {string} */ name) {
+		return [
+			...["--supported-transfer-mode", "engine_driven"],
+			...["--no-l1-use-lazy", "--shm-name", name],
+		];
+	}
+
+	/**
+	 * Starts one and waits until it listens.
+	 *
+	 * @param {string[]} options
+	 * @param {number} [port]
+	 */
+	static async start(options = LmcacheServer.SHARED, port) {
+		const chosen = port ?? (await freePort());
+		const address = ["--host", "127.0.0.1", "--port", String(chosen)];
+		const sizes = ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--disable-metrics"];
+		const args = ["-m", "lmcache.v1.multiprocess.server", ...address, ...sizes, ...options];
+		const child = spawn(installLmcache(), args, { env, stdio: ["ignore", "ignore", "pipe"] });
+		let errors = "";
+		child.stderr.setEncoding("utf8").on("data", (/** @type {string} */ text) => {
+			errors = (errors + text).slice(-4000);
+		});
+		for (const until = Date.now() + START_MS; !(await listens(chosen)); await sleep(50)) {
+			if (child.exitCode !== null || Date.now() > until) {
+				child.kill("SIGKILL");
+				throw new Error(`LMCache's server does not listen: ${errors}`);
+			}
+		}
+		return new LmcacheServer(child, chosen);
+	}
+
+	/**
+	 * @private
+	 * @param {import("node:child_process").ChildProcess} child
+	 * @param {number} port
+	 */
+	constructor(child, port) {
+		this.process = child;
+		this.port = port;
+	}
+
+	get url() {
+		return `tcp://127.0.0.1:${this.port}`;
+	}
+
+	/** @param {NodeJS.Signals} signal */
+	async end(signal) {
+		if (this.process.exitCode === null && this.process.signalCode === null) {
+			const exited = once(this.process, "exit");
+			this.process.kill(signal);
+			await exited;
+		}
+	}
+
+	/** @returns {Promise<void>} */
+	[Symbol.asyncDispose]() {
+		return this.end("SIGTERM");
+	}
+}
+
+/** A port that nobody listens on. */
+async function freePort() {
+	const probe = createServer().listen(0, "127.0.0.1");
+	await once(probe, "listening");
+	const { port } = /** @type {import("node:net").AddressInfo} */ (probe.address());
+	probe.close();
+	await once(probe, "close");
+	return port;
+}
+
+async function listens(/** @type {number} */ port) {
+	const socket = connect(port, "127.0.0.1");
+	try {
+		await once(socket, "connect");
+		return true;
+	} catch {
+		return false;
+	} finally {
+		socket.destroy();
+	}
+}
+
+/**
+ * What a vLLM engine is asked.
+ *
+ * @typedef {object} Asked
+ * @property {number} tokens Of the prompt.
+ * @property {number} seed Which prompt: two of different seeds share no prefix.
+ * @property {number} [tail] Tokens at the prompt's end that are another's.
+ * @property {number} [generate] Tokens to generate, the likeliest ones. Default 1.
+ * @property {string} [salt]
+ * @property {boolean} [reset] Whether the engine forgets what its own cache has before.
+ */
+
+/**
+ * @typedef {object} Answered
+ * @property {number} seconds
+ * @property {number} cached Of the prompt's tokens, not evaluated.
+ * @property {number[]} tokens
+ */
+
+/** An engine of vLLM with LMCache's connector. */
+export class VllmEngine {
+	#child;
+	#lines;
+	/** @type {string[]} */
+	log = [];
+
+	/**
+	 * @private
+	 * @param {string[]} args
+	 */
+	constructor(args) {
+		const script = fileURLToPath(new URL("vllm_engine.py", import.meta.url));
+		const child = spawn(installVllm(), [script, ...args], { env, stdio: "pipe" });
+		for (const stream of [child.stdout, child.stderr]) {
+			createInterface({ input: stream }).on("line", (line) => {
+				if (!line.startsWith("RESULT ")) {
+					this.log.push(line);
+				}
+			});
+		}
+		this.#child = child;
+		this.#lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
+	}
+
+	/**
+	 * Starts one; port 0: without the connector.
+	 *
+	 * @param {number | string} port
+	 * @param {string[]} settings
+	 */
+	static async start(port, ...settings) {
+		const engine = new VllmEngine([await randomModel(), String(port), ...settings]);
+		await engine.#answer();
+		return engine;
+	}
+
+	/** @returns {Promise<Answered>} */
+	async #answer() {
+		for (;;) {
+			const { value, done } = await this.#lines.next();
+			if (done) {
+				throw new Error(`vLLM has ended:\n${this.log.slice(-30).join("\n")}`);
+			}
+			if (value.startsWith("RESULT ")) {
+				return JSON.parse(value.slice("RESULT ".length));
+			}
+		}
+	}
+
+	/** One request, to its last token. */
+	async ask(/** @type {Asked} */ asked) {
+		this.#child.stdin.write(`${JSON.stringify(asked)}\n`);
+		return await this.#answer();
+	}
+
+	/** @returns {Promise<void>} */
+	async [Symbol.asyncDispose]() {
+		if (this.#child.exitCode === null) {
+			const exited = once(this.#child, "exit");
+			this.#child.stdin.end();
+			await exited;
+		}
+	}
+}
+
+/** A model's directory, made once and kept. */
+async function randomModel() {
+	const model = join(cache, "models", "random-llama-213m");
+	if (!existsSync(model)) {
+		const script = fileURLToPath(new URL("random_model.py", import.meta.url));
+		await promisify(execFile)(installVllm(), [script, model]);
+	}
+	return model;
+}
+
+/**
+ * Runs `lmcache …` and gives what it prints; fails as it does.
+ *
+ * @param {string[]} args
+ */
+export async function lmcache(...args) {
+	const program = "import sys; from lmcache.cli.main import main; sys.exit(main())";
+	const options = { env, maxBuffer: 1 << 26, timeout: START_MS };
+	const run = promisify(execFile)(installLmcache(), ["-c", program, ...args], options);
+	const { stdout, stderr } = await run;
+	return stdout + stderr;
+}
