@@ -1,8 +1,9 @@
-// LMCache's own conformance run against our server.
+// LMCache's own conformance run and its listener against our server.
 
 import { describe, expect, it } from "vitest";
+import { Client, chunkHashes, PrefixCache } from "../../ts/index.js";
 import { ServerProcess } from "../server-process.js";
-import { lmcache } from "./programs.mjs";
+import { LmcacheListener, lmcache } from "./programs.mjs";
 
 describe("lmcache bench server", () => {
 	it.each(["engine_driven", "lmcache_driven"])(
@@ -27,3 +28,44 @@ describe("lmcache bench server", () => {
 		300_000,
 	);
 });
+
+it("LMCache's listener hears what is stored with its tokens, and what goes, but not of a tenant's", async () => {
+	await using server = await ServerProcess.start("--memory", "1MiB", "--chunk-size", "16");
+	const client = await Client.connect({ url: server.url });
+	const cache = await PrefixCache.open({ via: client, identity: "model", bytesPerChunk: 4000 });
+	const bytes = () => new Uint8Array(4000);
+	const prompt = Uint32Array.from({ length: 32 }, (_, at) => at);
+	await cache.store(
+		Uint32Array.from(prompt, (token) => token + 900),
+		bytes,
+	); // tells the model's name
+	const modelName = (await client.events()).events[0]?.modelName ?? "";
+	await client.clear();
+	await using listener = new LmcacheListener(server.url, modelName);
+	expect(await listener.batch()).toMatchObject({ enabled: true });
+	await cache.store(
+		Uint32Array.from(prompt, (token) => token + 500),
+		bytes,
+		{ cacheSalt: "tenant" },
+	);
+	await cache.store(prompt, bytes);
+	const [first, second] = [...chunkHashes(prompt, { chunkSize: 16 })].map((hash) =>
+		Buffer.from(hash).toString("hex"),
+	);
+	expect(await listener.batch()).toEqual({
+		enabled: true,
+		lost: false,
+		events: [
+			{ kind: "stored", hashes: [first], parent: null, tokens: [...prompt.subarray(0, 16)] },
+			{ kind: "stored", hashes: [second], parent: first, tokens: [...prompt.subarray(16)] },
+		],
+	});
+	await client.clear();
+	const { events } = await listener.batch();
+	expect(events.map(({ kind }) => kind)).toEqual(["removed", "removed"]);
+	expect(events.flatMap(({ hashes }) => hashes).toSorted()).toEqual([first, second].toSorted());
+	listener.end();
+	expect(await listener.answer()).toEqual({ ended: true, pong: true });
+	await cache.close();
+	await client.close();
+}, 300_000);

@@ -131,20 +131,21 @@ async function listens(/** @type {number} */ port) {
  * @property {number[]} tokens
  */
 
-/** An engine of vLLM with LMCache's connector. */
-export class VllmEngine {
+/** A program of Python in this directory, whose answers are lines that begin with "RESULT ". */
+class Program {
 	#child;
 	#lines;
 	/** @type {string[]} */
 	log = [];
 
 	/**
-	 * @private
+	 * @param {string} python
+	 * @param {string} name
 	 * @param {string[]} args
 	 */
-	constructor(args) {
-		const script = fileURLToPath(new URL("vllm_engine.py", import.meta.url));
-		const child = spawn(installVllm(), [script, ...args], { env, stdio: "pipe" });
+	constructor(python, name, args) {
+		const script = fileURLToPath(new URL(name, import.meta.url));
+		const child = spawn(python, [script, ...args], { env, stdio: "pipe" });
 		for (const stream of [child.stdout, child.stderr]) {
 			createInterface({ input: stream }).on("line", (line) => {
 				if (!line.startsWith("RESULT ")) {
@@ -156,24 +157,13 @@ export class VllmEngine {
 		this.#lines = createInterface({ input: child.stdout })[Symbol.asyncIterator]();
 	}
 
-	/**
-	 * Starts one; port 0: without the connector.
-	 *
-	 * @param {number | string} port
-	 * @param {string[]} settings
-	 */
-	static async start(port, ...settings) {
-		const engine = new VllmEngine([await randomModel(), String(port), ...settings]);
-		await engine.#answer();
-		return engine;
-	}
-
-	/** @returns {Promise<Answered>} */
-	async #answer() {
+	/** The next answer. @returns {Promise<any>} */
+	async answer() {
 		for (;;) {
 			const { value, done } = await this.#lines.next();
 			if (done) {
-				throw new Error(`vLLM has ended:\n${this.log.slice(-30).join("\n")}`);
+				const [, script] = this.#child.spawnargs;
+				throw new Error(`${script} has ended:\n${this.log.slice(-30).join("\n")}`);
 			}
 			if (value.startsWith("RESULT ")) {
 				return JSON.parse(value.slice("RESULT ".length));
@@ -181,19 +171,72 @@ export class VllmEngine {
 		}
 	}
 
-	/** One request, to its last token. */
-	async ask(/** @type {Asked} */ asked) {
-		this.#child.stdin.write(`${JSON.stringify(asked)}\n`);
-		return await this.#answer();
+	/** @param {object} question */
+	tell(question) {
+		this.#child.stdin.write(`${JSON.stringify(question)}\n`);
+	}
+
+	/** Ends its input: it ends what it does, and then itself. */
+	end() {
+		this.#child.stdin.end();
 	}
 
 	/** @returns {Promise<void>} */
 	async [Symbol.asyncDispose]() {
 		if (this.#child.exitCode === null) {
 			const exited = once(this.#child, "exit");
-			this.#child.stdin.end();
+			this.end();
 			await exited;
 		}
+	}
+}
+
+/** An engine of vLLM with LMCache's connector. */
+export class VllmEngine extends Program {
+	/**
+	 * Starts one; port 0: without the connector.
+	 *
+	 * @param {number | string} port
+	 * @param {string[]} settings
+	 */
+	static async start(port, ...settings) {
+		const args = [await randomModel(), String(port), ...settings];
+		const engine = new VllmEngine(installVllm(), "vllm_engine.py", args);
+		await engine.answer();
+		return engine;
+	}
+
+	/**
+	 * One request, to its last token.
+	 *
+	 * @param {Asked} asked
+	 * @returns {Promise<Answered>}
+	 */
+	async ask(asked) {
+		this.tell(asked);
+		return await this.answer();
+	}
+}
+
+/**
+ * A batch of a stream of events, hashes in hexadecimal.
+ *
+ * @typedef {object} Batch
+ * @property {boolean} enabled
+ * @property {boolean} lost
+ * @property {{ kind: string, hashes: string[], parent: string | null, tokens: number[] }[]} events
+ */
+
+/** LMCache's client, listening to a model's events. */
+export class LmcacheListener extends Program {
+	/** @param {string} url @param {string} model */
+	constructor(url, model) {
+		super(installLmcache(), "lmcache_listener.py", [url, model]);
+	}
+
+	/** @returns {Promise<Batch>} */
+	batch() {
+		return this.answer();
 	}
 }
 
