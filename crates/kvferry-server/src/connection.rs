@@ -163,6 +163,9 @@ async fn talk(
             biased; // it says no more than the peer asked for
             message = service.told(peer), if peer.listens() => {
                 zmtp.send_shared(&message, &mut output).map_err(Malformed::io)?;
+                if waited {
+                    peer.is_heard_out();
+                }
                 awake = false;
                 continue;
             }
@@ -295,8 +298,9 @@ mod tests {
     use std::task::{Context, Poll};
 
     use bytes::Bytes;
+    use kvferry_core::key::{Dtype, Key, Layout};
     use kvferry_store::{Limits, Policy, Store, StoreOptions};
-    use kvferry_wire::message::Value;
+    use kvferry_wire::message::{Control, Value};
     use kvferry_wire::zmtp::Credentials;
     use kvferry_wire::{Operation, Reply, Request};
     use tokio::io::{DuplexStream, ReadBuf, duplex};
@@ -381,6 +385,33 @@ mod tests {
         output
     }
 
+    fn layout() -> Layout {
+        Layout {
+            model_name: "m".into(),
+            world_size: 1,
+            block_size: 16,
+            num_layers: 1,
+            hidden_dim_size: 256,
+            dtype: Dtype::new("uint8").unwrap(),
+            single_plane: true,
+            num_physical_slots: None,
+        }
+    }
+
+    fn key() -> Key {
+        Key {
+            model_name: "m".into(),
+            world_size: 1,
+            worker_id: Some(0),
+            token_ids: (0..16).collect(),
+            start: 0,
+            end: 16,
+            request_id: "r".into(),
+            cache_salt: String::new(),
+            num_kv_readers: 1,
+        }
+    }
+
     fn noop() -> BytesMut {
         message(&Request::Noop.encode(1, Default::default()))
     }
@@ -388,6 +419,52 @@ mod tests {
     async fn drain(mut stream: impl AsyncRead + Unpin) {
         let mut buffer = [0; 4096];
         while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    }
+
+    #[tokio::test]
+    async fn what_comes_together_with_an_event_had_not_been_waiting_and_is_answered() {
+        let host = Host::new();
+        let door = Door { tokens: None, open: true };
+        let mut peer = Peer::new(host.store.connect());
+        let (mut near, far) = duplex(1 << 16);
+        let talking = async {
+            let mut answer = async |sent: &BytesMut, end: &[u8]| {
+                near.write_all(sent).await.unwrap();
+                let mut answered = BytesMut::new();
+                while !answered.windows(end.len()).any(|bytes| bytes == end) {
+                    near.read_buf(&mut answered).await.unwrap();
+                }
+            };
+            let listen = Request::SubscribeKvEvents {
+                instance_id: 1,
+                model_name: "m".into(),
+                cursor: 0,
+                max_events: 9,
+            };
+            let listen = listen.encode(7, Default::default());
+            let begin = [handshake(), message(&listen)].concat();
+            answer(&BytesMut::from(&begin[..]), b"\xa6events\x90").await;
+            // Acknowledged; and then it waits.
+            let ready = [message(&Control::Ack.encode(&listen[0])), noop()].concat();
+            answer(&BytesMut::from(&ready[..]), b"OK").await;
+            let owner = host.store.connect();
+            host.store.register(owner, 1, layout()).unwrap();
+            host.store.prepare_store(owner, &key(), 1, std::time::Instant::now()).unwrap();
+            assert!(host.store.commit_store(&key(), 1, &[]).unwrap());
+            answer(&BytesMut::from(&noop()[..3]), b"stored").await; // between a request's parts
+            answer(&BytesMut::from(&noop()[3..]), b"OK").await;
+            answer(&BytesMut::from(&ready[..]), b"OK").await;
+            std::thread::sleep(Duration::from_millis(5));
+            let begun = std::time::Instant::now();
+            assert_eq!(host.store.clear(), 1);
+            answer(&noop(), b"OK").await;
+            drop(near);
+            begun
+        };
+        let serving = serve(far, &host.service, &mut peer, &host.unfinished, &door);
+        let (departure, begun) = tokio::join!(serving, talking);
+        assert_eq!(departure, Departure::Ended);
+        assert!(peer.waits_since() >= begun, "a copy would have been refused as too late");
     }
 
     #[tokio::test(start_paused = true)]

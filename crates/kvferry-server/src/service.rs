@@ -11,13 +11,14 @@ use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{EngineMemory, GoOn, Owner, Store, clock};
 use kvferry_wire::message::{Control, EXTENSION, Hello, KV_EVENT_STREAM, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
+use tokio::sync::Semaphore;
 
 use crate::figures::Figures;
 use crate::frames::Frames;
 use crate::lmcache_driven::{Copiers, Engines};
 use crate::notes::Level;
 use crate::quotas::Labels;
-use crate::streams::Streams;
+use crate::streams::{Streams, Subscription, places};
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
 const WAIT: Duration = Duration::from_millis(50);
@@ -66,6 +67,11 @@ impl Peer {
         self.waits_since = Instant::now();
     }
 
+    #[cfg(test)]
+    pub(crate) fn waits_since(&self) -> Instant {
+        self.waits_since
+    }
+
     /// Whether there may be more for it than answers.
     pub(crate) fn listens(&self) -> bool {
         !self.streams.is_empty()
@@ -88,6 +94,8 @@ pub(crate) struct Service {
     figures: Arc<Figures>,
     labels: Labels,
     copiers: Copiers,
+    /// Of streams.
+    places: Arc<Semaphore>,
     /// Which time it is that something arrived.
     turns: AtomicU64,
 }
@@ -102,8 +110,8 @@ impl Service {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let segment = store.segment();
         let hello = Hello { boot_token, version, pid: std::process::id(), admin: true, segment };
-        let copiers = Copiers::default();
-        Self { store, hello, figures, labels, copiers, turns: AtomicU64::new(0) }
+        let (copiers, places, turns) = (Copiers::default(), places(), AtomicU64::new(0));
+        Self { store, hello, figures, labels, copiers, places, turns }
     }
 
     /// Counts that something arrived; two of a peer are one apart where no other's came between them.
@@ -120,8 +128,7 @@ impl Service {
     ) -> Option<Vec<Bytes>> {
         if let Some(control) = Control::decode(frames) {
             match control {
-                Ok((uid, control)) if peer.streams.control(uid, control) => {}
-                Ok(_) => self.drop_message("unknown_stream"),
+                Ok((uid, control)) => peer.streams.control(uid, control),
                 Err(error) => self.drop_message(error.label()),
             }
             return None;
@@ -136,8 +143,9 @@ impl Service {
         let reply = match Request::decode(header.operation, payload) {
             Ok(_) if needs_admin(header.operation) && !peer.admin => Err("not_admin"),
             Ok(Request::SubscribeKvEvents { instance_id, model_name, cursor, max_events }) => {
-                let what = (instance_id, model_name, cursor, max_events);
-                match peer.streams.begin(&self.store, peer.admin, &header, what) {
+                let wanted = Subscription { instance: instance_id, model_name, cursor, max_events };
+                let places = peer.admin.then_some(&self.places);
+                match peer.streams.begin(&self.store, places, &header, wanted) {
                     Ok(()) => return None, // all that it says comes from `told`
                     Err(error) => Err(error.code.as_str()),
                 }

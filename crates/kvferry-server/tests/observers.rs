@@ -166,7 +166,21 @@ fn a_stream_tells_of_stores_and_removals_a_batch_for_each_acknowledgement_until_
     ends(&mut listener, &uid);
     engine.store(key("c", 200, 1), 7);
     listener.send(&Control::Ack.encode(&uid));
-    listener.wait_for("dropped_unknown_stream", 1);
+    assert_eq!(listener.call(&Request::Noop), Reply::Text("OK".into()), "it has ended");
+    listener.send(&[uid, Bytes::new(), Bytes::from_static(b"more")]);
+    listener.wait_for("dropped_bad_control", 1);
+}
+
+#[test]
+fn what_an_engine_stores_before_it_listens_is_told_too() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut engine = Client::connect(server.address());
+    engine.register(7, layout("m"));
+    engine.store(key("a", 0, 2), 7);
+    let uid = subscribe(&mut engine, 7, 0, 1);
+    assert_eq!(told(&batch(&mut engine, &uid)), [(EventKind::Stored, Some(0))]);
+    engine.send(&Control::Ack.encode(&uid));
+    assert_eq!(told(&batch(&mut engine, &uid)), [(EventKind::Stored, Some(16))], "the rest");
 }
 
 #[test]
@@ -191,32 +205,17 @@ fn an_instance_has_one_stream_and_others_go_on() {
 fn streams_that_are_too_many_or_make_no_sense_are_refused_and_the_connection_goes_on() {
     let server = start(store_options(16, 8 * PAGE));
     let mut listener = Client::connect(server.address());
+    for max_events in [0, 1025] {
+        subscribe(&mut listener, 17, 0, max_events);
+    }
+    listener.wait_for("dropped_invalid_argument", 2);
     for instance in 0..16 {
         let uid = subscribe(&mut listener, instance, 0, 64);
         assert!(batch(&mut listener, &uid).enabled);
     }
     let uid = subscribe(&mut listener, 16, 0, 64);
     assert!(!batch(&mut listener, &uid).enabled, "LMCache's worker reports by itself then");
-    ends(&mut listener, &uid);
-    for max_events in [0, 1025] {
-        subscribe(&mut listener, 17, 0, max_events);
-    }
-    listener.wait_for("dropped_invalid_argument", 2);
-}
-
-#[test]
-fn a_listener_that_takes_nothing_keeps_nobody_waiting() {
-    let server = start(store_options(16, 8 * PAGE));
-    let mut engine = Client::connect(server.address());
-    engine.register(7, layout("m"));
-    let mut listener = Client::connect(server.address());
-    let uid = subscribe(&mut listener, 9, 0, 1);
-    batch(&mut listener, &uid);
-    for round in 0..100 {
-        engine.store(key(&format!("{round}"), round * 100, 1), 7);
-    }
+    assert_eq!(listener.call(&Request::Noop), Reply::Text("OK".into()), "it takes that first");
     listener.send(&Control::Ack.encode(&uid));
-    assert_eq!(told(&batch(&mut listener, &uid)), [(EventKind::Stored, Some(0))]);
-    drop(listener);
-    engine.store(key("last", 77_777, 1), 7);
+    ends(&mut listener, &uid);
 }

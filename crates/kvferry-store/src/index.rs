@@ -18,9 +18,10 @@ use kvferry_core::explain::RemovalCause;
 mod removal;
 
 use crate::ages::Ages;
-use crate::events::{EventLog, Origin};
+use crate::events::{EventLog, Origin, What};
 use crate::eviction::{Eviction, Policy, Use};
 use crate::pool::{Grant, place_of, use_of};
+use crate::prompt::Tokens;
 use crate::space::Space;
 use crate::table::Table;
 use crate::tenants::{Quotas, Tenants, tenant_of};
@@ -351,8 +352,13 @@ impl Index {
         }
     }
 
-    /// Makes reserved objects, parents first, visible and takes their reservations' pins away.
-    pub(crate) fn commit(&mut self, handles: &[Handle]) {
+    /// Makes reserved objects, parents first, visible and takes their reservations' pins away. `tokens` are asked for in
+    /// the order of the objects.
+    pub(crate) fn commit(
+        &mut self,
+        handles: &[Handle],
+        mut tokens: impl FnMut(&[u8; 32]) -> Tokens,
+    ) {
         let mut committed = Vec::with_capacity(handles.len());
         for handle in handles.iter().rev() {
             if let Some(object) = self.object_mut(*handle)
@@ -368,7 +374,8 @@ impl Index {
             if let Some(object) = self.object(*handle) {
                 let (id, origin) = (object.id(), self.origin(handle.index, object));
                 self.parents.remove(&handle.index);
-                self.events.push(id.chunk, id.rank, origin, None, None);
+                let what = What::Stored(if origin.is_told() { tokens(&id.chunk) } else { None });
+                self.events.push(id.chunk, id.rank, origin, what);
             }
         }
     }
@@ -440,7 +447,8 @@ impl Index {
             object.flags.set(DISCARDED);
             let pins = object.pins;
             let handle = Handle { index: *index, generation: object.grant.count() };
-            self.events.push(id.chunk, id.rank, origin, Some(RemovalCause::Damaged), None);
+            let what = What::Removed(RemovalCause::Damaged, None);
+            self.events.push(id.chunk, id.rank, origin, what);
             if pins == 0 {
                 self.hold(*index);
                 self.doom(handle);
@@ -485,7 +493,8 @@ impl Index {
         self.tenants.count_evicted(object.tenant, object.grant.bytes());
         self.tenants.forget_idle(object.tenant);
         if !object.is_discarded() {
-            self.events.push(object.chunk, object.rank.into(), origin, Some(cause), by);
+            let what = What::Removed(cause, by);
+            self.events.push(object.chunk, object.rank.into(), origin, what);
         }
         Some(object.grant)
     }
@@ -742,7 +751,7 @@ mod tests {
                 handles.push(self.add(name, handles.last().copied()));
             }
             for handle in &handles {
-                self.index.commit(&[*handle]);
+                self.index.commit(&[*handle], |_| None);
             }
             handles
         }
@@ -778,8 +787,8 @@ mod tests {
         let shared = store.chain(0, 2);
         let left = store.add(10, Some(shared[1]));
         let right = store.add(20, Some(shared[1]));
-        store.index.commit(&[left]);
-        store.index.commit(&[right]);
+        store.index.commit(&[left], |_| None);
+        store.index.commit(&[right], |_| None);
         store.use_chain(&[shared[0], shared[1], left]);
         assert_eq!(store.evict_all(), [20, 10, 1, 0]);
     }
@@ -814,9 +823,9 @@ mod tests {
         let first = store.add(0, None);
         let second = store.add(1, Some(first));
         store.index.remove_reserved(first);
-        store.index.commit(&[second]); // its parent was abandoned
+        store.index.commit(&[second], |_| None); // its parent was abandoned
         let first = store.add(0, None);
-        store.index.commit(&[first]);
+        store.index.commit(&[first], |_| None);
         store.index.adopt(first, second);
         assert_eq!(store.evict_all(), [1, 0]);
     }
@@ -829,7 +838,7 @@ mod tests {
         store.pool.give_back(grant);
         let new = store.add(5, None);
         assert_eq!(old.index, new.index, "the place is used again");
-        store.index.commit(&[old]);
+        store.index.commit(&[old], |_| None);
         store.index.unpin(old);
         assert!(store.index.remove_reserved(old).is_none());
         assert!(store.index.grant(new).is_some());

@@ -1,93 +1,27 @@
 //! What listeners of LMCache's `subscribe_kv_events` hear: the log of events, by model, with the tokens of what was stored.
-//!
-//! A tenant's chunks are not told of: the form has no place for a salt, so a router would send others to where they hit
-//! nothing, and would learn the tenant's prompts.
 
-use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use kvferry_core::events::{EventKind, KvEventBatch, KvEventRecord};
+use kvferry_core::events::{KvEventBatch, KvEventRecord};
 use kvferry_core::key::check_model_name;
 use kvferry_core::{Error, Result};
 
-use crate::prompt::Prompt;
+use crate::events::What;
 use crate::store::Store;
 
 /// Events of one batch at most, as in LMCache.
 const BATCH_MAX: u64 = 1024;
-/// Tokens of one batch at most, but for the first event's: 5 MiB on the wire.
-const BATCH_TOKENS_MAX: usize = 1 << 20;
+/// Tokens of one batch at most, but for the last event's: with the names below a message's 8 MiB.
+const BATCH_TOKENS_MAX: usize = 128 << 10;
 /// Events that are looked at with the store's lock held.
-const PAGE: u32 = 1024;
-/// Bytes of prompts that are kept for listeners.
-const KEPT_MAX: usize = 16 << 20;
-/// Beside its tokens a chunk takes about so many bytes.
-const CHUNK_BYTES: usize = 160;
-
-/// The tokens of the chunks that prompts were last seen with, from when the first listener came.
-#[derive(Default)]
-pub(crate) struct Listeners {
-    listen: AtomicBool,
-    heard: Mutex<Heard>,
-}
-
-#[derive(Default)]
-struct Heard {
-    chunks: HashMap<[u8; 32], Chunk>,
-    by_age: VecDeque<[u8; 32]>,
-    bytes: usize,
-}
-
-#[derive(Clone)]
-struct Chunk {
-    parent: Option<[u8; 32]>,
-    tokens: Arc<[u32]>,
-}
-
-impl Chunk {
-    fn bytes(&self) -> usize {
-        CHUNK_BYTES + size_of_val(&*self.tokens)
-    }
-}
-
-impl Heard {
-    fn keep(&mut self, hash: [u8; 32], chunk: Chunk) {
-        self.bytes += chunk.bytes();
-        self.chunks.insert(hash, chunk);
-        self.by_age.push_back(hash);
-        while self.bytes > KEPT_MAX {
-            let Some(oldest) = self.by_age.pop_front() else { break };
-            self.bytes -= self.chunks.remove(&oldest).map_or(0, |chunk| chunk.bytes());
-        }
-    }
-}
-
-impl Listeners {
-    /// Remembers the chunks of a prompt, if anybody ever listened.
-    pub(crate) fn hear(&self, prompt: &Prompt, chunk_size: usize) {
-        if !self.listen.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut parent = None;
-        for (hash, tokens) in prompt.hashes.iter().zip(prompt.tokens().chunks_exact(chunk_size)) {
-            if !heard.chunks.contains_key(hash) {
-                heard.keep(*hash, Chunk { parent, tokens: tokens.into() });
-            }
-            parent = Some(*hash);
-        }
-    }
-
-    fn chunk(&self, hash: &[u8; 32]) -> Option<Chunk> {
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner).chunks.get(hash).cloned()
-    }
-}
+const PAGE: usize = 4096;
 
 impl Store {
-    /// Begins to keep what [`Store::kv_events`] tells of prompts from now on, up to 16 MiB of them. Errors: a model name that
-    /// cannot be, or `max_events` is not in 1..=1024.
+    /// From now on the tokens of more chunks are kept for listeners: 16 MiB of them instead of one.
+    ///
+    /// # Errors
+    /// A model name that cannot be, or `max_events` is not in 1..=1024.
     pub fn listen(&self, model_name: &str, max_events: u64) -> Result<()> {
         check_model_name(model_name)?;
         if !(1..=BATCH_MAX).contains(&max_events) {
@@ -95,52 +29,53 @@ impl Store {
                 "max_events {max_events} is not in 1..={BATCH_MAX}"
             )));
         }
-        self.listeners().listen.store(true, Ordering::Relaxed);
+        self.lock().index.events.listen();
         Ok(())
     }
 
     /// Up to `max_events` events of the model's chunks without a salt, after the one of sequence `cursor`. What was stored
-    /// is told where its tokens are known: see [`Store::listen`].
+    /// is told as long as its tokens are kept.
     pub fn kv_events(&self, model_name: &str, cursor: u64, max_events: u64) -> KvEventBatch {
         let (mut lost, mut events, mut tokens) = (false, Vec::new(), 0);
         let mut next = cursor.saturating_add(1);
-        let end = self.lock().index.events.next();
+        // What comes meanwhile has its turn later, or this would have no end.
+        let mut end = u64::MAX;
         'pages: loop {
-            let (first, page) = self.lock().index.events.read(next, PAGE);
+            let state = self.lock();
+            let log = &state.index.events;
+            end = end.min(log.next());
+            let first = next.clamp(log.first(), log.next());
             if first != next {
                 (lost, next, tokens) = (true, first, 0);
                 events.clear();
             }
-            if page.is_empty() {
-                break;
-            }
-            for event in page {
-                // What comes meanwhile has its turn later, or this would have no end.
-                let full = events.len() as u64 >= max_events || tokens >= BATCH_TOKENS_MAX;
-                if full || next >= end {
+            for entry in log.from(next).take(PAGE) {
+                if next >= end || events.len() as u64 >= max_events || tokens >= BATCH_TOKENS_MAX {
                     break 'pages;
                 }
                 let seq = next;
                 next += 1;
-                if event.space.model_name != model_name || !event.space.cache_salt.is_empty() {
+                let origin = &entry.origin;
+                if origin.space.event.model_name != model_name || !origin.is_told() {
                     continue;
                 }
-                let chunk = match event.kind {
-                    EventKind::Removed => Chunk { parent: None, tokens: Arc::default() },
-                    EventKind::Stored => match self.listeners().chunk(&event.chunk) {
-                        Some(chunk) => chunk,
-                        None => continue,
-                    },
+                let (parent_block_hash, token_ids) = match &entry.what {
+                    What::Stored(Some(tokens)) => (origin.parent, Arc::clone(tokens)),
+                    What::Stored(None) => continue,
+                    What::Removed(..) => (None, Arc::default()),
                 };
-                tokens += chunk.tokens.len();
+                tokens += token_ids.len();
                 events.push(KvEventRecord {
                     seq,
-                    kind: event.kind,
+                    kind: entry.what.kind(),
                     model_name: model_name.to_owned(),
-                    block_hashes: vec![event.chunk],
-                    parent_block_hash: chunk.parent,
-                    token_ids: chunk.tokens,
+                    block_hashes: vec![entry.chunk],
+                    parent_block_hash,
+                    token_ids,
                 });
+            }
+            if next >= end {
+                break;
             }
         }
         let [a, b, c, d, e, f, g, h, ..] = self.boot_token();
@@ -168,6 +103,7 @@ mod tests {
     use std::time::Instant;
 
     use kvferry_core::ErrorCode;
+    use kvferry_core::events::EventKind;
     use kvferry_core::key::{Dtype, Key, Layout};
 
     use super::*;
@@ -227,7 +163,6 @@ mod tests {
     #[test]
     fn what_is_stored_comes_with_its_tokens_and_what_goes_by_its_hash() {
         let (store, owner) = store(2);
-        store.listen("m", 9).unwrap();
         put(&store, owner, &key(0, 2));
         put(&store, owner, &key(100, 1));
         let batch = store.kv_events("m", 0, 9);
@@ -257,7 +192,6 @@ mod tests {
     #[test]
     fn a_batch_has_no_more_events_than_asked_for_and_the_next_goes_on_there() {
         let (store, owner) = store(9);
-        store.listen("m", 1).unwrap();
         put(&store, owner, &key(0, 3));
         let mut cursor = 0;
         for expected in 1..=3 {
@@ -271,51 +205,21 @@ mod tests {
     #[test]
     fn other_models_and_tenants_are_not_told_of_and_their_events_are_passed_by() {
         let (store, owner) = store(9);
-        store.listen("m", 9).unwrap();
         put(&store, owner, &Key { cache_salt: "tenant".into(), ..key(0, 2) });
         put(&store, owner, &Key { model_name: "other".into(), ..key(100, 1) });
         store.clear();
         let batch = store.kv_events("m", 0, 9);
         assert_eq!((batch.events, batch.next_cursor), (vec![], 6));
-        let heard = &store.listeners().heard.lock().unwrap().chunks;
-        assert!(heard.values().all(|chunk| chunk.tokens[0] == 100), "no tenant's prompt is kept");
-    }
-
-    #[test]
-    fn without_a_listener_no_prompt_is_kept_and_what_was_stored_before_is_passed_by() {
-        let (store, owner) = store(9);
-        put(&store, owner, &key(0, 1));
-        assert!(store.listeners().heard.lock().unwrap().chunks.is_empty());
-        store.listen("m", 9).unwrap();
-        put(&store, owner, &key(100, 1));
-        let batch = store.kv_events("m", 0, 9);
-        assert_eq!(batch.events.iter().map(|it| it.seq).collect::<Vec<_>>(), [2]);
     }
 
     #[test]
     fn a_cursor_that_the_log_does_not_reach_is_a_loss() {
         let (store, owner) = store(9);
-        store.listen("m", 9).unwrap();
         put(&store, owner, &key(0, 1));
         for cursor in [2, u64::MAX] {
             let batch = store.kv_events("m", cursor, 9);
             assert_eq!((batch.lost, batch.next_cursor), (true, 1), "{cursor}");
         }
-    }
-
-    #[test]
-    fn the_prompts_that_are_kept_have_a_bound_in_bytes() {
-        let mut heard = Heard::default();
-        for number in 0..100_u32 {
-            let mut hash = [0; 32];
-            hash[..4].copy_from_slice(&number.to_le_bytes());
-            heard.keep(hash, Chunk { parent: None, tokens: vec![number; 65_536].into() });
-            assert!(heard.bytes <= KEPT_MAX);
-        }
-        assert_eq!(heard.chunks.len(), heard.by_age.len());
-        let mut last = [0; 32];
-        last[0] = 99;
-        assert!(heard.chunks.len() > 60 && heard.chunks.contains_key(&last));
     }
 
     #[test]
@@ -330,7 +234,6 @@ mod tests {
     #[test]
     fn an_event_that_comes_while_it_is_asked_is_not_missed() {
         let (store, owner) = store(9);
-        store.listen("m", 9).unwrap();
         let mut asked = 0;
         let batch = store.after_events(|| {
             let batch = store.kv_events("m", 0, 9);

@@ -1,13 +1,18 @@
 //! A request's tokens and the hashes of their chunks, computed once.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvferry_core::hash::ChunkHasher;
+
+/// Those of a chunk, if they are known.
+pub(crate) type Tokens = Option<Arc<[u32]>>;
 
 /// Tokens with the chained hash of each whole chunk of them.
 #[derive(Debug)]
 pub(crate) struct Prompt {
     tokens: Arc<[u32]>,
+    chunk_size: usize,
     pub(crate) hashes: Vec<[u8; 32]>,
 }
 
@@ -38,11 +43,16 @@ impl Prompt {
         let mut hashes = known.map_or_else(Vec::new, |known| known.hashes[..same].to_vec());
         hashes.reserve_exact(chunks - same);
         hasher.extend(&mut hashes, &tokens[..chunks * chunk_size]);
-        Arc::new(Self { tokens: Arc::clone(tokens), hashes })
+        Arc::new(Self { tokens: Arc::clone(tokens), chunk_size, hashes })
     }
 
-    pub(crate) fn tokens(&self) -> &[u32] {
-        &self.tokens
+    /// The tokens of those of the chunks that are asked for by their hashes, in their order.
+    pub(crate) fn tokens_of(&self, mut chunks: Range<usize>) -> impl FnMut(&[u8; 32]) -> Tokens {
+        move |hash| {
+            let chunk = chunks.find(|chunk| self.hashes.get(*chunk) == Some(hash))?;
+            let start = chunk * self.chunk_size;
+            self.tokens.get(start..start + self.chunk_size).map(Arc::from)
+        }
     }
 
     /// Bytes that it takes.

@@ -667,7 +667,7 @@ mod tests {
                 let id = ObjectId { chunk: [number; 32], space: [0; 32], rank: 0 };
                 let origin = Origin { space: test_space(), parent: None };
                 let object = state.index.reserve(id, origin, grant, None);
-                state.index.commit(&[object]);
+                state.index.commit(&[object], |_| None);
             }
         }
         assert!(!state.should_grow(), "half of the step is free");

@@ -20,7 +20,6 @@ use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
 use crate::index::{Demand, Handle, ObjectId};
-use crate::listeners::Listeners;
 use crate::pool::{PAGE, Pool, Region};
 use crate::prompt::Prompt;
 use crate::remote::{Remote, RemoteOptions};
@@ -150,7 +149,6 @@ struct Inner {
     chunk_size: u32,
     boot_token: [u8; 16],
     growing: AtomicBool,
-    listeners: Listeners,
     state: Arc<Mutex<State>>,
     disk: Option<Disk>,
     remote: Option<Arc<Remote>>,
@@ -207,24 +205,14 @@ impl Store {
                 break; // the others follow as they are needed
             }
         }
-        let (growing, listeners) = (AtomicBool::new(false), Listeners::default());
+        let growing = AtomicBool::new(false);
         let mut state = State::new(pool, limits, policy);
         if let Some(disk) = &disk {
             // After a restart all of it is asked for at once.
             state.headroom = state.headroom.max(disk.status().bytes.min(memory));
         }
         let state = Arc::new(Mutex::new(state));
-        let inner = Inner {
-            region,
-            hasher,
-            chunk_size,
-            boot_token,
-            growing,
-            listeners,
-            state,
-            disk,
-            remote,
-        };
+        let inner = Inner { region, hasher, chunk_size, boot_token, growing, state, disk, remote };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -609,9 +597,10 @@ impl Store {
     /// apart meanwhile. `checksums` are those of the slots, in their order, or none; readers get them
     /// with the slots.
     pub fn commit_store(&self, key: &Key, instance: u64, checksums: &[u64]) -> Result<bool> {
-        let Some((mut state, range)) = self.reserved_range(key, instance)? else {
-            return Ok(false);
-        };
+        let (chunks, prompt) = (self.chunks(key)?, self.prompt(key));
+        let mut state = self.lock();
+        let (_, range) = state.range(key, instance, &prompt, &chunks)?;
+        let Some(range) = range else { return Ok(false) };
         match state.reserved(instance, &range) {
             0 => return Ok(false),
             slots => check_checksums(checksums, slots)?,
@@ -624,7 +613,7 @@ impl Store {
             0 => Vec::new(),
             tiers => state.saves(&reservation.objects, tiers),
         };
-        state.index.commit(&reservation.objects);
+        state.index.commit(&reservation.objects, prompt.tokens_of(chunks));
         let grants = reservation.objects.iter().filter_map(|handle| state.index.grant(*handle));
         let bytes = grants.map(|grant| grant.slot().length).sum::<u64>();
         state.counters.stored_chunks += reservation.objects.len() as u64;
@@ -950,16 +939,7 @@ impl Store {
         let known =
             self.lock().sessions.get(&key.request_id).map(|session| Arc::clone(&session.prompt));
         let end = usize::try_from(key.end).unwrap_or(usize::MAX).min(key.token_ids.len());
-        let (hasher, chunk_size) = (&self.inner.hasher, self.inner.chunk_size as usize);
-        let prompt = Prompt::new(&key.token_ids, end, known, hasher, chunk_size);
-        if key.cache_salt.is_empty() {
-            self.inner.listeners.hear(&prompt, chunk_size);
-        }
-        prompt
-    }
-
-    pub(crate) fn listeners(&self) -> &Listeners {
-        &self.inner.listeners
+        Prompt::new(&key.token_ids, end, known, &self.inner.hasher, self.inner.chunk_size as usize)
     }
 
     /// The locked state and the range that a commit's key names; `None` for an empty one.

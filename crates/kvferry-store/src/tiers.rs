@@ -162,6 +162,8 @@ enum Place {
 pub(crate) struct Load {
     handle: Handle,
     id: ObjectId,
+    /// Of the prompt.
+    chunk: usize,
     /// Offset and length in the pool.
     place: (u64, u64),
     from: Level,
@@ -430,7 +432,7 @@ impl State {
             self.coming_bytes += if *from == Level::Remote { grant.bytes() } else { 0 };
             let space = self.spaces.get(id.space, layout, cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
-            loads.push(Load { handle, id: *id, place: (offset, length), from: *from });
+            loads.push(Load { handle, id: *id, chunk, place: (offset, length), from: *from });
         }
         Some(loads)
     }
@@ -462,7 +464,7 @@ impl State {
         loaded: Option<&Loaded>,
         remote_answers: bool,
     ) -> Option<Load> {
-        let Load { handle, from, .. } = load;
+        let Load { handle, from, chunk, .. } = load;
         if let (None, Level::Disk, true, Some(grant)) =
             (loaded, from, remote_answers, self.index.grant(handle))
             && self.may_come(grant.bytes())
@@ -473,11 +475,13 @@ impl State {
         self.has_come(handle, from);
         let requests = self.loading.remove(&handle)?;
         let mut waiting = Vec::new();
+        let mut wants = None;
         for request_id in requests {
             let session = self.sessions.get_mut(&request_id);
             if let Some(promotion) = session.and_then(|it| it.promotion.as_mut())
                 && promotion.loading.remove(&handle)
             {
+                wants.get_or_insert_with(|| Arc::clone(&promotion.wanted));
                 if loaded.is_some() {
                     promotion.kept.push(handle);
                     promotion.came.insert(handle, from);
@@ -495,7 +499,9 @@ impl State {
                     Level::Remote => self.counters.remote_promoted_chunks += 1,
                 }
                 self.index.keep_checksum(handle, loaded.checksum);
-                self.index.commit(&[handle]);
+                let prompt = wants.as_ref().map(|wants| &wants.prompt);
+                let mut tokens = prompt.map(|prompt| prompt.tokens_of(chunk..chunk + 1));
+                self.index.commit(&[handle], |hash| tokens.as_mut()?(hash));
             }
             None => self.take_back(handle),
         }

@@ -198,6 +198,22 @@ fn what_was_stored_before_a_restart_is_read_after_it() {
 }
 
 #[test]
+fn what_comes_back_from_the_disk_is_told_to_listeners_with_its_tokens() {
+    let directory = Directory::new();
+    let stored = key(0, 3);
+    let engine = directory.start();
+    engine.save(&stored);
+    engine.close();
+    let engine = directory.start();
+    assert_eq!(engine.find(&Key { request_id: "b".into(), ..stored.clone() }), 3);
+    let batch = engine.store.kv_events("m", 0, 9);
+    let mut told: Vec<_> = batch.events.iter().map(|event| event.token_ids.to_vec()).collect();
+    told.sort(); // loads end in any order
+    let chunks = stored.token_ids.chunks_exact(CHUNK as usize).take(3);
+    assert_eq!(told, chunks.map(<[u32]>::to_vec).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_store_that_is_closed_writes_what_was_waiting_first() {
     let directory = Directory::new();
     let engine = directory.start();

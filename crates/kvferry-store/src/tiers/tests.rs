@@ -443,7 +443,8 @@ fn what_has_come_stays_for_as_long_as_the_rest_is_waited_for() {
     {
         let mut state = slow.store.lock();
         let (id, _, Slot { offset, length, .. }) = state.index.describe(second).unwrap();
-        let load = Load { handle: second, id, place: (offset, length), from: Level::Disk };
+        let load =
+            Load { handle: second, id, chunk: 0, place: (offset, length), from: Level::Disk };
         state.loaded(load, Some(&loaded), false); // before the first
     }
     assert_eq!(slow.put(&key("w", 700, 2)), 1, "of three places one is free");
