@@ -53,7 +53,12 @@ function serve() {
 	const program = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 	const ports = ["--port", "0", "--http-port", "off"];
 	const args = ["serve", ...ports, "--memory", String(POOL), "--chunk-size", String(CHUNK)];
-	return spawn(process.execPath, [program, ...args], { stdio: ["ignore", "pipe", "inherit"] });
+	const stdio = /** @type {["ignore", "pipe", "inherit"]} */ (["ignore", "pipe", "inherit"]);
+	const child = spawn(process.execPath, [program, ...args], { stdio });
+	const kill = () => child.kill();
+	process.once("exit", kill); // whatever ends us
+	child.once("exit", () => process.off("exit", kill));
+	return child;
 }
 
 async function urlOf(/** @type {ReturnType<typeof serve> | undefined} */ child) {

@@ -96,6 +96,7 @@ export class Served {
 	}
 
 	static #count = 0;
+	#kill;
 
 	/**
 	 * @param {import("node:child_process").ChildProcess} child
@@ -106,6 +107,8 @@ export class Served {
 		this.child = child;
 		this.address = address;
 		this.startMs = startMs;
+		this.#kill = () => child.kill();
+		process.once("exit", this.#kill); // whatever ends us
 	}
 
 	get url() {
@@ -121,6 +124,7 @@ export class Served {
 	}
 
 	async close() {
+		process.off("exit", this.#kill);
 		this.child.kill();
 		await once(this.child, "exit");
 	}
