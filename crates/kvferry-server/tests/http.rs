@@ -640,7 +640,7 @@ fn a_pool_full_of_what_is_held_is_not_ready_until_there_is_room() {
         if reason.starts_with("there is no room for another object") {
             break;
         }
-        assert_eq!(reason, "nothing was stored and loaded yet");
+        assert!(reason.starts_with("nothing was stored and loaded "), "{reason}");
         assert!(Instant::now() < deadline);
         std::thread::yield_now();
     }
