@@ -88,7 +88,8 @@ export class Served {
 		const memory = LmcacheServer.shared(`kvferry_bench_${process.pid}_${Served.#count++}`);
 		const start = performance.now();
 		const sizes = ["--chunk-size", "256", "--l1-size-gb", `${gigabytes}`];
-		const server = await LmcacheServer.start([...sizes, ...memory]);
+		const metrics = true; // ours has them, too
+		const server = await LmcacheServer.start([...sizes, ...memory], undefined, metrics);
 		const client = await Client.connect({ url: server.url, timeoutMs: 60_000 });
 		const ms = performance.now() - start;
 		await client.close();

@@ -41,12 +41,15 @@ export class LmcacheServer {
 	 *
 	 * @param {string[]} options
 	 * @param {number} [port]
+	 * @param {boolean} metrics Whether it keeps and serves them, as it does by default: at port 9090.
 	 */
-	static async start(options = LmcacheServer.SHARED, port) {
+	static async start(options = LmcacheServer.SHARED, port, metrics = false) {
 		const chosen = port ?? (await freePort());
 		const address = ["--host", "127.0.0.1", "--port", String(chosen)];
-		const sizes = ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--disable-metrics"];
-		const args = ["-m", "lmcache.v1.multiprocess.server", ...address, ...sizes, ...options];
+		const sizes = ["--l1-size-gb", "1", "--eviction-policy", "LRU"];
+		const counted = metrics ? [] : ["--disable-metrics"];
+		const settings = [...address, ...sizes, ...counted, ...options];
+		const args = ["-m", "lmcache.v1.multiprocess.server", ...settings];
 		const child = spawn(installLmcache(), args, { env, stdio: ["ignore", "ignore", "pipe"] });
 		let errors = "";
 		child.stderr.setEncoding("utf8").on("data", (/** @type {string} */ text) => {
