@@ -371,12 +371,12 @@ impl Explaining {
         let removed = log.before(before).take(SLICE).find_map(|entry| {
             let is_there = found.present.get(entry.rank as usize).copied().unwrap_or_default();
             let same = entry.chunk == hash && !is_there && self.asked.is(&entry.origin.space);
-            let What::Removed(cause, by) = &entry.what else { return None };
+            let (true, What::Removed(cause, by)) = (same, &entry.what) else { return None };
             let by = by.as_deref().map(|salt| Evictor {
                 tenant: if salt == PROBES { "readyz".into() } else { (self.label)(salt) },
                 own: salt == self.asked.cache_salt,
             });
-            same.then_some(Removal { cause: *cause, at_ms: entry.at_ms, by })
+            Some(Removal { cause: *cause, at_ms: entry.at_ms, by })
         });
         let rest = before.saturating_sub(SLICE as u64);
         if removed.is_none() && rest > log.first() {
