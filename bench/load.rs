@@ -2,7 +2,7 @@
 //! first token, and so in all of their chunks. Messages are encoded once; a prompt's number is put into them.
 
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,16 +99,32 @@ pub(crate) fn fill(engine: &mut Client, prompts: Range<u32>, tokens: u32) -> usi
         .sum()
 }
 
+/// Waits for an answer without letting the thread sleep, for so long at most: else what is measured is how long an idle
+/// processor takes to wake up, too, which on a virtual one is longer than a request takes.
+fn wait_awake(stream: &TcpStream, most: Duration) {
+    if most.is_zero() {
+        return;
+    }
+    let begun = Instant::now();
+    stream.set_nonblocking(true).expect("a socket");
+    while begun.elapsed() < most && stream.peek(&mut [0]).is_err() {
+        std::thread::yield_now(); // to a server on the same processor
+    }
+    stream.set_nonblocking(false).expect("a socket");
+}
+
 /// Hit cycles (lookup, query, free, end) of so many clients for `span`, each with one request at a time, of the
-/// first `prompts` prompts in an order of chance. Each cycle must find all chunks.
+/// first `prompts` prompts in an order of chance. Each cycle must find all chunks. See [`wait_awake`] for `awake`.
 pub(crate) fn hit_cycles(
     address: SocketAddr,
     clients: u32,
     prompts: u32,
     tokens: u32,
     span: Duration,
+    awake: Duration,
 ) -> (Vec<Cycle<4>>, f64) {
-    let mut loads: Vec<_> = (0..clients).map(|client| Hits::new(address, client, tokens)).collect();
+    let mut loads: Vec<_> =
+        (0..clients).map(|client| Hits::new(address, client, tokens, awake)).collect();
     let begun = Instant::now();
     let cycles: Vec<Vec<Cycle<4>>> = std::thread::scope(|scope| {
         let run = |load: &mut Hits| load.run(prompts, span);
@@ -123,10 +139,11 @@ struct Hits {
     messages: [Message; 4],
     chunks: u64,
     chance: u64,
+    awake: Duration,
 }
 
 impl Hits {
-    fn new(address: SocketAddr, client: u32, tokens: u32) -> Self {
+    fn new(address: SocketAddr, client: u32, tokens: u32, awake: Duration) -> Self {
         let request_id = format!("request-{client}");
         let key = |prompt| Key { worker_id: None, ..key(&request_id, prompt, tokens) };
         let query = || Request::QueryPrefetchStatus { request_id: request_id.clone() };
@@ -138,7 +155,7 @@ impl Hits {
         ];
         let chance = u64::from(client) + 1;
         let chunks = u64::from(tokens / CHUNK);
-        Self { client: Client::connect(address), messages, chunks, chance }
+        Self { client: Client::connect(address), messages, chunks, chance, awake }
     }
 
     fn run(&mut self, prompts: u32, span: Duration) -> Vec<Cycle<4>> {
@@ -153,11 +170,12 @@ impl Hits {
     }
 
     fn step(&mut self, step: usize, prompt: u32) -> Duration {
-        let Self { client, messages, chunks, .. } = self;
+        let Self { client, messages, chunks, awake, .. } = self;
         let message = messages[step].of(prompt);
         let asked = Instant::now();
         loop {
             client.stream.write_all(message).expect("a server that takes requests");
+            wait_awake(&client.stream, *awake);
             match (step, client.reply()) {
                 (1, Reply::None) => {} // LMCache's lookup still runs
                 (1, Reply::Integer(hit)) => {
@@ -174,12 +192,13 @@ impl Hits {
 }
 
 /// Store cycles (prepare, commit) of `count` new prompts from number `first` on, for which others must go. Each
-/// must get slots for all of its chunks.
+/// must get slots for all of its chunks. See [`wait_awake`] for `awake`.
 pub(crate) fn store_cycles(
     address: SocketAddr,
     first: u32,
     count: u32,
     tokens: u32,
+    awake: Duration,
 ) -> (Vec<Cycle<2>>, f64) {
     let instance_id = INSTANCE;
     let mut messages = [
@@ -201,6 +220,7 @@ pub(crate) fn store_cycles(
                 let message = messages[step].of(prompt);
                 let asked = Instant::now();
                 client.stream.write_all(message).expect("a server that takes requests");
+                wait_awake(&client.stream, awake);
                 match client.reply() {
                     Reply::StoreSlots(Some(slots)) if step == 0 => {
                         assert_eq!(slots.slots.slots.len(), chunks, "prompt {prompt} is new");

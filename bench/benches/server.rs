@@ -18,6 +18,8 @@ use common::{start, store_options};
 const TOKENS: u32 = 2048;
 /// How long each row is measured.
 const SPAN: Duration = Duration::from_secs(3);
+/// For so long a client that is alone waits for an answer awake.
+const AWAKE: Duration = Duration::from_micros(150);
 
 fn main() {
     let elsewhere = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
@@ -29,9 +31,10 @@ fn main() {
     };
     let mut engine = load::engine(address);
     load::fill(&mut engine, 0..1, TOKENS);
-    for clients in [1, 8] {
-        let (cycles, seconds) = load::hit_cycles(address, clients, 1, TOKENS, SPAN);
-        println!("{clients} clients: {:.0} hit cycles a second", cycles.len() as f64 / seconds);
+    for (clients, awake) in [(1, AWAKE), (1, Duration::ZERO), (8, Duration::ZERO)] {
+        let (cycles, seconds) = load::hit_cycles(address, clients, 1, TOKENS, SPAN, awake);
+        let rate = cycles.len() as f64 / seconds;
+        println!("{clients} clients, awake for {awake:?}: {rate:.0} hit cycles a second");
         for (step, name) in ["lookup", "query", "free", "end"].into_iter().enumerate() {
             let [p50, p99, _] = load::spread(&cycles, step);
             println!("    {name:<8} p50 {p50:>5.0} µs   p99 {p99:>5.0} µs");

@@ -2,8 +2,10 @@
 //! input with one of JSON:
 //!
 //! - `fill TOKENS PROMPTS`: stores the first prompts; how many of their chunks were new
-//! - `hit CLIENTS TOKENS PROMPTS MS`: hit cycles of the first prompts
-//! - `store TOKENS FIRST COUNT`: store cycles of new prompts
+//! - `hit CLIENTS TOKENS PROMPTS MS AWAKE_US`: hit cycles of the first prompts
+//! - `store TOKENS FIRST COUNT AWAKE_US`: store cycles of new prompts
+//!
+//! Clients wait for an answer awake for so many microseconds.
 //!
 //! `server serve OBJECTS` is a server of a pool that has room for so many objects of one page, all of them stored,
 //! until its input ends. Its pool is its own: nobody writes into the slots, so their pages are never there.
@@ -51,14 +53,15 @@ fn load(address: SocketAddr) -> Result<(), Box<dyn Error>> {
             ("fill", [tokens, prompts]) => {
                 json!({ "new": load::fill(&mut engine, 0..*prompts, *tokens) })
             }
-            ("hit", [clients, tokens, prompts, ms]) => {
+            ("hit", [clients, tokens, prompts, ms, awake]) => {
                 let span = Duration::from_millis(u64::from(*ms));
                 let (cycles, seconds) =
-                    load::hit_cycles(address, *clients, *prompts, *tokens, span);
+                    load::hit_cycles(address, *clients, *prompts, *tokens, span, us(*awake));
                 told(&cycles, seconds, ["lookup", "query", "free", "end"])
             }
-            ("store", [tokens, first, count]) => {
-                let (cycles, seconds) = load::store_cycles(address, *first, *count, *tokens);
+            ("store", [tokens, first, count, awake]) => {
+                let (cycles, seconds) =
+                    load::store_cycles(address, *first, *count, *tokens, us(*awake));
                 told(&cycles, seconds, ["prepare", "commit"])
             }
             _ => return Err(format!("{line:?} is no command").into()),
@@ -66,6 +69,10 @@ fn load(address: SocketAddr) -> Result<(), Box<dyn Error>> {
         println!("{answer}");
     }
     Ok(())
+}
+
+fn us(count: u32) -> Duration {
+    Duration::from_micros(count.into())
 }
 
 /// Cycles a second; and of each step the median, 99 of 100 and the longest, in microseconds.

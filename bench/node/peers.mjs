@@ -12,7 +12,7 @@ import { VllmEngine } from "../../test/peers/programs.mjs";
 import { BLOCKS, OBJECT, plainCopies, Stack, WARM_UP } from "./copy.mjs";
 import { ConnectorLoad, measure, planned, REQUESTS, STEPS, TableLoad } from "./plan.mjs";
 import { buildProgram, load, median } from "./rows.mjs";
-import { Asked, count, hitCycles, inTurns, paired, Served } from "./served.mjs";
+import { Asked, hitCycles, inTurns, nameOf, paired, Served } from "./served.mjs";
 
 /** @typedef {import("./rows.mjs").Row} Row */
 
@@ -254,9 +254,9 @@ async function lookups() {
 		started(await Served.lmcache()),
 	];
 	const rows = [];
-	for (const { tokens, clients, told } of await hitCycles(program, servers, [2048])) {
+	for (const { tokens, told, ...load } of await hitCycles(program, servers, [2048])) {
 		const [ours = [], theirs = []] = told.map((of) => of.map(({ perSecond }) => perSecond));
-		const name = `${tokens} tokens, ${count(clients, "client")}: hit cycles a second ÷ LMCache's`;
+		const name = `${tokens} tokens, ${nameOf(load)}: hit cycles a second ÷ LMCache's`;
 		rows.push(paired(`${name}; limit 10`, "1/s", ours, theirs));
 	}
 	for (const served of servers) {

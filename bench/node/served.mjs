@@ -18,6 +18,22 @@ export const ROUNDS = 5;
 export const MS = 1500;
 /** Prompts of a side-by-side load. */
 const PROMPTS = 16;
+/**
+ * For so many microseconds a client that is alone waits for an answer awake. Of an idle virtual processor that has to
+ * be woken for each answer a cycle takes more than of our server: that is the second load.
+ */
+export const AWAKE_US = 150;
+/** @typedef {{ clients: number, awakeUs: number }} Load */
+/** @type {Load[]} */
+const LOADS = [
+	{ clients: 1, awakeUs: AWAKE_US },
+	{ clients: 1, awakeUs: 0 },
+	{ clients: 8, awakeUs: 0 },
+];
+
+export function nameOf(/** @type {Load} */ { clients, awakeUs }) {
+	return `${count(clients, "client")}${clients === 1 && awakeUs === 0 ? " that sleeps" : ""}`;
+}
 
 /** A program that answers each line with one of JSON. */
 export class Asked {
@@ -132,7 +148,7 @@ export class Served {
 }
 
 /**
- * Hit cycles of stored prompts of each length, by one client and by eight, on each server in turns.
+ * Hit cycles of stored prompts of each length, by one client, awake or not, and by eight, on each server in turns.
  *
  * @param {string} program The load's: bench/examples/server.rs.
  * @param {Served[]} servers
@@ -141,15 +157,16 @@ export class Served {
 export async function hitCycles(program, servers, lengths) {
 	const loads = servers.map(({ address }) => new Asked(program, ["load", address]));
 	await Promise.all(loads.map((asked) => asked.answer()));
-	/** @type {{ tokens: number, clients: number, told: Told[][] }[]} */
+	/** @type {({ tokens: number, told: Told[][] } & Load)[]} */
 	const cycles = [];
 	for (const tokens of lengths) {
 		for (const asked of loads) {
 			await asked.answer(`fill ${tokens} ${PROMPTS}`);
 		}
-		for (const clients of [1, 8]) {
-			const line = `hit ${clients} ${tokens} ${PROMPTS} ${MS}`;
-			cycles.push({ tokens, clients, told: await inTurns(loads, (asked) => asked.answer(line)) });
+		for (const { clients, awakeUs } of LOADS) {
+			const line = `hit ${clients} ${tokens} ${PROMPTS} ${MS} ${awakeUs}`;
+			const told = await inTurns(loads, (asked) => asked.answer(line));
+			cycles.push({ tokens, clients, awakeUs, told });
 		}
 	}
 	for (const asked of loads) {

@@ -7,7 +7,17 @@ import { spawnSync } from "node:child_process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { installLmcache } from "../../scripts/peers.mjs";
 import { buildProgram, median } from "./rows.mjs";
-import { Asked, count, hitCycles, inTurns, MS, paired, ROUNDS, Served } from "./served.mjs";
+import {
+	Asked,
+	AWAKE_US,
+	hitCycles,
+	inTurns,
+	MS,
+	nameOf,
+	paired,
+	ROUNDS,
+	Served,
+} from "./served.mjs";
 
 /** @typedef {import("./served.mjs").Told} Told */
 /** @typedef {import("./rows.mjs").Row} Row */
@@ -15,7 +25,7 @@ import { Asked, count, hitCycles, inTurns, MS, paired, ROUNDS, Served } from "./
 const SMALL = 1000;
 const LARGE = 1_000_000;
 /** New prompts of one round of stores; each takes the place of eight objects. */
-const STORES = 2000;
+const STORES = 5000;
 /** Hit cycles a second of LMCache 0.5.6, the most that were recorded on another machine with two cores. */
 const RECORDED = new Map([
 	[1, 241],
@@ -38,8 +48,8 @@ async function sideBySide(/** @type {string} */ program) {
 	const servers = typeof theirs === "string" ? [ours] : [ours, theirs];
 	/** @type {Row[]} */
 	const rows = [];
-	for (const { tokens, clients, told } of await hitCycles(program, servers, [2048, 8192])) {
-		rows.push(...besides(told, `${tokens} tokens, ${count(clients, "client")}`, tokens, clients));
+	for (const { tokens, told, ...load } of await hitCycles(program, servers, [2048, 8192])) {
+		rows.push(...besides(told, `${tokens} tokens, ${nameOf(load)}`, tokens, load.clients));
 	}
 	const file = process.env.KVFERRY_BENCH_LOOKUP;
 	for (const { address } of file === undefined ? [] : servers) {
@@ -136,11 +146,15 @@ async function bySize(/** @type {string} */ program) {
 	const { bytes } = await /** @type {NonNullable<typeof large>} */ (large).served.answer("");
 	const taken = bytes / LARGE;
 	rows.push(limit("memory beside the pool, an object of 1,000,000; limit 200", "B", taken, 200));
-	for (const clients of [1, 8]) {
+	for (const load of [
+		{ clients: 1, awakeUs: AWAKE_US },
+		{ clients: 8, awakeUs: 0 },
+	]) {
+		const { clients, awakeUs } = load;
 		const told = await inTurns(sizes, ({ asked, prompts }) =>
-			asked.answer(`hit ${clients} 2048 ${prompts} ${MS}`),
+			asked.answer(`hit ${clients} 2048 ${prompts} ${MS} ${awakeUs}`),
 		);
-		const with_ = `2048 tokens, ${count(clients, "client")}`;
+		const with_ = `2048 tokens, ${nameOf(load)}`;
 		row(`hit cycle, ${with_}`, told, ({ perSecond }) => (1e6 * clients) / perSecond);
 		row(`lookup p50, ${with_}`, told, ({ lookup }) => lookup.p50);
 		row(`lookup p99, ${with_}`, told, ({ lookup }) => lookup.p99);
@@ -148,7 +162,7 @@ async function bySize(/** @type {string} */ program) {
 	let round = 0;
 	const stored = await inTurns(sizes, ({ asked, prompts }) => {
 		const first = prompts + Math.floor(round++ / sizes.length) * STORES;
-		return asked.answer(`store 2048 ${first} ${STORES}`);
+		return asked.answer(`store 2048 ${first} ${STORES} ${AWAKE_US}`);
 	});
 	row("store cycle of 8 new chunks, 8 others evicted", stored, ({ perSecond }) => 1e6 / perSecond);
 	row("prepare p50", stored, ({ prepare }) => prepare.p50);

@@ -25,9 +25,8 @@ const TICKS: f64 = 64.0;
 /// Uses between two looks at what has been learned, or so many ticks.
 const LEARN_USES: usize = 1024;
 const LEARN_TICKS: u32 = 10 * 64;
-/// Steps of ageing before each look; what is left is done with the next uses, more for each than it can cause.
+/// Steps of ageing with each use after a look, until it is done: more than a use can cause.
 const AGE_STEPS: usize = 32;
-const AGE_STEPS_TO_LEARN: usize = 8192;
 /// Uses after which what was learned before counts for half: what engines ask changes from day to day.
 const HALVE_USES: usize = 1 << 20;
 /// What is remembered of objects that are not there: so many for each that is, and so many more.
@@ -356,10 +355,15 @@ impl Hazard {
 
     /// Puts it into its cell's list of those that may go, if it may.
     fn list(&mut self, number: u32) {
-        let known = &mut self.known[number as usize];
-        if !self.objects.get(known.place as usize).is_some_and(|object| object.may_go()) {
-            return;
+        let place = self.known[number as usize].place as usize;
+        if self.objects.get(place).is_some_and(|object| object.may_go()) {
+            self.list_free(number);
         }
+    }
+
+    /// Puts it into its cell's list of those that may go.
+    fn list_free(&mut self, number: u32) {
+        let known = &mut self.known[number as usize];
         let cell = &mut self.cells[cell_of(known.class, known.bucket())];
         known.bucket |= LISTED;
         self.free.push(&mut cell.free, number);
@@ -419,7 +423,7 @@ impl Hazard {
         into.used += used;
         self.known[oldest as usize].bucket += 1;
         if may_go {
-            self.list(oldest);
+            self.list_free(oldest);
         }
         true
     }
@@ -444,7 +448,7 @@ impl Hazard {
     fn learn(&mut self) {
         self.uses_since = 0;
         self.learned = self.now;
-        self.age(AGE_STEPS_TO_LEARN);
+        self.age(AGE_STEPS); // begins a round
         let seen: Vec<_> = self.classes.iter().map(|class| self.seen(*class)).collect();
         let mut groups = [[[0.0; 2]; BUCKETS]; GROUPS];
         for (class, seen) in self.classes.iter().zip(&seen) {
@@ -494,22 +498,36 @@ fn indices(seen: &[[f64; 2]; BUCKETS], group: &[f64; BUCKETS]) -> [f64; BUCKETS]
         expected += waited * hazards[bucket];
     }
     let scale = uses / expected; // whole classes are used more or less often than their group
-    let mut parts = [[0.0; 2]; BUCKETS];
-    for bucket in 0..BUCKETS {
+    let parts = std::array::from_fn(|bucket| {
         let [seen, waited] = seen[bucket];
         let hazard = (seen + CLASS_PRIOR) / (waited + CLASS_PRIOR / (hazards[bucket] * scale));
         let used = -f64::exp_m1(-hazard * width(bucket));
-        parts[bucket] = [used, used / hazard];
-    }
+        [used, used / hazard]
+    });
+    best_stays(&parts)
+}
+
+/// Of each bucket, the most uses a second of any stay that begins with it. `parts` has of each the share that is used
+/// within it, and the seconds that one stays in it.
+fn best_stays(parts: &[[f64; 2]; BUCKETS]) -> [f64; BUCKETS] {
     let mut indices = [0.0; BUCKETS];
-    for (bucket, index) in indices.iter_mut().enumerate() {
-        let (mut left, mut uses, mut stay) = (1.0, 0.0, 0.0);
-        for [used, seconds] in &parts[bucket..] {
-            uses += left * used;
-            stay += left * seconds;
-            left *= 1.0 - used;
-            *index = f64::max(*index, uses / stay);
+    // Stays that follow each other, each the best of its first bucket: uses, seconds, and the share that is left.
+    let mut stays = [[0.0; 3]; BUCKETS];
+    let mut last = 0usize;
+    for bucket in (0..BUCKETS).rev() {
+        let [mut uses, mut seconds] = parts[bucket];
+        let mut left = 1.0 - uses;
+        // To go on is better as long as what follows is better than what there is.
+        while let Some([more, longer, of_them]) = last.checked_sub(1).map(|next| stays[next])
+            && more * seconds > uses * longer
+        {
+            (uses, seconds) = (uses + left * more, seconds + left * longer);
+            left *= of_them;
+            last -= 1;
         }
+        stays[last] = [uses, seconds, left];
+        last += 1;
+        indices[bucket] = uses / seconds;
     }
     indices
 }
@@ -633,5 +651,31 @@ impl Eviction for Hazard {
         let known = known + self.objects.capacity() * size_of::<Object>();
         let bytes = self.by_key.bytes() + known + self.all.bytes() + self.free.bytes();
         Some((bytes, self.resident + self.gone_count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn of_all_stays_that_begin_with_a_bucket_the_best_counts(
+            parts in prop::array::uniform22((prop_oneof![Just(0.0), Just(1.0), 0.0..1.0], 0.1..1e4))
+        ) {
+            let parts = parts.map(|(used, seconds)| [used, seconds]);
+            for (bucket, best) in best_stays(&parts).into_iter().enumerate() {
+                let (mut left, mut uses, mut stay, mut most) = (1.0, 0.0, 0.0, 0.0);
+                for [used, seconds] in &parts[bucket..] {
+                    uses += left * used;
+                    stay += left * seconds;
+                    left *= 1.0 - used;
+                    most = f64::max(most, uses / stay);
+                }
+                prop_assert!((best - most).abs() <= 1e-12 + 1e-9 * most, "{bucket}: {best} {most}");
+            }
+        }
     }
 }
