@@ -147,7 +147,7 @@ pub(crate) struct Index {
     objects: Vec<Option<Object>>,
     unused: Vec<u32>,
     /// Places by identity.
-    by_id: Table,
+    by_id: Table<u32>,
     hashes: RandomState,
     eviction: Box<dyn Eviction>,
     /// The hashes of the chunks before those that are reserved, by place.
@@ -690,7 +690,7 @@ impl Index {
 
     /// Nobody finds what is there any more.
     fn forget(&mut self, id: &ObjectId, index: u32) {
-        self.by_id.remove(self.hashes.hash_one(id.key()), index);
+        self.by_id.remove(self.hashes.hash_one(id.key()), |known| known == index);
     }
 
     fn object(&self, handle: Handle) -> Option<&Object> {

@@ -2,33 +2,33 @@
 
 use hashbrown::HashTable;
 
-/// A million objects have 16,000 in each: a part that grows takes a millisecond or two.
-const PARTS: usize = 64;
+/// A million objects have a thousand in each: a part that grows takes 60 µs, where hashes have to be found out.
+const PARTS: usize = 1024;
 
-/// Numbers by their hashes. What they stand for, and so what is equal, the caller knows.
+/// Entries by their hashes. What they stand for, and so what is equal, the caller knows.
 #[derive(Debug)]
-pub(crate) struct Table(Box<[HashTable<u32>]>);
+pub(crate) struct Table<E>(Box<[HashTable<E>]>);
 
-impl Default for Table {
+impl<E> Default for Table<E> {
     fn default() -> Self {
         Self((0..PARTS).map(|_| HashTable::new()).collect())
     }
 }
 
-impl Table {
-    /// The number of this hash for which `is` holds.
-    pub(crate) fn find(&self, hash: u64, mut is: impl FnMut(u32) -> bool) -> Option<u32> {
-        self.0[part(hash)].find(hash, |number| is(*number)).copied()
+impl<E: Copy> Table<E> {
+    /// The entry of this hash for which `is` holds.
+    pub(crate) fn find(&self, hash: u64, mut is: impl FnMut(E) -> bool) -> Option<E> {
+        self.0[part(hash)].find(hash, |entry| is(*entry)).copied()
     }
 
-    /// Adds a number that is not in it; `hash_of` tells the hashes of those that are.
-    pub(crate) fn insert(&mut self, hash: u64, number: u32, hash_of: impl Fn(u32) -> u64) {
-        self.0[part(hash)].insert_unique(hash, number, |number| hash_of(*number));
+    /// Adds an entry that is not in it; `hash_of` tells the hashes of those that are.
+    pub(crate) fn insert(&mut self, hash: u64, entry: E, hash_of: impl Fn(E) -> u64) {
+        self.0[part(hash)].insert_unique(hash, entry, |entry| hash_of(*entry));
     }
 
-    /// Takes a number out, if it is in it.
-    pub(crate) fn remove(&mut self, hash: u64, number: u32) {
-        if let Ok(entry) = self.0[part(hash)].find_entry(hash, |known| *known == number) {
+    /// Takes the entry out for which `is` holds, if it is in it.
+    pub(crate) fn remove(&mut self, hash: u64, mut is: impl FnMut(E) -> bool) {
+        if let Ok(entry) = self.0[part(hash)].find_entry(hash, |entry| is(*entry)) {
             entry.remove();
         }
     }

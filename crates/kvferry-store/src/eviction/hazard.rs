@@ -84,6 +84,27 @@ impl Known {
     }
 }
 
+/// An object that is only remembered: the number of what is known of it, and half of its key, without which a table that
+/// grows would have to look each of them up.
+#[derive(Debug, Clone, Copy)]
+struct Gone {
+    known: u32,
+    half: u32,
+}
+
+impl Gone {
+    fn new(known: u32, key: u64) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+        let half = key as u32;
+        Self { known, half }
+    }
+
+    /// A table looks at bits from all over it.
+    fn hash(self) -> u64 {
+        u64::from(self.half).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
 /// An object that is there: the number of what is known of it, and two bits.
 #[derive(Debug, Clone, Copy)]
 struct Object(u32);
@@ -136,7 +157,7 @@ pub(super) struct Hazard {
     known: Vec<Known>,
     unused: Vec<u32>,
     /// What is gone; of what is there the index knows the place.
-    by_key: Table,
+    by_key: Table<Gone>,
     /// Of each cell's lists of all.
     all: Links,
     /// Of each cell's lists of those that may go, and of what is gone.
@@ -249,8 +270,8 @@ fn class_of(at: usize, chunks: usize, known: usize, uses: u8) -> u16 {
 impl Hazard {
     /// What is known of an object that is gone.
     fn find_gone(&self, key: u64) -> Option<u32> {
-        let same = |known: u32| self.known[known as usize].key() == key;
-        self.by_key.find(key, same)
+        let same = |gone: Gone| self.known[gone.known as usize].key() == key;
+        self.by_key.find(Gone::new(0, key).hash(), same).map(|gone| gone.known)
     }
 
     /// What is known of an object.
@@ -327,9 +348,8 @@ impl Hazard {
     /// It is not there, and is remembered as long as there is room for that.
     fn list_gone(&mut self, number: u32) {
         self.gone_count += 1;
-        let known = &self.known;
-        let key = |number: u32| known[number as usize].key();
-        self.by_key.insert(key(number), number, key);
+        let gone = Gone::new(number, self.known[number as usize].key());
+        self.by_key.insert(gone.hash(), gone, Gone::hash);
         self.free.push(&mut self.gone, number);
         self.known[number as usize].bucket |= LISTED;
         let most = GONE_MIN + GONE * self.resident;
@@ -349,7 +369,8 @@ impl Hazard {
         self.gone_count -= 1;
         let known = &mut self.known[number as usize];
         known.bucket &= !LISTED;
-        self.by_key.remove(known.key(), number);
+        let gone = Gone::new(number, known.key());
+        self.by_key.remove(gone.hash(), |it| it.known == number);
         self.free.unlink(&mut self.gone, number);
     }
 
