@@ -15,7 +15,7 @@ import { load, median } from "./rows.mjs";
 
 export const ROUNDS = 5;
 /** Milliseconds of one round of hit cycles. */
-export const MS = 1500;
+const MS = 1500;
 /** Prompts of a side-by-side load. */
 const PROMPTS = 16;
 /**

@@ -7,25 +7,18 @@ import { spawnSync } from "node:child_process";
 import { setTimeout as sleep } from "node:timers/promises";
 import { installLmcache } from "../../scripts/peers.mjs";
 import { buildProgram, median } from "./rows.mjs";
-import {
-	Asked,
-	AWAKE_US,
-	hitCycles,
-	inTurns,
-	MS,
-	nameOf,
-	paired,
-	ROUNDS,
-	Served,
-} from "./served.mjs";
+import { Asked, AWAKE_US, hitCycles, inTurns, nameOf, paired, ROUNDS, Served } from "./served.mjs";
 
 /** @typedef {import("./served.mjs").Told} Told */
 /** @typedef {import("./rows.mjs").Row} Row */
 
 const SMALL = 1000;
 const LARGE = 1_000_000;
+/** Rounds of servers of two sizes: many short ones, for what neighbours of this machine do shows in what is slowest. */
+const SIZE_ROUNDS = 15;
+const SIZE_MS = 600;
 /** New prompts of one round of stores; each takes the place of eight objects. */
-const STORES = 5000;
+const STORES = 2000;
 /** Hit cycles a second of LMCache 0.5.6, the most that were recorded on another machine with two cores. */
 const RECORDED = new Map([
 	[1, 241],
@@ -151,8 +144,10 @@ async function bySize(/** @type {string} */ program) {
 		{ clients: 8, awakeUs: 0 },
 	]) {
 		const { clients, awakeUs } = load;
-		const told = await inTurns(sizes, ({ asked, prompts }) =>
-			asked.answer(`hit ${clients} 2048 ${prompts} ${MS} ${awakeUs}`),
+		const told = await inTurns(
+			sizes,
+			({ asked, prompts }) => asked.answer(`hit ${clients} 2048 ${prompts} ${SIZE_MS} ${awakeUs}`),
+			SIZE_ROUNDS,
 		);
 		const with_ = `2048 tokens, ${nameOf(load)}`;
 		row(`hit cycle, ${with_}`, told, ({ perSecond }) => (1e6 * clients) / perSecond);
@@ -160,10 +155,14 @@ async function bySize(/** @type {string} */ program) {
 		row(`lookup p99, ${with_}`, told, ({ lookup }) => lookup.p99);
 	}
 	let round = 0;
-	const stored = await inTurns(sizes, ({ asked, prompts }) => {
-		const first = prompts + Math.floor(round++ / sizes.length) * STORES;
-		return asked.answer(`store 2048 ${first} ${STORES} ${AWAKE_US}`);
-	});
+	const stored = await inTurns(
+		sizes,
+		({ asked, prompts }) => {
+			const first = prompts + Math.floor(round++ / sizes.length) * STORES;
+			return asked.answer(`store 2048 ${first} ${STORES} ${AWAKE_US}`);
+		},
+		SIZE_ROUNDS,
+	);
 	row("store cycle of 8 new chunks, 8 others evicted", stored, ({ perSecond }) => 1e6 / perSecond);
 	row("prepare p50", stored, ({ prepare }) => prepare.p50);
 	row("prepare p99", stored, ({ prepare }) => prepare.p99);
@@ -176,7 +175,7 @@ async function bySize(/** @type {string} */ program) {
 		await served.close();
 	}
 	console.error(
-		`after ${ROUNDS * STORES * 8} evictions: ${(after / LARGE).toFixed(0)} B an object`,
+		`after ${SIZE_ROUNDS * STORES * 8} evictions: ${(after / LARGE).toFixed(0)} B an object`,
 	);
 	return rows;
 }
