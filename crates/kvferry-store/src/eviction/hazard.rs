@@ -25,7 +25,7 @@ const TICKS: f64 = 64.0;
 /// Uses between two looks at what has been learned, or so many ticks.
 const LEARN_USES: usize = 1024;
 const LEARN_TICKS: u32 = 10 * 64;
-/// Steps of ageing with each use after a look, until it is done: more than a use can cause.
+/// Steps of ageing with each use, until the round is done that a look begins: more than a use can cause.
 const AGE_STEPS: usize = 32;
 /// Uses after which what was learned before counts for half: what engines ask changes from day to day.
 const HALVE_USES: usize = 1 << 20;
@@ -173,7 +173,7 @@ pub(super) struct Hazard {
     occupied: Vec<u64>,
     uses_since: usize,
     learned: u32,
-    /// The cell at which ageing goes on, counted over the classes.
+    /// Cells that this round of ageing has still to look at.
     aging: usize,
     /// Uses since what had been learned was last halved.
     uses: usize,
@@ -407,13 +407,11 @@ impl Hazard {
     /// takes so many steps and the next one goes on. Many objects that were stored at once become older at once.
     fn age(&mut self, steps: usize) {
         for _ in 0..steps {
-            let Some(class) = self.classes.get(self.aging / (BUCKETS - 1)) else {
-                self.aging = 0;
-                return;
-            };
-            let bucket = BUCKETS - 2 - self.aging % (BUCKETS - 1);
-            if !self.move_oldest(cell_of(*class, bucket), bucket) {
-                self.aging += 1;
+            let Some(next) = self.aging.checked_sub(1) else { return };
+            let bucket = next % (BUCKETS - 1); // the older ones of a class first
+            let cell = cell_of(self.classes[next / (BUCKETS - 1)], bucket);
+            if !self.move_oldest(cell, bucket) {
+                self.aging = next;
             }
         }
     }
@@ -465,7 +463,9 @@ impl Hazard {
     fn learn(&mut self) {
         self.uses_since = 0;
         self.learned = self.now;
-        self.age(AGE_STEPS); // begins a round
+        if self.aging == 0 {
+            self.aging = self.classes.len() * (BUCKETS - 1);
+        }
         let seen: Vec<_> = self.classes.iter().map(|class| self.seen(*class)).collect();
         let mut groups = [[[0.0; 2]; BUCKETS]; GROUPS];
         for (class, seen) in self.classes.iter().zip(&seen) {
@@ -593,9 +593,7 @@ impl Eviction for Hazard {
                 cell.left_seconds /= 2.0;
             }
         }
-        if self.aging > 0 {
-            self.age(AGE_STEPS * uses.len());
-        }
+        self.age(AGE_STEPS * uses.len());
         if self.uses_since >= LEARN_USES || self.now - self.learned >= LEARN_TICKS {
             self.learn();
         }
@@ -673,9 +671,30 @@ impl Eviction for Hazard {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn each_look_begins_a_round_in_which_all_that_has_grown_older_moves_by_a_bucket() {
+        let mut hazard = Hazard::default();
+        let begun = Instant::now();
+        let unused = |key| Use { key, place: None };
+        let old = 1..=200;
+        for key in old.clone() {
+            hazard.request(&[unused(key)], 1, begun); // all of one class, the first that there is
+        }
+        let later = begun + Duration::from_secs(6 * 3600);
+        for round in 1..BUCKETS {
+            for _ in 0..LEARN_USES {
+                hazard.request(&[unused(0)], 1, later);
+            }
+            let moved = hazard.known.iter().filter(|known| known.bucket() == round).count();
+            assert_eq!(moved, old.clone().count(), "after look {round}");
+        }
+    }
 
     proptest! {
         #[test]
