@@ -27,6 +27,8 @@ const LEARN_USES: usize = 1024;
 const LEARN_TICKS: u32 = 10 * 64;
 /// Steps of ageing with each use, until the round is done that a look begins: more than a use can cause.
 const AGE_STEPS: usize = 32;
+/// Uses of one request that bring steps: it takes half a millisecond at most.
+const AGE_USES_MAX: usize = 256;
 /// Uses after which what was learned before counts for half: what engines ask changes from day to day.
 const HALVE_USES: usize = 1 << 20;
 /// What is remembered of objects that are not there: so many for each that is, and so many more.
@@ -79,7 +81,7 @@ impl Known {
     }
 }
 
-/// Half of a key. Of two million objects that are remembered, another is taken for one in 2,000.
+/// Half of a key. With two million of them remembered, one new object in 2,000 is taken for one that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key(u32);
 
@@ -89,7 +91,7 @@ impl Key {
         Self(key as u32)
     }
 
-    /// A table looks at bits from all over it.
+    /// A table takes low, middle and high bits of it, so all depend on the key.
     fn hash(self) -> u64 {
         u64::from(self.0).wrapping_mul(0x9e37_79b9_7f4a_7c15)
     }
@@ -403,15 +405,15 @@ impl Hazard {
         }
     }
 
-    /// Moves what has grown older to the cells of its age, one bucket each: a round over all cells, of which a call
-    /// takes so many steps and the next one goes on. Many objects that were stored at once become older at once.
+    /// Moves what has grown older to the cells of its age: a round over all cells, of which a call takes so many steps
+    /// and the next one goes on. Many objects that were stored at once become older at once.
     fn age(&mut self, steps: usize) {
         for _ in 0..steps {
-            let Some(next) = self.aging.checked_sub(1) else { return };
-            let bucket = next % (BUCKETS - 1); // the older ones of a class first
-            let cell = cell_of(self.classes[next / (BUCKETS - 1)], bucket);
+            let Some(left) = self.aging.checked_sub(1) else { return };
+            let bucket = BUCKETS - 2 - left % (BUCKETS - 1); // young ones first: what is old goes all the way
+            let cell = cell_of(self.classes[left / (BUCKETS - 1)], bucket);
             if !self.move_oldest(cell, bucket) {
-                self.aging = next;
+                self.aging = left;
             }
         }
     }
@@ -461,11 +463,14 @@ impl Hazard {
 
     /// Orders the cells by what has been learned.
     fn learn(&mut self) {
+        // Where there are few uses, rounds must not last for longer than it takes to grow older.
+        let missing = LEARN_USES.saturating_sub(self.uses_since);
         self.uses_since = 0;
         self.learned = self.now;
         if self.aging == 0 {
             self.aging = self.classes.len() * (BUCKETS - 1);
         }
+        self.age(AGE_STEPS / 4 * missing);
         let seen: Vec<_> = self.classes.iter().map(|class| self.seen(*class)).collect();
         let mut groups = [[[0.0; 2]; BUCKETS]; GROUPS];
         for (class, seen) in self.classes.iter().zip(&seen) {
@@ -525,7 +530,7 @@ fn indices(seen: &[[f64; 2]; BUCKETS], group: &[f64; BUCKETS]) -> [f64; BUCKETS]
 }
 
 /// Of each bucket, the most uses a second of any stay that begins with it. `parts` has of each the share that is used
-/// within it, and the seconds that one stays in it.
+/// within it, and the seconds, more than none, that one can be expected to stay in it.
 fn best_stays(parts: &[[f64; 2]; BUCKETS]) -> [f64; BUCKETS] {
     let mut indices = [0.0; BUCKETS];
     // Stays that follow each other, each the best of its first bucket: uses, seconds, and the share that is left.
@@ -593,7 +598,7 @@ impl Eviction for Hazard {
                 cell.left_seconds /= 2.0;
             }
         }
-        self.age(AGE_STEPS * uses.len());
+        self.age(AGE_STEPS * uses.len().min(AGE_USES_MAX));
         if self.uses_since >= LEARN_USES || self.now - self.learned >= LEARN_TICKS {
             self.learn();
         }
@@ -678,21 +683,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_look_begins_a_round_in_which_all_that_has_grown_older_moves_by_a_bucket() {
-        let mut hazard = Hazard::default();
+    fn all_that_has_grown_older_is_of_its_age_soon_after_a_look() {
         let begun = Instant::now();
-        let unused = |key| Use { key, place: None };
-        let old = 1..=200;
-        for key in old.clone() {
-            hazard.request(&[unused(key)], 1, begun); // all of one class, the first that there is
-        }
         let later = begun + Duration::from_secs(6 * 3600);
-        for round in 1..BUCKETS {
-            for _ in 0..LEARN_USES {
-                hazard.request(&[unused(0)], 1, later);
+        let uses = |keys: std::ops::Range<u64>| -> Vec<Use> {
+            keys.map(|key| Use { key, place: None }).collect()
+        };
+        // Where there are many uses the next ones do it, and where there are few, the look itself.
+        for (at_once, requests) in [(LEARN_USES as u64, 40), (1, 0)] {
+            let mut hazard = Hazard::default();
+            for key in 0..200 {
+                hazard.request(&uses(key..key + 1), 1, begun); // all of one class, the first that there is
             }
-            let moved = hazard.known.iter().filter(|known| known.bucket() == round).count();
-            assert_eq!(moved, old.clone().count(), "after look {round}");
+            hazard.request(&uses(1000..1000 + at_once), 1, later);
+            for _ in 0..requests {
+                hazard.request(&uses(1000..1008), 1, later);
+            }
+            let is_old = |known: &&Known| known.bucket() == BUCKETS - 1;
+            assert_eq!(hazard.known.iter().filter(is_old).count(), 200, "{at_once}");
         }
     }
 
