@@ -469,7 +469,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use kvferry_core::key::{Dtype, Layout};
-    use kvferry_core::kv_descriptors::KvDescriptor;
+    use kvferry_core::kv_descriptors::{KvDescriptor, KvStorage};
     use kvferry_store::disk::DiskOptions;
     use kvferry_store::{Limits, Policy, StoreOptions};
 
@@ -491,8 +491,7 @@ mod tests {
         let segment = format!("/dev/shm{name}");
         std::fs::write(&segment, [0; 4096]).unwrap();
         let tensor = KvDescriptor {
-            shm_name: name,
-            segment_bytes: 4096,
+            storage: KvStorage::Segment { shm_name: name, bytes: 4096 },
             dtype: Dtype::new("uint8").unwrap(),
             shape: vec![4, 16, 64],
             stride: vec![1024, 64, 1],
