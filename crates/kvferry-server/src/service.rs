@@ -249,25 +249,25 @@ impl Service {
                 Reply::None
             }
             Request::UnregisterKvCache { instance_id } => {
-                peer.engines.unregister(instance_id);
+                peer.engines.unregister(instance_id).await;
                 Reply::None
             }
-            Request::Store { key, instance_id, block_ids, event: _ } => {
+            Request::Store { key, instance_id, block_ids, event } => {
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.store(&key.key, blocks, go_on)
                 };
                 let (engines, since) = (&peer.engines, peer.waits_since);
-                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, event, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
-            Request::Retrieve { key, instance_id, block_ids, event: _, skip_first_n_tokens } => {
+            Request::Retrieve { key, instance_id, block_ids, event, skip_first_n_tokens } => {
                 let skip = u32::try_from(skip_first_n_tokens).unwrap_or(u32::MAX);
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.retrieve(&key.key, blocks, skip, go_on)
                 };
                 let (engines, since) = (&peer.engines, peer.waits_since);
-                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, event, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
