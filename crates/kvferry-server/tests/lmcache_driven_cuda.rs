@@ -27,6 +27,9 @@ const CHILD: &str = "KVFERRY_CUDA_TEST";
 /// Set by `npm run test:gpu`: the tests run on the machine's own driver.
 const GPU: &str = "KVFERRY_TEST_GPU";
 
+/// Microseconds that an operation of the fake driver takes at most.
+const DELAY: &str = "FAKECUDA_DELAY_US";
+
 const MIB: u64 = 1 << 20;
 /// K and V apart, `[2, blocks, tokens, heads, head]` of two bytes a layer, as FlashAttention has it.
 const SHAPE: [u64; 5] = [2, 12, 4, 3, 4];
@@ -47,6 +50,8 @@ enum On {
     Fake,
     /// The fake one, whose complaints are of the test's own making.
     Wrong,
+    /// The fake one, whose copies take longer than anybody waits.
+    Stuck,
     /// None.
     Nothing,
 }
@@ -68,7 +73,11 @@ fn on(needs: On, test: &str, body: impl FnOnce()) {
             for name in ["libcuda.so", "libcuda.so.1"] {
                 std::os::unix::fs::symlink(&driver, folder.0.join(name)).unwrap();
             }
-            command.env("FAKECUDA_STRICT", if needs == On::Wrong { "0" } else { "1" });
+            let is_strict = matches!(needs, On::Any | On::Fake);
+            command.env("FAKECUDA_STRICT", if is_strict { "1" } else { "0" });
+            if needs == On::Stuck {
+                command.env(DELAY, "1000000000");
+            }
         }
     } else if needs != On::Any {
         return skipped(format_args!("{test}: it needs the fake driver"));
@@ -119,6 +128,7 @@ struct Process {
 impl Process {
     fn start() -> Self {
         let mut command = Command::new(target().join("cuda-engine"));
+        command.env(DELAY, "200");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let orders = child.stdin.take();
         let answers = BufReader::new(child.stdout.take().unwrap());
@@ -583,6 +593,22 @@ fn memory_that_is_freed_meanwhile_fails_copies_and_nobody_waits() {
         assert!(!engine.copied(&retrieving(key("b", 0, 1), &SECOND, 0, [0; 64].into())));
         drop(engine);
         other.wait_for("instances", 0);
+    });
+}
+
+#[test]
+fn a_copy_that_the_gpu_does_not_end_is_answered_and_its_slots_are_nobodys() {
+    on(On::Stuck, "a_copy_that_the_gpu_does_not_end_is_answered_and_its_slots_are_nobodys", || {
+        let server = start(store_options(16, MIB));
+        let mut other = Client::connect(server.address());
+        let mut engine = Engine::registered(&server);
+        assert!(!engine.store(key("r", 0, 1), &FIRST));
+        assert_eq!(other.status("slots_writing"), 1, "the GPU may yet write there");
+        assert!(!engine.store(key("s", 5000, 1), &FIRST), "none begins behind it");
+        assert_eq!(other.status("slots_writing"), 1);
+        drop(engine);
+        other.wait_for("slots_apart", 1);
+        assert_eq!(other.status("objects"), 0);
     });
 }
 
