@@ -469,6 +469,9 @@ fn counters_are_waited_for_as_events_are() {
         for (offset, value) in [(4, 1), (32768, 1), (u64::MAX, 1)] {
             assert!(!engine.copied(&storing(key("u", 20_000, 1), &FIRST, event(offset, value))));
         }
+        let late = storing(key("v", 30_000, 1), &FIRST, event(8, 5));
+        assert!(!engine.copied(&late), "the engine has not counted so far");
+        assert_eq!(engine.client.lookup(key("v", 30_000, 1)), 0);
         engine.end();
     });
 }
