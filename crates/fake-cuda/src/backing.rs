@@ -26,6 +26,8 @@ pub(crate) struct Backing {
 
 // SAFETY: the mapping belongs to the Backing alone; the notes in it are atomics.
 unsafe impl Send for Backing {}
+// SAFETY: as above; who writes elsewhere in it does so by a pointer of its own.
+unsafe impl Sync for Backing {}
 
 impl Backing {
     /// Fresh memory, filled so that it is not taken for zeroes. `token` names it.

@@ -290,6 +290,6 @@ extern "C" fn cuCtxSynchronize() -> u32 {
             clock.join(&stream.clock);
             ops.push(stream.last);
         }
-        Ok(Some(Wait { context, ops, clock }))
+        Ok(Some(Wait { context, ops, clock, elsewhere: None }))
     })
 }

@@ -25,9 +25,9 @@ impl State {
     pub(crate) fn execute(&mut self, stream: Handle, op: Op) {
         let context = self.streams.get(&stream).map_or(0, |stream| stream.context);
         let done = match op.work {
-            Work::Mark(event) => {
-                if let Some(event) = event {
-                    self.event_reached(event, op.id);
+            Work::Mark(mark) => {
+                if let Some(mark) = mark {
+                    self.event_reached(&mark, op.id);
                 }
                 Ok(())
             }
@@ -104,7 +104,7 @@ impl State {
         self.enter_access(name, &turn, from.watched(bytes), to.watched(bytes));
         let wait = waits.then(|| turn.clock.clone());
         let op = self.enqueue(turn, Work::Copies(vec![Piece { to, from: source, bytes }]));
-        Ok(wait.map(|clock| Wait { context, ops: vec![op], clock }))
+        Ok(wait.map(|clock| Wait { context, ops: vec![op], clock, elsewhere: None }))
     }
 
     fn enter_access(

@@ -5,41 +5,95 @@ use crate::clocks::Clock;
 use crate::errors::{
     Failure, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, NOT_READY, Outcome, wrong,
 };
+use crate::ipc::SharedEvent;
 use crate::queue::{OpId, Work};
 use crate::state::{State, Wait, call, waiting_call};
+use std::sync::Arc;
 use std::time::Instant;
 
 pub(crate) struct Event {
     pub(crate) context: Handle,
     timed: bool,
     record: Option<Record>,
+    /// What it has in common with other processes.
+    pub(crate) shared: Option<Arc<SharedEvent>>,
 }
 
-/// What an event captured when it was last recorded.
+/// What an event captured when it was last recorded by this process.
 struct Record {
     op: OpId,
     clock: Clock,
     done_at: Option<Instant>,
+    /// The record's number among all of a shared event's.
+    number: u64,
+}
+
+/// What is to be waited for.
+#[derive(Default)]
+pub(crate) struct Captured {
+    pub(crate) op: OpId,
+    /// What is known after it.
+    pub(crate) clock: Clock,
+    /// A record of another process.
+    pub(crate) elsewhere: Option<Elsewhere>,
+}
+
+#[derive(Clone)]
+pub(crate) struct Elsewhere {
+    event: Arc<SharedEvent>,
+    number: u64,
+}
+
+impl Elsewhere {
+    pub(crate) fn is_done(&self) -> bool {
+        self.event.is_done(self.number)
+    }
 }
 
 impl Event {
-    /// The operation to wait for and what is known after it; nothing where the event was never recorded.
-    pub(crate) fn captured(&self) -> (OpId, Clock) {
-        self.record.as_ref().map_or_else(Default::default, |r| (r.op, r.clock.clone()))
+    pub(crate) fn new(context: Handle, timed: bool, shared: Option<Arc<SharedEvent>>) -> Self {
+        Self { context, timed, record: None, shared }
     }
+
+    /// The last record; nothing where the event was never recorded.
+    pub(crate) fn captured(&self) -> Captured {
+        let last = self.shared.as_ref().map_or(0, |shared| shared.recorded());
+        match (&self.record, &self.shared) {
+            (Some(Record { op, clock, number, .. }), _) if *number == last => {
+                Captured { op: *op, clock: clock.clone(), elsewhere: None }
+            }
+            (_, Some(event)) if last > 0 => {
+                let elsewhere = Some(Elsewhere { event: Arc::clone(event), number: last });
+                Captured { elsewhere, ..Captured::default() }
+            }
+            _ => Captured::default(),
+        }
+    }
+}
+
+/// A place in a stream at which an event was recorded.
+pub(crate) struct Mark {
+    event: Handle,
+    shared: Option<(Arc<SharedEvent>, u64)>,
 }
 
 impl State {
     pub(crate) fn event(&self, handle: Handle) -> Outcome<&Event> {
         let event = self.events.get(&handle);
-        event.ok_or_else(|| {
+        let event = event.ok_or_else(|| {
             wrong(INVALID_HANDLE, &format!("{handle:#x} is no event, or was destroyed"))
-        })
+        })?;
+        event.shared.as_ref().map_or(Ok(()), |shared| shared.check())?;
+        Ok(event)
     }
 
     /// Says when the device reached the place at which an event was recorded.
-    pub(crate) fn event_reached(&mut self, event: Handle, op: OpId) {
-        let record = self.events.get_mut(&event).and_then(|event| event.record.as_mut());
+    pub(crate) fn event_reached(&mut self, mark: &Mark, op: OpId) {
+        let Mark { event, shared } = mark;
+        if let Some((shared, number)) = shared {
+            shared.reach(*number);
+        }
+        let record = self.events.get_mut(event).and_then(|event| event.record.as_mut());
         if let Some(record) = record.filter(|record| record.op == op) {
             record.done_at = Some(Instant::now());
         }
@@ -63,18 +117,20 @@ impl State {
     }
 }
 
-/// Driver API, Event Management: flags are CU_EVENT_DEFAULT, CU_EVENT_BLOCKING_SYNC (1), CU_EVENT_DISABLE_TIMING (2);
-/// CU_EVENT_INTERPROCESS (4), which needs the former, is not modelled.
+/// Driver API, Event Management: flags are CU_EVENT_DEFAULT, CU_EVENT_BLOCKING_SYNC (1), CU_EVENT_DISABLE_TIMING (2),
+/// CU_EVENT_INTERPROCESS (4): "CU_EVENT_DISABLE_TIMING must be set" with it.
 #[unsafe(no_mangle)]
 extern "C" fn cuEventCreate(event: Out<Handle>, flags: u32) -> u32 {
     call("cuEventCreate", |state| {
         let context = state.current()?;
         event.require()?;
-        if flags > 3 {
+        let (is_timed, is_shared) = (flags & 2 == 0, flags & 4 != 0);
+        if flags > 7 || (is_timed && is_shared) {
             return Err(wrong(INVALID_VALUE, &format!("there are no event flags {flags}")));
         }
+        let shared = if is_shared { Some(Arc::new(SharedEvent::new()?)) } else { None };
         let handle = state.new_handle();
-        state.events.insert(handle, Event { context, timed: flags & 2 == 0, record: None });
+        state.events.insert(handle, Event::new(context, is_timed, shared));
         event.set(handle)
     })
 }
@@ -84,11 +140,19 @@ extern "C" fn cuEventCreate(event: Out<Handle>, flags: u32) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuEventDestroy_v2(event: Handle) -> u32 {
     call("cuEventDestroy_v2", |state| {
-        let owner = state.event(event)?.context;
+        let Some(known) = state.events.get(&event) else {
+            return Err(wrong(
+                INVALID_HANDLE,
+                &format!("{event:#x} is no event, or was destroyed"),
+            ));
+        };
+        let owner = known.context;
         if state.current()? != owner {
             return Err(wrong(INVALID_CONTEXT, "the event belongs to another context"));
         }
-        state.events.remove(&event);
+        if let Some(shared) = state.events.remove(&event).and_then(|event| event.shared) {
+            shared.note_destroyed();
+        }
         Ok(())
     })
 }
@@ -106,9 +170,12 @@ extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> u32 {
         }
         let turn = state.turn(stream);
         let clock = turn.clock.clone();
-        let op = state.enqueue(turn, Work::Mark(Some(event)));
+        let shared = state.event(event)?.shared.as_ref();
+        let shared = shared.map(|shared| (Arc::clone(shared), shared.record()));
+        let number = shared.as_ref().map_or(0, |(_, number)| *number);
+        let op = state.enqueue(turn, Work::Mark(Some(Mark { event, shared })));
         if let Some(event) = state.events.get_mut(&event) {
-            event.record = Some(Record { op, clock, done_at: None });
+            event.record = Some(Record { op, clock, done_at: None, number });
         }
         Ok(())
     })
@@ -120,14 +187,19 @@ extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> u32 {
 extern "C" fn cuEventQuery(event: Handle) -> u32 {
     call("cuEventQuery", |state| {
         let event = state.event(event)?;
-        let (context, (op, clock)) = (event.context, event.captured());
+        let (context, captured) = (event.context, event.captured());
+        if let Some(shared) = &event.shared {
+            shared.note_look();
+        }
         if let Some(code) = state.broken(context) {
             return Err(Failure::Code(code));
         }
-        if !state.queue.is_done(op) {
+        let is_done = state.queue.is_done(captured.op)
+            && captured.elsewhere.as_ref().is_none_or(Elsewhere::is_done);
+        if !is_done {
             return Err(Failure::Code(NOT_READY));
         }
-        state.clocks.observe(&clock);
+        state.clocks.observe(&captured.clock);
         Ok(())
     })
 }
@@ -137,8 +209,8 @@ extern "C" fn cuEventQuery(event: Handle) -> u32 {
 extern "C" fn cuEventSynchronize(event: Handle) -> u32 {
     waiting_call("cuEventSynchronize", |state| {
         let event = state.event(event)?;
-        let (op, clock) = event.captured();
-        Ok(Some(Wait { context: event.context, ops: vec![op], clock }))
+        let Captured { op, clock, elsewhere } = event.captured();
+        Ok(Some(Wait { context: event.context, ops: vec![op], clock, elsewhere }))
     })
 }
 

@@ -16,6 +16,7 @@
 //! | what | where |
 //! | --- | --- |
 //! | `fakeCudaHostAccess` | `clocks.rs`: the host touches pinned memory |
+//! | `fakeCudaEventLooks` | `ipc.rs`: how often other processes asked about an event |
 //! | `fakeCudaControl…`, `fakeCudaCalls`, `fakeCudaViolation…`, `fakeCudaLeaks` | `faults.rs` |
 //!
 //! The environment, read at the first call:

@@ -203,6 +203,13 @@ pub(crate) fn host_pointer(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(size_of(address))
 }
 
+/// A number that nothing else is named by.
+pub(crate) fn new_token() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let nanoseconds = u64::try_from(since_epoch.as_nanos()).unwrap_or_default();
+    nanoseconds ^ u64::from(std::process::id()).rotate_left(40)
+}
+
 /// Driver API, Memory Management: 0 bytes are `INVALID_VALUE`; the memory is not cleared. Aligned to 2 MiB here.
 #[unsafe(no_mangle)]
 extern "C" fn cuMemAlloc_v2(address: Out<u64>, bytes: usize) -> u32 {
@@ -216,9 +223,7 @@ extern "C" fn cuMemAlloc_v2(address: Out<u64>, bytes: usize) -> u32 {
         if bytes_of(bytes).saturating_add(used) > bytes_of(state.config.memory) {
             return Err(Failure::Code(OUT_OF_MEMORY));
         }
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let nanoseconds = u64::try_from(since_epoch.as_nanos()).unwrap_or_default();
-        let token = nanoseconds ^ u64::from(std::process::id()).rotate_left(40);
+        let token = new_token();
         let backing = Backing::new(bytes, token).map_err(|_| Failure::Code(OUT_OF_MEMORY))?;
         let bytes = bytes_of(bytes);
         let made = Allocation { context, bytes, backing, token, import: None };

@@ -8,6 +8,7 @@
 use crate::abi::Handle;
 use crate::clocks::{Clock, Stamp};
 use crate::copies::Piece;
+use crate::events::{Elsewhere, Mark};
 use crate::memory::Place;
 use crate::state::{State, lock, within_host_function};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -18,12 +19,15 @@ use std::time::{Duration, Instant};
 /// 0 is done from the beginning.
 pub(crate) type OpId = u64;
 
+/// Between looks at what another process has to do first.
+pub(crate) const ELSEWHERE: Duration = Duration::from_micros(100);
+
 /// Told of every operation that is asked for or done.
 pub(crate) static PROGRESS: Condvar = Condvar::new();
 
 pub(crate) enum Work {
     /// A place in a stream, and the event that was recorded there.
-    Mark(Option<Handle>),
+    Mark(Option<Mark>),
     Copies(Vec<Piece>),
     Fill {
         to: Place,
@@ -47,6 +51,7 @@ pub(crate) struct Op {
     pub(crate) stamp: Stamp,
     pub(crate) clock: Clock,
     after: Vec<OpId>,
+    elsewhere: Option<Elsewhere>,
     due: Instant,
 }
 
@@ -56,6 +61,8 @@ pub(crate) struct Turn {
     pub(crate) stamp: Stamp,
     pub(crate) clock: Clock,
     pub(crate) after: Vec<OpId>,
+    /// What another process has to come to first.
+    pub(crate) elsewhere: Option<Elsewhere>,
 }
 
 pub(crate) struct Queue {
@@ -100,8 +107,9 @@ impl Queue {
         self.last += 1;
         let id = self.last;
         self.unfinished.insert(id);
-        let Turn { stream, stamp, clock, after } = turn;
-        let op = Op { id, work, stamp, clock, after, due: Instant::now() + delay };
+        let Turn { stream, stamp, clock, after, elsewhere } = turn;
+        let due = Instant::now() + delay;
+        let op = Op { id, work, stamp, clock, after, elsewhere, due };
         self.streams.entry(stream).or_default().push_back(op);
         id
     }
@@ -111,8 +119,11 @@ impl Queue {
         for (&stream, ops) in &self.streams {
             let Some(op) = ops.front() else { continue };
             let free = op.after.iter().all(|&before| self.is_done(before));
-            if free && !self.held && next.is_none_or(|(due, _)| op.due < due) {
-                next = Some((op.due, stream));
+            // Nobody tells of what happens in another process: it is looked for again and again.
+            let waits = op.elsewhere.as_ref().is_some_and(|elsewhere| !elsewhere.is_done());
+            let due = if waits { op.due.max(now + ELSEWHERE) } else { op.due };
+            if free && !self.held && next.is_none_or(|(next, _)| due < next) {
+                next = Some((due, stream));
             }
         }
         match next {

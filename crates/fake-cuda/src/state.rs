@@ -7,11 +7,11 @@ use crate::errors::{
     CONTEXT_IS_DESTROYED, Failure, INVALID_CONTEXT, NOT_INITIALIZED, NOT_PERMITTED, Outcome,
     STREAM_CAPTURE_UNSUPPORTED, SUCCESS, name, wrong,
 };
-use crate::events::Event;
+use crate::events::{Elsewhere, Event};
 use crate::faults::{Config, Faults};
 use crate::kernels::Module;
 use crate::memory::{Allocation, Registration};
-use crate::queue::{OpId, PROGRESS, Queue};
+use crate::queue::{ELSEWHERE, OpId, PROGRESS, Queue};
 use crate::streams::{self, Stream};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -46,6 +46,8 @@ pub(crate) struct Wait {
     pub(crate) context: Handle,
     pub(crate) ops: Vec<OpId>,
     pub(crate) clock: Clock,
+    /// What another process has to come to.
+    pub(crate) elsewhere: Option<Elsewhere>,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| Mutex::new(State::new()));
@@ -103,6 +105,10 @@ pub(crate) fn waiting_call(
         while !wait.ops.iter().all(|&op| state.queue.is_done(op)) {
             state = PROGRESS.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        while wait.elsewhere.as_ref().is_some_and(|elsewhere| !elsewhere.is_done()) {
+            let waited = PROGRESS.wait_timeout(state, ELSEWHERE);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         if let Some(code) = state.broken(wait.context) {
             return code;
         }
@@ -154,6 +160,7 @@ fn is_unsafe_in_capture(name: &str) -> bool {
             | "cuMemHostUnregister"
             | "cuIpcOpenMemHandle_v2"
             | "cuIpcCloseMemHandle"
+            | "cuIpcOpenEventHandle"
             | "cuModuleLoadData"
             | "cuModuleUnload"
     )

@@ -6,6 +6,7 @@ use crate::errors::{
     Failure, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, NOT_READY, NOT_SUPPORTED, Outcome,
     wrong,
 };
+use crate::events::Captured;
 use crate::queue::{OpId, Turn, Work};
 use crate::state::{CAPTURE_MODE, State, Wait, call, waiting_call};
 use std::ffi::c_void;
@@ -108,7 +109,7 @@ impl State {
         if let Some(stream) = self.streams.get_mut(&handle) {
             stream.clock = clock.clone();
         }
-        Turn { stream: handle, stamp, clock, after }
+        Turn { stream: handle, stamp, clock, after, elsewhere: None }
     }
 
     /// A place in a stream that the host can wait for.
@@ -117,7 +118,7 @@ impl State {
         let clock = turn.clock.clone();
         let op = self.enqueue(turn, Work::Mark(None));
         let context = self.streams.get(&stream).map_or(0, |stream| stream.context);
-        Wait { context, ops: vec![op], clock }
+        Wait { context, ops: vec![op], clock, elsewhere: None }
     }
 
     fn create_stream(&mut self, out: &Out<Handle>, flags: u32) -> Outcome {
@@ -219,12 +220,13 @@ extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, flags: u32) -> u3
         if flags != 0 {
             return Err(wrong(INVALID_VALUE, "the flags must be 0"));
         }
-        let (op, clock) = state.event(event)?.captured();
+        let Captured { op, clock, elsewhere } = state.event(event)?.captured();
         if let Some(stream) = state.streams.get_mut(&stream) {
             stream.clock.join(&clock);
         }
         let mut turn = state.turn(stream);
         turn.after.push(op);
+        turn.elsewhere = elsewhere;
         state.enqueue(turn, Work::Mark(None));
         Ok(())
     })

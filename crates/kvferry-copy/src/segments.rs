@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{CopyPlan, CopyShape, Direction, Tile};
-use kvferry_core::kv_descriptors::{DescribedMemory, TOKEN_BYTES_MAX};
+use kvferry_core::kv_descriptors::{DescribedMemory, Storages, TOKEN_BYTES_MAX};
 use kvferry_core::{Error, ErrorCode, Result};
 
 const DIRECTORY: &str = "/dev/shm";
@@ -40,6 +40,9 @@ impl SegmentMemory {
     /// A name that is not one of LMCache's segments for KV, or what has the name is no regular file of /dev/shm, is of
     /// another user or is shorter than it was said to be. No message has the name.
     pub fn open(memory: &DescribedMemory) -> Result<Self> {
+        let Storages::Segments(segments) = &memory.storages else {
+            return Err(Error::invalid("a device's memory lies in no segments of the host"));
+        };
         let device = Path::new(DIRECTORY).metadata();
         let device = device
             .map_err(|error| Error::system(format!("cannot look at {DIRECTORY}"), &error))?
@@ -53,7 +56,7 @@ impl SegmentMemory {
             })?;
             Ok(Segment { file, bytes: *bytes })
         };
-        let segments = memory.segments.iter().enumerate().map(open).collect::<Result<_>>()?;
+        let segments = segments.iter().enumerate().map(open).collect::<Result<_>>()?;
         Ok(Self { shape: Arc::clone(&memory.shape), segments, arrays: memory.arrays.clone() })
     }
 

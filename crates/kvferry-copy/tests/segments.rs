@@ -15,7 +15,9 @@ use kvferry_copy::{PrivateRegion, SegmentMemory};
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{ChunkCopy, Direction};
 use kvferry_core::key::Dtype;
-use kvferry_core::kv_descriptors::{DescribedMemory, KvDescriptor, KvRegistration};
+use kvferry_core::kv_descriptors::{
+    DescribedMemory, KvDescriptor, KvRegistration, KvStorage, Storages,
+};
 use kvferry_core::{Error, ErrorCode};
 
 const CHUNK: u32 = 16;
@@ -57,8 +59,10 @@ fn describe(shape: &[u64], hint: &str, segments: &[Segment]) -> DescribedMemory 
         stride[axis - 1] = stride[axis] * shape[axis];
     }
     let layers = segments.iter().map(|segment| KvDescriptor {
-        shm_name: segment.0.clone(),
-        segment_bytes: 2 * shape.iter().product::<u64>(),
+        storage: KvStorage::Segment {
+            shm_name: segment.0.clone(),
+            bytes: 2 * shape.iter().product::<u64>(),
+        },
         dtype: Dtype::new("bfloat16").unwrap(),
         shape: shape.to_vec(),
         stride: stride.clone(),
@@ -250,8 +254,7 @@ fn layers_that_share_a_segment_open_it_once() {
     };
     for layer in 0..2 {
         registration.layers.push(KvDescriptor {
-            shm_name: segment.0.clone(),
-            segment_bytes: 2 * SMALL as u64,
+            storage: KvStorage::Segment { shm_name: segment.0.clone(), bytes: 2 * SMALL as u64 },
             dtype: Dtype::new("bfloat16").unwrap(),
             shape: vec![2, 2, 16, 1, 4],
             stride: vec![128, 64, 4, 4, 1],
@@ -259,7 +262,7 @@ fn layers_that_share_a_segment_open_it_once() {
         });
     }
     let described = registration.memory(CHUNK).unwrap();
-    assert_eq!(described.segments.len(), 1);
+    assert!(matches!(&described.storages, Storages::Segments(segments) if segments.len() == 1));
     let memory = SegmentMemory::open(&described).unwrap();
     let pool = Arc::new(PrivateRegion::new(4096).unwrap());
     let chunk = ChunkCopy { blocks: &[1], skip: 0, slot: 0 };

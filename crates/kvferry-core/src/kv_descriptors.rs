@@ -14,21 +14,55 @@ pub const TOKEN_BYTES_MAX: u64 = 1 << 20;
 /// vLLM's block that stands for "no KV": a chunk of nothing else has nothing to store.
 pub const NULL_BLOCK: u32 = 0;
 
-/// A layer's KV tensor: a view of a shared-memory segment of the engine's.
+/// A layer's KV tensor: a view of memory of the engine's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvDescriptor {
-    /// The segment's POSIX name, with its leading slash.
-    pub shm_name: String,
-    /// Bytes of the segment.
-    pub segment_bytes: u64,
+    /// The memory.
+    pub storage: KvStorage,
     /// Element type.
     pub dtype: Dtype,
     /// Outermost first.
     pub shape: Vec<u64>,
     /// Elements from one to the next of each dimension.
     pub stride: Vec<u64>,
-    /// Elements from the segment's start.
+    /// Elements from the storage's start.
     pub storage_offset: u64,
+}
+
+/// Memory that an engine lets the server reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KvStorage {
+    /// A shared-memory segment of the host.
+    Segment {
+        /// Its POSIX name, with its leading slash.
+        shm_name: String,
+        /// Bytes.
+        bytes: u64,
+    },
+    /// A part of an allocation on a CUDA device.
+    Cuda(Box<CudaStorage>),
+}
+
+/// A part of an allocation on a CUDA device, by what the engine's process exports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CudaStorage {
+    /// The device: two processes may number them differently.
+    pub device_uuid: [u8; 16],
+    /// Names the allocation (`CUipcMemHandle`).
+    pub handle: [u8; 64],
+    /// Bytes from the allocation's start.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+impl KvStorage {
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Segment { bytes, .. } => *bytes,
+            Self::Cuda(part) => part.bytes,
+        }
+    }
 }
 
 /// Layers that share block ids (LMCache's `EngineGroupInfo`).
@@ -72,14 +106,28 @@ pub struct DescribedMemory {
     pub layout: KvLayout,
     /// What copies have in common.
     pub shape: Arc<CopyShape>,
-    /// Segments, each once: name and bytes.
-    pub segments: Vec<(String, u64)>,
-    /// Where each array begins: the segment's number, and bytes from its start.
+    /// What they lie in.
+    pub storages: Storages,
+    /// Where each array begins: the storage's number, and bytes from its start.
     pub arrays: Vec<(usize, u64)>,
 }
 
+/// What an engine's arrays lie in, each once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Storages {
+    /// Segments: name and bytes.
+    Segments(Vec<(String, u64)>),
+    /// Allocations on a CUDA device: handle, and bytes that it must have.
+    Cuda {
+        /// The device.
+        device_uuid: [u8; 16],
+        /// In the order of the arrays.
+        allocations: Vec<([u8; 64], u64)>,
+    },
+}
+
 impl KvRegistration {
-    /// The memory as arrays of blocks, checked: each lies within its segment, and none over another.
+    /// The memory as arrays of blocks, checked: each lies within its storage, and none over another.
     ///
     /// # Errors
     /// [`ErrorCode::UnsupportedModel`] for several groups of layers, sliding windows and recurrent state;
@@ -89,15 +137,15 @@ impl KvRegistration {
         if self.engine_type != "vllm" {
             return Err(unsupported("only tensors of vLLM are known here"));
         }
-        let order = match self.kv_layout.as_deref() {
-            // LMCache's default where a CPU computes.
-            None | Some("HND" | "BLHNC") => Order::Hnd,
-            Some("NHD" | "BLNHC") => Order::Nhd,
-            Some(_) => {
+        let layers = self.group()?;
+        let order = match (self.kv_layout.as_deref(), &layers[0].storage) {
+            // LMCache's defaults.
+            (None, KvStorage::Segment { .. }) | (Some("HND" | "BLHNC"), _) => Order::Hnd,
+            (None, KvStorage::Cuda(_)) | (Some("NHD" | "BLNHC"), _) => Order::Nhd,
+            (Some(_), _) => {
                 return Err(unsupported("of KV layouts, only HND, NHD, BLHNC and BLNHC are known"));
             }
         };
-        let layers = self.group()?;
         let view = View::new(layers[0], order)?;
         let alike = |layer: &&KvDescriptor| {
             let first = layers[0];
@@ -263,7 +311,7 @@ impl View {
         Ok(layout)
     }
 
-    /// Finds the arrays in their segments.
+    /// Finds the arrays in their storages.
     fn place(
         &self,
         layers: &[&KvDescriptor],
@@ -271,52 +319,104 @@ impl View {
         shape: Arc<CopyShape>,
     ) -> Result<DescribedMemory> {
         let planes = if self.planes == Planes::Separate { 2 } else { 1 };
-        let too_far = || Error::invalid("a tensor begins beyond its segment");
-        let mut known: HashMap<&str, usize> = HashMap::new();
-        let mut segments: Vec<(String, u64)> = Vec::new();
+        let too_far = || Error::invalid("a tensor begins beyond its storage");
+        let mut storages = Storages::like(&layers[0].storage);
+        let mut known = HashMap::new();
         let mut arrays = Vec::with_capacity(layers.len() * planes);
         for layer in layers {
-            let number = *known.entry(&layer.shm_name).or_insert_with(|| {
-                segments.push((layer.shm_name.clone(), layer.segment_bytes));
-                segments.len() - 1
-            });
-            if segments[number].1 != layer.segment_bytes {
-                return Err(Error::invalid(format!(
-                    "a segment has {} bytes for one tensor and {} for another",
-                    segments[number].1, layer.segment_bytes
-                )));
-            }
+            let (number, from) = storages.place(&layer.storage, &mut known)?;
+            let bytes = layer.storage.bytes();
             let begin = layer.storage_offset.checked_mul(self.dtype.size()).ok_or_else(too_far)?;
             for plane in 0..planes as u64 {
                 let offset = plane.checked_mul(self.plane_stride);
                 let offset =
                     offset.and_then(|offset| offset.checked_add(begin)).ok_or_else(too_far)?;
                 let end = offset.checked_add(shape.array_bytes());
-                if end.is_none_or(|end| end > layer.segment_bytes) {
+                if end.is_none_or(|end| end > bytes) {
                     return Err(Error::invalid(format!(
-                        "{} bytes at {offset} are not within a segment of {} bytes",
-                        shape.array_bytes(),
-                        layer.segment_bytes
+                        "{} bytes at {offset} are not within a storage of {bytes} bytes",
+                        shape.array_bytes()
                     )));
                 }
-                arrays.push((number, offset));
+                arrays.push((number, from.checked_add(offset).ok_or_else(too_far)?));
             }
         }
-        // As if the segments lay one behind the other.
+        // As if the storages lay one behind the other.
         const PAGE: u64 = 4096;
         let mut next = Some(PAGE);
-        let begins = segments.iter().map(|(_, bytes)| {
+        let begins = storages.bytes().into_iter().map(|bytes| {
             let begin = next.ok_or_else(too_far)?;
-            next = begin.checked_add(*bytes).and_then(|end| end.checked_next_multiple_of(PAGE));
+            next = begin.checked_add(bytes).and_then(|end| end.checked_next_multiple_of(PAGE));
             Ok(begin)
         });
         let begins: Vec<u64> = begins.collect::<Result<_>>()?;
-        let address = |(segment, offset): &(usize, u64)| {
-            begins[*segment].checked_add(*offset).map(|at| (at, shape.array_bytes()))
+        let address = |(storage, offset): &(usize, u64)| {
+            begins[*storage].checked_add(*offset).map(|at| (at, shape.array_bytes()))
         };
         let addresses: Option<Vec<(u64, u64)>> = arrays.iter().map(address).collect();
         shape.check_arrays(&addresses.ok_or_else(too_far)?)?;
-        Ok(DescribedMemory { layout, shape, segments, arrays })
+        Ok(DescribedMemory { layout, shape, storages, arrays })
+    }
+}
+
+impl Storages {
+    /// None yet, of the kind that the first tensor has.
+    fn like(first: &KvStorage) -> Self {
+        match first {
+            KvStorage::Segment { .. } => Self::Segments(Vec::new()),
+            KvStorage::Cuda(part) => {
+                Self::Cuda { device_uuid: part.device_uuid, allocations: Vec::new() }
+            }
+        }
+    }
+
+    /// A tensor's storage by its number, and where the tensor's part of it begins.
+    fn place<'a>(
+        &mut self,
+        storage: &'a KvStorage,
+        known: &mut HashMap<&'a [u8], usize>,
+    ) -> Result<(usize, u64)> {
+        match (self, storage) {
+            (Self::Segments(segments), KvStorage::Segment { shm_name, bytes }) => {
+                let number = *known.entry(shm_name.as_bytes()).or_insert_with(|| {
+                    segments.push((shm_name.clone(), *bytes));
+                    segments.len() - 1
+                });
+                if segments[number].1 != *bytes {
+                    return Err(Error::invalid(format!(
+                        "a segment has {} bytes for one tensor and {bytes} for another",
+                        segments[number].1
+                    )));
+                }
+                Ok((number, 0))
+            }
+            (Self::Cuda { device_uuid, allocations }, KvStorage::Cuda(part)) => {
+                if part.device_uuid != *device_uuid {
+                    return Err(unserved("layers on several devices are not served"));
+                }
+                let end = part.offset.checked_add(part.bytes).ok_or_else(|| {
+                    Error::invalid(format!(
+                        "{} bytes at {} are beyond any allocation",
+                        part.bytes, part.offset
+                    ))
+                })?;
+                let number = *known.entry(&part.handle).or_insert_with(|| {
+                    allocations.push((part.handle, 0));
+                    allocations.len() - 1
+                });
+                let bytes = &mut allocations[number].1;
+                *bytes = end.max(*bytes);
+                Ok((number, part.offset))
+            }
+            _ => Err(unserved("layers in memory of several kinds are not served")),
+        }
+    }
+
+    fn bytes(&self) -> Vec<u64> {
+        match self {
+            Self::Segments(segments) => segments.iter().map(|(_, bytes)| *bytes).collect(),
+            Self::Cuda { allocations, .. } => allocations.iter().map(|(_, bytes)| *bytes).collect(),
+        }
     }
 }
 
@@ -340,14 +440,17 @@ mod tests {
 
     const CHUNK: u32 = 16;
 
+    fn segment(number: u32, bytes: u64) -> KvStorage {
+        KvStorage::Segment { shm_name: format!("/lmcache_kv_1_{number}"), bytes }
+    }
+
     fn tensor(shape: &[u64]) -> KvDescriptor {
         let mut stride = vec![1; shape.len()];
         for axis in (1..shape.len()).rev() {
             stride[axis - 1] = stride[axis] * shape[axis];
         }
         KvDescriptor {
-            shm_name: "/lmcache_kv_1_0".into(),
-            segment_bytes: 2 * shape.iter().product::<u64>(),
+            storage: segment(0, 2 * shape.iter().product::<u64>()),
             dtype: Dtype::new("bfloat16").unwrap(),
             shape: shape.to_vec(),
             stride,
@@ -356,8 +459,8 @@ mod tests {
     }
 
     fn registration(layers: Vec<KvDescriptor>, kv_layout: &str) -> KvRegistration {
-        let layers = (0..).zip(layers).map(|(number, layer): (u32, _)| KvDescriptor {
-            shm_name: format!("/lmcache_kv_1_{number}"),
+        let layers = (0..).zip(layers).map(|(number, layer): (u32, KvDescriptor)| KvDescriptor {
+            storage: segment(number, layer.storage.bytes()),
             ..layer
         });
         KvRegistration {
@@ -391,11 +494,11 @@ mod tests {
             (&[8, 4, 5], "NHD", Planes::Latent, Order::Nhd, 1, 5),
         ] {
             let two = registration(vec![tensor(shape), tensor(shape)], hint);
-            let DescribedMemory { layout, segments, arrays, .. } = two.memory(CHUNK).unwrap();
+            let DescribedMemory { layout, storages, arrays, .. } = two.memory(CHUNK).unwrap();
             let found = (layout.planes, layout.order, layout.num_kv_heads, layout.head_size);
             assert_eq!(found, (planes, order, heads, head), "{shape:?}");
             assert_eq!((layout.num_layers, layout.num_blocks, layout.block_size), (2, 8, 4));
-            assert_eq!((segments.len(), arrays.len()), (2, layout.arrays()));
+            assert_eq!((storages.bytes().len(), arrays.len()), (2, layout.arrays()));
         }
         let packed =
             KvRegistration { kv_layout: None, ..registration(vec![tensor(&[8, 3, 4, 10])], "") };
@@ -423,14 +526,15 @@ mod tests {
         let layer = |number: u64| KvDescriptor {
             storage_offset: number * 2 * block,
             stride: vec![4 * block, block, 15, 5, 1],
-            segment_bytes: 2 * 8 * 4 * block,
+            storage: segment(0, 2 * 8 * 4 * block),
             ..tensor(&[8, 2, 4, 3, 5])
         };
-        let mut both = registration(vec![layer(0), layer(1)], "NHD");
-        both.layers[1].shm_name = both.layers[0].shm_name.clone();
+        let mut both = registration(Vec::new(), "NHD");
+        both.layers = vec![layer(0), layer(1)];
         let memory = both.memory(CHUNK).unwrap();
         assert_eq!(memory.layout.block_stride, Some(8 * block));
-        assert_eq!(memory.segments, [("/lmcache_kv_1_0".to_owned(), 64 * block)]);
+        let segments = vec![("/lmcache_kv_1_0".to_owned(), 64 * block)];
+        assert_eq!(memory.storages, Storages::Segments(segments));
         assert_eq!(memory.arrays, [(0, 0), (0, 2 * block), (0, 4 * block), (0, 6 * block)]);
         both.layers[1].storage_offset = block; // the first layer's V
         assert!(both.memory(CHUNK).unwrap_err().message.contains("overlap"));
@@ -476,7 +580,7 @@ mod tests {
     #[test]
     fn tensors_that_cannot_be_are_refused() {
         let good = registration(vec![tensor(&[2, 8, 4, 3, 5]); 2], "NHD");
-        let bytes = good.layers[0].segment_bytes;
+        let bytes = good.layers[0].storage.bytes();
         let with = |change: &dyn Fn(&mut KvDescriptor)| {
             let mut changed = good.clone();
             change(&mut changed.layers[0]);
@@ -484,7 +588,7 @@ mod tests {
             changed.memory(CHUNK)
         };
         let wrong: [&dyn Fn(&mut KvDescriptor); 11] = [
-            &|it| it.segment_bytes = bytes - 1,
+            &|it| it.storage = segment(0, bytes - 1),
             &|it| it.storage_offset = 1,
             &|it| it.storage_offset = u64::MAX,
             &|it| it.stride[4] = 2,
@@ -509,10 +613,70 @@ mod tests {
             );
         }
         let mut other = good.clone();
-        other.layers[1] = KvDescriptor { segment_bytes: bytes + 2, ..other.layers[0].clone() };
+        other.layers[1] =
+            KvDescriptor { storage: segment(0, bytes + 2), ..tensor(&[2, 8, 4, 3, 5]) };
         assert!(other.memory(CHUNK).unwrap_err().message.contains("for another"));
         assert!(good.memory(18).unwrap_err().message.contains("18 tokens"));
         let wide = registration(vec![tensor(&[2, 1, 1, 1 << 10, 1 << 10])], "NHD");
         assert!(wide.memory(CHUNK).unwrap_err().message.contains("a token of"));
+    }
+
+    /// Two layers of 8 blocks on a device, one behind the other in an allocation.
+    fn on_device() -> KvRegistration {
+        let mut both = registration(vec![tensor(&[2, 8, 4, 3, 5]); 2], "NHD");
+        for (layer, offset) in both.layers.iter_mut().zip([512, 4096]) {
+            let bytes = layer.storage.bytes();
+            let (device_uuid, handle) = ([7; 16], [9; 64]);
+            let part = CudaStorage { device_uuid, handle, offset, bytes };
+            layer.storage = KvStorage::Cuda(Box::new(part));
+        }
+        both
+    }
+
+    fn cuda(layer: &mut KvDescriptor) -> &mut CudaStorage {
+        match &mut layer.storage {
+            KvStorage::Cuda(part) => part,
+            KvStorage::Segment { .. } => panic!("a segment"),
+        }
+    }
+
+    #[test]
+    fn layers_on_a_device_are_found_in_their_allocations_each_of_which_is_there_once() {
+        let mut both = on_device();
+        let plane = 8 * 4 * 3 * 5 * 2;
+        let memory = both.memory(CHUNK).unwrap();
+        assert_eq!(
+            memory.storages,
+            Storages::Cuda { device_uuid: [7; 16], allocations: vec![([9; 64], 4096 + 2 * plane)] }
+        );
+        assert_eq!(memory.arrays, [(0, 512), (0, 512 + plane), (0, 4096), (0, 4096 + plane)]);
+        cuda(&mut both.layers[1]).handle = [8; 64];
+        let memory = both.memory(CHUNK).unwrap();
+        assert_eq!(memory.arrays, [(0, 512), (0, 512 + plane), (1, 4096), (1, 4096 + plane)]);
+        both.kv_layout = None;
+        assert_eq!(
+            both.memory(CHUNK).unwrap().layout.order,
+            Order::Nhd,
+            "LMCache's default on a device"
+        );
+    }
+
+    #[test]
+    fn layers_on_a_device_that_cannot_be_are_refused() {
+        let refused = |change: &dyn Fn(&mut KvRegistration)| {
+            let mut changed = on_device();
+            change(&mut changed);
+            changed.memory(CHUNK).unwrap_err().message
+        };
+        assert!(refused(&|it| cuda(&mut it.layers[1]).offset = 514).contains("overlap"));
+        assert!(refused(&|it| cuda(&mut it.layers[1]).offset = u64::MAX).contains("beyond any"));
+        assert!(refused(&|it| cuda(&mut it.layers[1]).bytes -= 1).contains("not within"));
+        assert!(refused(&|it| it.layers[1].storage_offset = 1).contains("not within"));
+        let several = |it: &mut KvRegistration| cuda(&mut it.layers[1]).device_uuid = [0; 16];
+        assert!(refused(&several).contains("several devices"));
+        let mixed = |it: &mut KvRegistration| it.layers[1].storage = segment(0, 1 << 20);
+        assert!(refused(&mixed).contains("several kinds"));
+        let mixed = |it: &mut KvRegistration| it.layers[0].storage = segment(0, 1 << 20);
+        assert!(refused(&mixed).contains("several kinds"));
     }
 }

@@ -10,11 +10,14 @@ use bytes::Bytes;
 use kvferry_core::kv_descriptors::KvRegistration;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_store::{EngineMemory, GoOn, Store};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout_at;
 
 /// Copies that run at once; others wait for their turn.
 const COPIES_MAX: usize = 4;
+/// Threads that wait at once for what engines asked of their devices, which takes no turn of a copy.
+const WAITS_MAX: usize = 64;
 /// From when a peer may have asked to the end of its copy, all waits included. LMCache's worker sends its signs of life, one
 /// in 10 s, over the same connection: one that is not answered in time ends what it waits for, and its blocks are others'.
 const COPY: Duration = Duration::from_secs(5);
@@ -24,6 +27,8 @@ const ENGINES_MAX: usize = 64;
 const LAYERS_MAX: usize = 4_096;
 /// The event of a copy that is over: on a CPU there is nothing to wait for, and this is what LMCache answers.
 const EVENT: Bytes = Bytes::from_static(b"stub_ipc_handle");
+/// The same of a device: LMCache's worker takes it for "nothing is under way", which holds, as the copy was waited for.
+const NO_EVENT: Bytes = Bytes::new();
 
 /// What a connection registered. Nobody else may have it copied, and it goes with the connection.
 #[derive(Default)]
@@ -37,6 +42,7 @@ struct Engine {
 /// What copies share.
 pub(crate) struct Copiers {
     turns: Arc<Semaphore>,
+    waits: Arc<Semaphore>,
     layers: Arc<Semaphore>,
 }
 
@@ -52,13 +58,27 @@ impl Drop for GivenUp {
 impl Default for Copiers {
     fn default() -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
-        Self { turns: semaphore(COPIES_MAX), layers: semaphore(LAYERS_MAX) }
+        let (turns, waits) = (semaphore(COPIES_MAX), semaphore(WAITS_MAX));
+        Self { turns, waits, layers: semaphore(LAYERS_MAX) }
     }
 }
 
 impl Engines {
-    pub(crate) fn unregister(&mut self, instance: u64) {
-        self.0.remove(&instance);
+    pub(crate) async fn unregister(&mut self, instance: u64) {
+        if let Some(engine) = self.0.remove(&instance) {
+            let closing = tokio::task::spawn_blocking(move || drop(engine));
+            let _ = closing.await; // if it panicked, the rest is gone all the same
+        }
+    }
+}
+
+impl Drop for Engines {
+    /// Closing a device's memory takes its time, which is not this thread's.
+    fn drop(&mut self) {
+        let engines = std::mem::take(&mut self.0);
+        if let (false, Ok(runtime)) = (engines.is_empty(), Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(engines));
+        }
     }
 }
 
@@ -71,7 +91,7 @@ impl Copiers {
         instance: u64,
         registration: KvRegistration,
     ) -> Result<()> {
-        engines.unregister(instance);
+        engines.unregister(instance).await;
         if engines.0.len() >= ENGINES_MAX {
             return Err(Error::invalid(format!(
                 "a connection has {ENGINES_MAX} registrations, the most that are allowed; unregister one"
@@ -84,7 +104,7 @@ impl Copiers {
             ))
         })?;
         let store = store.clone();
-        // Opening files takes no turn: an engine that was not registered for want of one would not ask again.
+        // Opening memory takes no turn: an engine that was not registered for want of one would not ask again.
         let opening =
             tokio::task::spawn_blocking(move || EngineMemory::register(&store, &registration));
         let memory = opening.await.map_err(|_| without_result())??;
@@ -92,12 +112,14 @@ impl Copiers {
         Ok(())
     }
 
-    /// Copies for an instance that may have asked at `since`: what `copy` does, and the event that it answers.
+    /// Copies for an instance that may have asked at `since`, once its `event` is over: what `copy` does, and the event
+    /// that it answers.
     pub(crate) async fn copy(
         &self,
         engines: &Engines,
         instance: u64,
         block_ids: Vec<Vec<u32>>,
+        event: Box<[u8]>,
         since: Instant,
         copy: impl FnOnce(&EngineMemory, &[u32], GoOn<'_>) -> Result<bool> + Send + 'static,
     ) -> Result<(Bytes, bool)> {
@@ -109,13 +131,21 @@ impl Copiers {
         let Ok([blocks]) = <[Vec<u32>; 1]>::try_from(block_ids) else {
             return Err(Error::invalid("there are blocks of several groups of layers, or of none"));
         };
-        let done = self.run(since, move |go_on| copy(&engine.memory, &blocks, go_on)).await?;
-        Ok(if done { (EVENT, true) } else { (Bytes::new(), false) })
+        let is_on_device = engine.memory.is_on_device();
+        if is_on_device {
+            let engine = Arc::clone(&engine);
+            let wait = move |go_on: GoOn<'_>| engine.memory.wait_for(&event, go_on);
+            self.run(&self.waits, since, wait).await?;
+        }
+        let copy = move |go_on: GoOn<'_>| copy(&engine.memory, &blocks, go_on);
+        let done = self.run(&self.turns, since, copy).await?;
+        Ok((if done && !is_on_device { EVENT } else { NO_EVENT }, done))
     }
 
-    /// Runs `work` on another thread when its turn has come. It is asked to end at its deadline.
+    /// Runs `work` on another thread when it is its turn among `turns`. It is asked to end at its deadline.
     async fn run<T: Send + 'static>(
         &self,
+        turns: &Arc<Semaphore>,
         since: Instant,
         work: impl FnOnce(GoOn<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -125,7 +155,7 @@ impl Copiers {
         if Instant::now() >= deadline {
             return Err(late());
         }
-        let turn = timeout_at(deadline.into(), Arc::clone(&self.turns).acquire_owned()).await;
+        let turn = timeout_at(deadline.into(), Arc::clone(turns).acquire_owned()).await;
         let turn = turn.map_err(|_| late())?;
         let given_up = Arc::new(AtomicBool::new(false));
         let waits = GivenUp(Arc::clone(&given_up));
@@ -172,7 +202,10 @@ mod tests {
                 go_on()
             };
             let copiers = Arc::clone(copiers);
-            let copy = tokio::spawn(async move { copiers.run(Instant::now(), work).await });
+            let copy =
+                tokio::spawn(
+                    async move { copiers.run(&copiers.turns, Instant::now(), work).await },
+                );
             Self { copy, let_go: Some(let_go), begun }
         }
 
@@ -230,7 +263,7 @@ mod tests {
         let copiers = Arc::new(Copiers::default());
         let before = Instant::now().checked_sub(COPY).unwrap();
         let _turn = copiers.turns.acquire().await; // there are others
-        let late = copiers.run(before, |go_on: GoOn<'_>| go_on()).await;
+        let late = copiers.run(&copiers.turns, before, |go_on: GoOn<'_>| go_on()).await;
         assert_eq!(late.unwrap_err().code, ErrorCode::Timeout);
         let (ended, has_ended) = mpsc::channel();
         let (begins, begun) = mpsc::channel();
@@ -244,7 +277,7 @@ mod tests {
         };
         let copy = tokio::spawn({
             let copiers = Arc::clone(&copiers);
-            async move { copiers.run(Instant::now(), work).await }
+            async move { copiers.run(&copiers.turns, Instant::now(), work).await }
         });
         while begun.try_recv().is_err() {
             yield_now().await;
@@ -259,9 +292,10 @@ mod tests {
         let copiers = Copiers::default();
         for _ in 0..2 * COPIES_MAX {
             let bug = |_: GoOn<'_>| -> Result<()> { panic!("a bug") };
-            let error = copiers.run(Instant::now(), bug).await.unwrap_err();
+            let error = copiers.run(&copiers.turns, Instant::now(), bug).await.unwrap_err();
             assert_eq!(error.code, ErrorCode::Internal);
         }
-        assert_eq!(copiers.run(Instant::now(), |_: GoOn<'_>| Ok(1)).await, Ok(1));
+        let next = copiers.run(&copiers.turns, Instant::now(), |_: GoOn<'_>| Ok(1));
+        assert_eq!(next.await, Ok(1));
     }
 }

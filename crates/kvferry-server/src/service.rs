@@ -249,25 +249,25 @@ impl Service {
                 Reply::None
             }
             Request::UnregisterKvCache { instance_id } => {
-                peer.engines.unregister(instance_id);
+                peer.engines.unregister(instance_id).await;
                 Reply::None
             }
-            Request::Store { key, instance_id, block_ids, event: _ } => {
+            Request::Store { key, instance_id, block_ids, event } => {
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.store(&key.key, blocks, go_on)
                 };
                 let (engines, since) = (&peer.engines, peer.waits_since);
-                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, event, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
-            Request::Retrieve { key, instance_id, block_ids, event: _, skip_first_n_tokens } => {
+            Request::Retrieve { key, instance_id, block_ids, event, skip_first_n_tokens } => {
                 let skip = u32::try_from(skip_first_n_tokens).unwrap_or(u32::MAX);
                 let copy = move |engine: &EngineMemory, blocks: &[u32], go_on: GoOn<'_>| {
                     engine.retrieve(&key.key, blocks, skip, go_on)
                 };
                 let (engines, since) = (&peer.engines, peer.waits_since);
-                let copied = self.copiers.copy(engines, instance_id, block_ids, since, copy);
+                let copied = self.copiers.copy(engines, instance_id, block_ids, event, since, copy);
                 let (event, done) = copied.await?;
                 Reply::Copied { event, done }
             }
@@ -469,7 +469,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use kvferry_core::key::{Dtype, Layout};
-    use kvferry_core::kv_descriptors::KvDescriptor;
+    use kvferry_core::kv_descriptors::{KvDescriptor, KvStorage};
     use kvferry_store::disk::DiskOptions;
     use kvferry_store::{Limits, Policy, StoreOptions};
 
@@ -491,8 +491,7 @@ mod tests {
         let segment = format!("/dev/shm{name}");
         std::fs::write(&segment, [0; 4096]).unwrap();
         let tensor = KvDescriptor {
-            shm_name: name,
-            segment_bytes: 4096,
+            storage: KvStorage::Segment { shm_name: name, bytes: 4096 },
             dtype: Dtype::new("uint8").unwrap(),
             shape: vec![4, 16, 64],
             stride: vec![1024, 64, 1],

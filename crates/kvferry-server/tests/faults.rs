@@ -14,7 +14,7 @@ use common::{
 use kvferry_core::ErrorCode;
 use kvferry_core::cache::Slot;
 use kvferry_core::key::{Dtype, Key};
-use kvferry_core::kv_descriptors::{KvDescriptor, KvRegistration};
+use kvferry_core::kv_descriptors::{KvDescriptor, KvRegistration, KvStorage};
 use kvferry_server::{Server, ServerOptions};
 use kvferry_store::{Store, StoreOptions};
 use kvferry_wire::message::{BlockAllocation, Piece, StoreSlots};
@@ -38,8 +38,7 @@ fn requests() -> Vec<Request> {
     let request_key = || key.clone().into();
     let piece = || Piece::fill(3, |_| Ok::<_, ()>(())).unwrap();
     let tensor = KvDescriptor {
-        shm_name: "/lmcache_kv_none".into(),
-        segment_bytes: 4096,
+        storage: KvStorage::Segment { shm_name: "/lmcache_kv_none".into(), bytes: 4096 },
         dtype: Dtype::new("uint8").unwrap(),
         shape: vec![4, 16, 64],
         stride: vec![1024, 64, 1],

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bytes::Bytes;
 use common::{Client, key, skipped, start, store_options};
 use kvferry_core::key::{Dtype, Key};
-use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
+use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration, KvStorage};
 use kvferry_wire::message::Piece;
 use kvferry_wire::{Dialect, Reply, Request};
 
@@ -78,8 +78,7 @@ impl Engine {
 
     fn registration(&self) -> KvRegistration {
         let layers = self.segments.iter().map(|segment| KvDescriptor {
-            shm_name: segment.0.clone(),
-            segment_bytes: LAYER as u64,
+            storage: KvStorage::Segment { shm_name: segment.0.clone(), bytes: LAYER as u64 },
             dtype: Dtype::new("bfloat16").unwrap(),
             shape: [BLOCKS, HEADS, TOKENS, HEAD / 2].map(|size| size as u64).into(),
             stride: [HEADS * TOKENS * HEAD / 2, TOKENS * HEAD / 2, HEAD / 2, 1]
@@ -377,12 +376,17 @@ fn memory_that_cannot_be_or_is_others_is_refused_and_the_engine_goes_on_without(
     }
     for name in names {
         let mut registration = engine.registration();
-        registration.layers[1].shm_name.clone_from(&name);
+        let segment = KvStorage::Segment { shm_name: name.clone(), bytes: LAYER as u64 };
+        registration.layers[1].storage = segment;
         assert_eq!(engine.register(registration), Reply::None, "{name}: it is answered");
         assert!(!engine.store(key("r", 0, 1), &[1, 2, 3, 4]), "{name}");
     }
     for change in [
-        (|it| it.layers[0].segment_bytes += 4096) as fn(&mut KvRegistration),
+        (|it| {
+            if let KvStorage::Segment { bytes, .. } = &mut it.layers[0].storage {
+                *bytes += 4096;
+            }
+        }) as fn(&mut KvRegistration),
         |it| it.layers[0].shape[0] = 1 << 40,
         |it| it.layers[1].storage_offset = 1,
         |it| it.layers.clear(),
@@ -402,11 +406,11 @@ fn memory_that_cannot_be_or_is_others_is_refused_and_the_engine_goes_on_without(
     assert!(refused.clone().map(|note| note.count).sum::<u64>() >= 12);
     assert!(refused.clone().any(|note| note.detail.contains("LMCACHE_MP_TRANSFER_MODE")));
     assert!(!refused.clone().any(|note| note.detail.contains("a@b")), "logs have no peer's words");
-    // Memory of a GPU is named by its type.
+    // Other memory is named by its type.
     let registration = engine.registration();
     let request = Request::RegisterKvCache { instance_id: INSTANCE, registration };
     let mut frames = request.encode(1, Dialect::Current);
-    frames[3] = Bytes::from_static(b"\x91\xc7\x0b\x01\x81\xa4type\xa4cuda");
+    frames[3] = Bytes::from_static(b"\x91\xc7\x0f\x01\x81\xa4type\xa8cuda_vmm");
     engine.client.send(&frames);
     assert_eq!(engine.client.reply(), Reply::None);
     assert_eq!(engine.client.status("dropped_memory_type"), 1);

@@ -1,12 +1,15 @@
 //! LMCache's `lmcache_driven` mode: this process copies from and to an engine's memory by itself, between a reservation
 //! and its commit that nobody else can end.
 
+use std::sync::Arc;
+
 use crc_fast::{CrcAlgorithm, Digest};
 use kvferry_copy::SegmentMemory;
-use kvferry_core::cache::Slot;
-use kvferry_core::copy_plan::{ChunkCopy, Direction};
+use kvferry_copy::cuda::ExportedMemory;
+use kvferry_core::cache::{Memory, Slot};
+use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use kvferry_core::key::{Key, check_model_name};
-use kvferry_core::kv_descriptors::{KvRegistration, NULL_BLOCK};
+use kvferry_core::kv_descriptors::{DescribedMemory, KvRegistration, NULL_BLOCK, Storages};
 use kvferry_core::{Error, Result};
 
 use crate::clock::now;
@@ -25,18 +28,57 @@ pub struct EngineMemory {
     owner: Owner,
     /// No peer of a server names it, so none takes a slot back that is being copied to.
     instance: u64,
-    memory: SegmentMemory,
+    memory: Arrays,
     blocks_per_chunk: usize,
 }
 
 /// Asked again and again while a copy runs; its error ends it.
 pub type GoOn<'a> = &'a dyn Fn() -> Result<()>;
 
+/// The engine's arrays.
+enum Arrays {
+    /// In segments of the host.
+    Host(SegmentMemory),
+    /// On a CUDA device.
+    Device(ExportedMemory),
+}
+
+impl Arrays {
+    fn open(memory: &DescribedMemory) -> Result<Self> {
+        match memory.storages {
+            Storages::Segments(_) => SegmentMemory::open(memory).map(Self::Host),
+            Storages::Cuda { .. } => ExportedMemory::open(memory).map(Self::Device),
+        }
+    }
+
+    fn shape(&self) -> &Arc<CopyShape> {
+        match self {
+            Self::Host(memory) => memory.shape(),
+            Self::Device(memory) => memory.shape(),
+        }
+    }
+
+    fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, go_on: GoOn<'_>) -> Result<()> {
+        match self {
+            Self::Host(memory) => memory.copy(&plan, &*pool, go_on),
+            Self::Device(memory) => memory.copy(plan, pool, go_on),
+        }
+    }
+
+    /// Whether a copy may be under way for ever.
+    fn is_in_doubt(&self) -> bool {
+        match self {
+            Self::Host(_) => false,
+            Self::Device(memory) => memory.is_in_doubt(),
+        }
+    }
+}
+
 impl EngineMemory {
-    /// Opens the engine's segments and registers its layout: lookups of the model hit what it stores.
+    /// Opens the engine's memory and registers its layout: lookups of the model hit what it stores.
     ///
     /// # Errors
-    /// See [`KvRegistration::memory`], [`SegmentMemory::open`] and [`Store::register`].
+    /// See [`KvRegistration::memory`], [`SegmentMemory::open`], [`ExportedMemory::open`] and [`Store::register`].
     pub fn register(store: &Store, registration: &KvRegistration) -> Result<Self> {
         let KvRegistration { model_name, world_size, .. } = registration;
         // The check's own message has the name, and these end up in logs.
@@ -45,7 +87,7 @@ impl EngineMemory {
         })?;
         let chunk_size = store.chunk_size();
         let described = registration.memory(chunk_size)?;
-        let memory = SegmentMemory::open(&described)?;
+        let memory = Arrays::open(&described)?;
         let (owner, instance) = (store.connect(), next_instance());
         let engine = Self {
             store: store.clone(),
@@ -57,6 +99,22 @@ impl EngineMemory {
         let layout = described.layout.registration(model_name, *world_size, chunk_size);
         store.register(owner, instance, layout)?;
         Ok(engine)
+    }
+
+    /// Whether it is a device's, whose streams go on by themselves: [`EngineMemory::wait_for`] comes before a copy then.
+    pub fn is_on_device(&self) -> bool {
+        matches!(self.memory, Arrays::Device(_))
+    }
+
+    /// Waits until the engine's device has come to where `event` was recorded. A host has nothing to wait for.
+    ///
+    /// # Errors
+    /// See [`ExportedMemory::wait_for`].
+    pub fn wait_for(&self, event: &[u8], go_on: GoOn<'_>) -> Result<()> {
+        match &self.memory {
+            Arrays::Host(_) => Ok(()),
+            Arrays::Device(memory) => memory.wait_for(event, go_on),
+        }
     }
 
     /// Stores those of the range's chunks that are not there yet, out of its blocks; whether all are there now. What
@@ -160,12 +218,16 @@ impl EngineMemory {
             .collect();
         let pool = self.store.memory();
         let plan = self.memory.shape().plan(direction, &chunks, pool.bytes())?;
-        self.memory.copy(&plan, &*pool, go_on)
+        self.memory.copy(plan, pool, go_on)
     }
 }
 
 impl Drop for EngineMemory {
     fn drop(&mut self) {
+        if self.memory.is_in_doubt() {
+            // Its slots stay apart, as those of a peer that may yet write to them.
+            return self.store.disconnect(self.owner, Departure::GivenUp);
+        }
         self.store.unregister(self.instance);
         self.store.disconnect(self.owner, Departure::Ended);
     }
@@ -179,6 +241,9 @@ struct Abandon<'a> {
 
 impl Drop for Abandon<'_> {
     fn drop(&mut self) {
+        if self.engine.memory.is_in_doubt() {
+            return;
+        }
         // Without it the reservation would be the next commit's. The key was right a moment ago.
         let _ = self.engine.store.abandon_store(self.key, self.engine.instance);
     }
@@ -192,6 +257,9 @@ struct EndRead<'a> {
 
 impl Drop for EndRead<'_> {
     fn drop(&mut self) {
+        if self.engine.memory.is_in_doubt() {
+            return;
+        }
         let _ = self.engine.store.commit_retrieve(self.key, self.engine.instance);
     }
 }

@@ -65,10 +65,10 @@ pub enum MessageError {
          (LMCache: --no-l1-use-lazy --shm-name NAME --supported-transfer-mode engine_driven)"
     )]
     Pickle(Operation),
-    /// Memory that is not the host's, or not shared by name.
+    /// Memory that is neither a segment of the host nor an allocation of CUDA's.
     #[error(
-        "{0} describes memory of type {1:?}; kvferry copies host memory (cpu_shm) only: start the engine with \
-         LMCACHE_MP_TRANSFER_MODE=engine_driven"
+        "{0} describes memory of type {1:?}; kvferry copies that of types cpu_shm, cuda and cuda_raw: start the engine \
+         with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, or else with LMCACHE_MP_TRANSFER_MODE=engine_driven"
     )]
     MemoryType(Operation, String),
     /// Data in the message instead of in shared memory.

@@ -17,7 +17,7 @@ use kvferry_core::explain::{
     Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
 };
 use kvferry_core::key::Dtype;
-use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
+use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration, KvStorage};
 use kvferry_wire::message::{Control, Slots};
 use kvferry_wire::zmtp::{Config, Connection, Event, SocketType};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
@@ -107,8 +107,7 @@ fn ours() -> Vec<Recorded> {
         checksums: vec![u64::MAX, 0],
     };
     let tensor = KvDescriptor {
-        shm_name: "/lmcache_kv_1_0".into(),
-        segment_bytes: 1 << 20,
+        storage: KvStorage::Segment { shm_name: "/lmcache_kv_1_0".into(), bytes: 1 << 20 },
         dtype: Dtype::new("half").unwrap(),
         shape: vec![2, 8, 16, 2, 4],
         stride: vec![1024, 128, 8, 4, 1],

@@ -360,7 +360,7 @@ fn memory_that_is_not_served_is_refused_by_its_type_and_never_run_as_code() {
     let metadata = b"\x85\xa5dtype\xa4half\xa5shape\x93\x01\x01\x01\xa6stride\x93\x01\x01\x01\
         \xaestorage_offset\x00\xabdevice_uuid\xa3cpu";
     assert!(register(&descriptor(b"\xa7cpu_shm", metadata)).is_ok());
-    for kind in ["cuda", "cuda_raw", "cuda_vmm", "musa", "npu"] {
+    for kind in ["cuda_vmm", "musa", "npu"] {
         // Their own fields are not looked into.
         let length = 0xa0 | u8::try_from(kind.len()).unwrap();
         let handle = b"\xa6handle\x92\x01\xc4\x02ab\xa7version\x01";
@@ -371,7 +371,7 @@ fn memory_that_is_not_served_is_refused_by_its_type_and_never_run_as_code() {
         assert_eq!(error.label(), "memory_type");
     }
     let long = [&b"\x81\xa4type\xda\x01\x00"[..], &[b'x'; 256]].concat();
-    assert!(register(&long).unwrap_err().to_string().len() < 256, "what is quoted is short");
+    assert!(register(&long).unwrap_err().to_string().len() < 320, "what is quoted is short");
     for protocol in 2..=5 {
         let error = register(&[0x80, protocol, 0x95, 1]).unwrap_err();
         assert_eq!(error, MessageError::Pickle(Operation::RegisterKvCache));
@@ -408,6 +408,87 @@ fn descriptors_follow_their_grammar_and_have_limits() {
     let many = [&b"\xdc\x04\x01"[..], &[0x80; 0x401]].concat();
     assert_eq!(label(b"\x90", &many).err(), Some("too_long"), "1025 groups");
     assert_eq!(label(b"\x90", b"\x91\x80").err(), Some("missing_key"));
+}
+
+/// The label of what is wrong with a descriptor of memory on a device.
+fn on_device(kind: &[u8], fields: &[&[u8]], uuid: &[u8]) -> Result<(), &'static str> {
+    let metadata =
+        b"\xa7version\x01\xa8metadata\x85\xa5dtype\xa4half\xa5shape\x91\x01\xa6stride\x91\x01\
+        \xaestorage_offset\x00\xabdevice_uuid";
+    let entries = [0x83 + u8::try_from(fields.len()).unwrap()];
+    let fields = fields.concat();
+    let all = [&entries[..], b"\xa4type", kind, &fields, &metadata[..], uuid].concat();
+    register(&all).map(drop).map_err(|error| error.label())
+}
+
+const UUID: &[u8] = b"\xd9\x240123abcd-4567-89EF-0123-456789abcdef";
+
+#[test]
+fn descriptors_of_ranges_on_a_device_follow_their_grammar() {
+    let handle = |length: u8| {
+        let bytes = vec![7; length.into()];
+        [&b"\xaaipc_handle\xc4"[..], &[length], &bytes].concat()
+    };
+    let (good, offset, bytes) = (handle(64), &b"\xacalloc_offset\x00"[..], &b"\xa6nbytes\x40"[..]);
+    let with = |fields: &[&[u8]], uuid: &[u8]| on_device(b"\xa8cuda_raw", fields, uuid);
+    assert_eq!(with(&[&good, offset, bytes], UUID), Ok(()));
+    for (fields, label) in [
+        (&[&handle(63)[..], offset, bytes][..], "inconsistent"),
+        (&[&handle(65), offset, bytes], "inconsistent"),
+        (&[b"\xaaipc_handle\xc0", offset, bytes], "wrong_type"),
+        (&[&good, b"\xacalloc_offset\xff", bytes], "out_of_range"),
+        (&[&good, offset, b"\xa6nbytes\xff"], "out_of_range"),
+        (&[&good, offset], "missing_key"),
+        (&[&good, bytes], "missing_key"),
+        (&[offset, bytes], "missing_key"),
+        (&[&good, &good, offset, bytes], "duplicate_key"),
+    ] {
+        assert_eq!(with(fields, UUID), Err(label), "{fields:?}");
+    }
+    for (uuid, label) in [
+        (&b"\xa3cpu"[..], "inconsistent"),
+        (b"\xd9\x240123abcd-4567-89ef-0123-456789abcdeg", "inconsistent"),
+        (b"\xd9\x240123abcd04567-89ef-0123-456789abcdef", "inconsistent"),
+        (b"\xd9\x24+123abcd-4567-89ef-0123-456789abcdef", "inconsistent"),
+        (b"\xd9\x240123abcd-4567-89ef-0123-456789abcd\xc3\xa4", "inconsistent"),
+        (b"\xc0", "wrong_type"),
+    ] {
+        assert_eq!(with(&[&good, offset, bytes], uuid), Err(label), "{uuid:?}");
+    }
+}
+
+#[test]
+fn descriptors_of_pytorchs_storages_follow_their_grammar() {
+    let shared = |handle: &[u8], rest: &[u8]| {
+        let handle = match u8::try_from(handle.len()).unwrap() {
+            0 => b"\xc0".to_vec(),
+            length => [&[0xc4, length][..], handle].concat(),
+        };
+        let storage = [&b"\xa6handle\x98\x00"[..], &handle, rest].concat();
+        on_device(b"\xa4cuda", &[&storage], UUID)
+    };
+    let rest = b"\x40\x08\xc4\x02/x\x00\xc4\x01e\xc2";
+    let bare = [7; 64];
+    let kind = |kind: u8, length: usize| [&[3, kind][..], &vec![7; length]].concat();
+    assert_eq!(shared(&bare, rest), Ok(()));
+    assert_eq!(shared(&kind(b'c', 64), rest), Ok(()));
+    assert_eq!(shared(&kind(b'e', 40), rest), Err("memory_type"));
+    for (handle, rest, label) in [
+        (&bare[..63], &rest[..], "inconsistent"),
+        (&kind(b'c', 63), rest, "inconsistent"),
+        (&kind(b'x', 64), rest, "inconsistent"),
+        (b"", rest, "wrong_type"),
+        (&bare, b"\xff\x08\xc4\x02/x\x00\xc4\x01e\xc2", "out_of_range"),
+        (&bare, b"\x40\xff\xc4\x02/x\x00\xc4\x01e\xc2", "out_of_range"),
+        (&bare, b"\x40\x08\xa2/x\x00\xc4\x01e\xc2", "wrong_type"),
+        (&bare, b"\x40\x08\xc4\x02/x\xff\xc4\x01e\xc2", "out_of_range"),
+        (&bare, b"\x40\x08\xc4\x02/x\x00\xc4\x01e\xc0", "wrong_type"),
+    ] {
+        assert_eq!(shared(handle, rest), Err(label), "{handle:?} {rest:?}");
+    }
+    let short = on_device(b"\xa4cuda", &[b"\xa6handle\x92\x00\xc0"], UUID);
+    assert_eq!(short, Err("inconsistent"));
+    assert_eq!(on_device(b"\xa4cuda", &[], UUID), Err("missing_key"));
 }
 
 #[test]

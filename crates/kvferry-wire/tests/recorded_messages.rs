@@ -14,6 +14,7 @@ use kvferry_core::explain::{
     Evictor, Explanation, MissingChunk, ObjectLayout, Removal, RemovalCause,
 };
 use kvferry_core::key::Key;
+use kvferry_core::kv_descriptors::{CudaStorage, KvRegistration, KvStorage};
 use kvferry_wire::message::{
     Control, EXTENSION, Hello, PIECE_MAX, Piece, Slots, StoreSlots, Value,
 };
@@ -52,13 +53,16 @@ fn recorded_messages_encode_to_the_same_bytes() {
             Err(error) => *refused.entry((message.operation, error.label())).or_default() += 1,
         }
     }
-    assert_eq!(equal, 454);
+    assert_eq!(equal, 457);
     let expected = [
         (50, "lookup"),            // a key with a field that nobody knows
         (54, "free_lookup_locks"), // the same key
         (58, "ping"),              // by name, where we send the id
     ]
     .map(|(step, operation)| ("extra.json", step, operation.to_owned()));
+    // PyTorch's descriptors are encoded as what they say in CUDA's terms.
+    let torch = [1, 2].map(|step| (CUDA, step, "register_kv_cache".to_owned()));
+    let expected: Vec<_> = expected.into_iter().chain(torch).collect();
     assert_eq!(different, expected);
     let refused: Vec<_> =
         refused.iter().map(|((operation, label), n)| (operation.as_str(), *label, *n)).collect();
@@ -72,6 +76,7 @@ fn recorded_messages_encode_to_the_same_bytes() {
             ("ping", "frame_count", 1),
             ("prepare_retrieve", "pickle", 2),
             ("query_prefetch_status", "wrong_type", 1), // an integer for the request id
+            ("register_kv_cache", "memory_type", 2),
             ("register_kv_cache_engine_driven_context", "unknown_dtype", 2),
         ]
     );
@@ -118,12 +123,56 @@ fn a_registration_of_memory_is_what_its_engine_said() {
     };
     assert_eq!((instance_id, registration.layers.len(), registration.groups.len()), (1000, 32, 1));
     let last = &registration.layers[31];
-    assert_eq!((last.shm_name.as_str(), last.segment_bytes), ("/lmcache_kv_15177_31", 64 << 20));
+    let segment = KvStorage::Segment { shm_name: "/lmcache_kv_15177_31".into(), bytes: 64 << 20 };
+    assert_eq!(last.storage, segment);
     assert_eq!(last.shape, [2, 1024, 16, 8, 128]);
     let memory = registration.memory(256).unwrap();
     let object = memory.layout.registration(&registration.model_name, registration.world_size, 256);
     assert_eq!(object.shape(256), [2, 32, 256, 1024], "as its engine-driven mode has it");
     assert_eq!(object.dtype.name(), "float16");
+}
+
+/// Encoded by LMCache's own structs, on a machine without a GPU.
+const CUDA: &str = "lmcache_driven_cuda.json";
+
+fn cuda_registration(step: u64) -> Result<KvRegistration, MessageError> {
+    let messages = recorded::messages();
+    let message = messages.iter().find(|m| m.file == CUDA && m.step == step).unwrap();
+    match decode_request(&message.frames)?.1 {
+        Request::RegisterKvCache { registration, .. } => Ok(registration),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn memory_of_a_gpu_is_what_lmcaches_descriptors_say() {
+    let handle: Vec<u8> = (0xa0..0xe0).collect();
+    let layer_bytes = 2 * 12 * 4 * 3 * 4 * 2;
+    for step in [0, 1, 2] {
+        let registration = cuda_registration(step).unwrap();
+        assert_eq!(registration.layers.len(), 2);
+        for (layer, offset) in registration.layers.iter().zip([512, 8192]) {
+            let part = CudaStorage {
+                device_uuid: *b"fake-cuda-devic\0",
+                handle: handle.clone().try_into().unwrap(),
+                offset,
+                bytes: layer_bytes,
+            };
+            assert_eq!(layer.storage, KvStorage::Cuda(Box::new(part)), "step {step}");
+            assert_eq!(layer.shape, [2, 12, 4, 3, 4]);
+            assert_eq!((layer.dtype.name(), layer.storage_offset), ("bfloat16", 0));
+        }
+        let memory = registration.memory(16).unwrap();
+        assert_eq!((memory.layout.num_blocks, memory.layout.block_size), (12, 4));
+        let plane = layer_bytes / 2;
+        assert_eq!(memory.arrays, [(0, 512), (0, 512 + plane), (0, 8192), (0, 8192 + plane)]);
+    }
+    for (step, kind) in [(3, "expandable segments"), (4, "cuda_vmm")] {
+        let error = cuda_registration(step).unwrap_err();
+        assert_eq!(error.label(), "memory_type");
+        assert!(error.to_string().contains(kind), "{error}");
+        assert!(error.to_string().contains("expandable_segments:False"), "{error}");
+    }
 }
 
 #[test]

@@ -66,6 +66,8 @@ fn times_need_timing_and_a_record() {
     fake.assert_caught("never recorded");
     assert_eq!(fake.cuEventElapsedTime(&mut elapsed, untimed, untimed), INVALID_HANDLE);
     fake.assert_caught("without timing");
-    assert_eq!(fake.cuEventCreate(&mut untimed, 4), INVALID_VALUE);
-    fake.assert_caught("no event flags");
+    for flags in [4, 8] {
+        assert_eq!(fake.cuEventCreate(&mut untimed, flags), INVALID_VALUE);
+        fake.assert_caught("no event flags");
+    }
 }

@@ -97,6 +97,8 @@ functions! {
     fn cuIpcGetMemHandle(handle: &mut IpcHandle, address: u64) -> u32;
     fn cuIpcOpenMemHandle_v2(address: &mut u64, handle: IpcHandle, flags: u32) -> u32;
     fn cuIpcCloseMemHandle(address: u64) -> u32;
+    fn cuIpcGetEventHandle(handle: &mut IpcHandle, event: u64) -> u32;
+    fn cuIpcOpenEventHandle(event: &mut u64, handle: IpcHandle) -> u32;
     fn cuModuleLoadData(module: &mut u64, image: *const c_char) -> u32;
     fn cuModuleGetFunction(function: &mut u64, module: u64, name: *const c_char) -> u32;
     fn cuModuleUnload(module: u64) -> u32;
@@ -104,6 +106,7 @@ functions! {
     fn cuGetProcAddress_v2(symbol: *const c_char, function: &mut *mut c_void, version: i32, flags: u64, status: &mut i32) -> u32;
     fn cuGetErrorName(code: u32, name: &mut *const c_char) -> u32;
     fn fakeCudaHostAccess(pointer: *const u8, bytes: usize, write: i32) -> i32;
+    fn fakeCudaEventLooks(event: u64) -> u64;
     fn fakeCudaControlVersion(version: i32);
     fn fakeCudaControlMemory(bytes: usize);
     fn fakeCudaControlSchedule(seed: u64, delay_us: u64);

@@ -4,8 +4,8 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{
-    CUevent_flags_enum, CUipcMem_flags_enum, CUipcMemHandle, CUmemorytype_enum,
-    CUpointer_attribute_enum, CUstream_flags_enum,
+    CU_MEMHOSTALLOC_PORTABLE, CUevent_flags_enum, CUipcEventHandle, CUipcMem_flags_enum,
+    CUipcMemHandle, CUmemorytype_enum, CUpointer_attribute_enum, CUstream_flags_enum,
 };
 use kvferry_core::{Error, ErrorCode, Result};
 
@@ -235,5 +235,40 @@ impl Current<'_> {
     pub(crate) fn close_ipc(&self, address: u64) {
         // SAFETY: whoever opened it calls this once. Nothing could be done about a failure.
         let _ = unsafe { (self.context.driver.cuIpcCloseMemHandle)(address) };
+    }
+
+    /// An event that another process exported, to be destroyed here.
+    pub(crate) fn open_event(&self, handle: &[u8; 64]) -> Result<Handle> {
+        let driver = self.context.driver;
+        let mut event = 0;
+        let handle =
+            CUipcEventHandle { reserved: handle.map(|byte| c_char::from_ne_bytes([byte])) };
+        // SAFETY: writes a handle; bytes that are no event's are refused.
+        let code = unsafe { (driver.cuIpcOpenEventHandle)(&raw mut event, handle) };
+        driver.check("cuIpcOpenEventHandle", code).map(|()| event)
+    }
+
+    /// A number in page-locked memory.
+    pub(crate) fn new_word(&self) -> Result<*mut u64> {
+        let driver = self.context.driver;
+        let mut start = std::ptr::null_mut();
+        let flags = CU_MEMHOSTALLOC_PORTABLE;
+        // SAFETY: writes an address, of memory that is freed once.
+        unsafe { check!(driver.cuMemHostAlloc(&raw mut start, size_of::<u64>(), flags)) }?;
+        Ok(start.cast())
+    }
+
+    pub(crate) fn free_word(&self, word: *mut u64) {
+        // SAFETY: whoever made it calls this once, when no copy to it is under way. Nothing could be done about a
+        // failure.
+        let _ = unsafe { (self.context.driver.cuMemFreeHost)(word.cast()) };
+    }
+
+    /// Asks for the number at a device's address.
+    pub(crate) fn copy_word(&self, word: *mut u64, from: u64, stream: Handle) -> Result<()> {
+        let driver = self.context.driver;
+        let bytes = size_of::<u64>();
+        // SAFETY: the word is page-locked and stays until the stream has come so far; the device's memory is opened.
+        unsafe { check!(driver.cuMemcpyDtoHAsync_v2(word.cast::<c_void>(), from, bytes, stream)) }
     }
 }

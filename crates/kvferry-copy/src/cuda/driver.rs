@@ -7,7 +7,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::{self, CUipcMemHandle, CUmemcpyAttributes};
+use cudarc::driver::sys::{self, CUipcEventHandle, CUipcMemHandle, CUmemcpyAttributes};
 use kvferry_core::{Error, ErrorCode, Result};
 
 /// A context, stream, event, module or function, which are pointers to the driver and numbers to us.
@@ -86,6 +86,7 @@ driver! {
     cuGetErrorName(Code, *mut *const c_char);
     cuDeviceGetCount(*mut c_int);
     cuDeviceGet(*mut c_int, c_int);
+    cuDeviceGetUuid_v2(*mut [u8; 16], c_int);
     cuDevicePrimaryCtxRetain(*mut Handle, c_int);
     cuDevicePrimaryCtxRelease_v2(c_int);
     cuCtxPushCurrent_v2(Handle);
@@ -111,6 +112,7 @@ driver! {
     cuIpcGetMemHandle(*mut CUipcMemHandle, u64);
     cuIpcOpenMemHandle_v2(*mut u64, CUipcMemHandle, c_uint);
     cuIpcCloseMemHandle(u64);
+    cuIpcOpenEventHandle(*mut Handle, CUipcEventHandle);
     cuModuleLoadData(*mut Handle, *const c_void);
     cuModuleGetFunction(*mut Handle, Handle, *const c_char);
     cuModuleUnload(Handle);
@@ -248,6 +250,25 @@ impl Driver {
         // SAFETY: writes a number.
         unsafe { check!(self.cuDeviceGet(&raw mut device, ordinal)) }?;
         Ok(device)
+    }
+
+    /// The number of the device that another process has under this UUID.
+    pub(crate) fn device_of(&self, uuid: &[u8; 16]) -> Result<u32> {
+        let mut count = 0;
+        // SAFETY: writes a number.
+        unsafe { check!(self.cuDeviceGetCount(&raw mut count)) }?;
+        for ordinal in 0..u32::try_from(count).unwrap_or_default() {
+            let device = self.device(ordinal)?;
+            let mut found = [0; 16];
+            // SAFETY: writes 16 bytes.
+            unsafe { check!(self.cuDeviceGetUuid_v2(&raw mut found, device)) }?;
+            if found == *uuid {
+                return Ok(ordinal);
+            }
+        }
+        Err(unavailable(&format!(
+            "none of the {count} CUDA devices here is the engine's: start both with the same CUDA_VISIBLE_DEVICES"
+        )))
     }
 }
 

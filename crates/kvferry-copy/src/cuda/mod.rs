@@ -3,6 +3,7 @@
 
 mod context;
 mod driver;
+mod exported;
 mod pins;
 mod submit;
 mod worker;
@@ -19,6 +20,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 use crate::pins_of;
 use context::{Context, Current};
 use driver::{Driver, Failed, Handle};
+pub use exported::ExportedMemory;
 pub(crate) use pins::Pins;
 use submit::Kernel;
 pub use submit::Method;
@@ -101,6 +103,8 @@ struct State {
     closed: bool,
     /// Why no copy can succeed any more.
     failed: Option<Error>,
+    /// Copies may be under way that nothing will tell the end of.
+    in_doubt: bool,
     ended: bool,
 }
 

@@ -492,6 +492,7 @@ impl Worker<'_> {
     /// sure, is kept for ever: pools stay mapped, and slots with whoever may write to them.
     fn lose(&mut self, error: &Error, lost: bool) {
         self.doubtful |= !lost;
+        self.shared.lock().in_doubt |= !lost;
         for lane in [0, 1] {
             for running in &mut self.lanes[lane].jobs {
                 running.failed.get_or_insert_with(|| error.clone());

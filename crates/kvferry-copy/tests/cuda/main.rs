@@ -22,11 +22,15 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use cudarc::driver::sys;
-use kvferry_copy::cuda::{self, CudaMemory, IpcArray, Method};
+use kvferry_copy::cuda::{self, CudaMemory, ExportedMemory, IpcArray, Method};
 use kvferry_copy::{POOL_STEP, PrivateRegion, SharedRegion};
 use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
 use kvferry_core::copying::{Copying, KvMemory as _};
+use kvferry_core::key::Dtype;
+use kvferry_core::kv_descriptors::{
+    CudaStorage, DescribedMemory, KvDescriptor, KvRegistration, KvStorage,
+};
 use kvferry_core::kv_layout::{KvLayout, Order, Planes};
 use kvferry_core::{Error, ErrorCode, Result};
 
@@ -962,6 +966,8 @@ fn without_a_usable_driver_one_typed_error_says_why() {
         "cuIpcGetMemHandle",
         "cuIpcOpenMemHandle_v2",
         "cuIpcCloseMemHandle",
+        "cuIpcOpenEventHandle",
+        "cuDeviceGetUuid_v2",
     ];
     let needed = CALLS.into_iter().filter(|call| !call.starts_with("cuMemcpyBatchAsync"));
     let mut unusable: Vec<On> = needed.chain(more).map(On::Without).collect();
@@ -1142,6 +1148,109 @@ fn memory_of_another_process_is_opened_used_and_closed() {
         }
         assert_eq!(violations(), 0);
     });
+}
+
+/// Two layers in one allocation of another process, which its handle names.
+fn described(handle: [u8; 64], device_uuid: [u8; 16]) -> DescribedMemory {
+    let layers = [4096, 4096 + EXPORTED_LAYER].map(|offset| KvDescriptor {
+        storage: KvStorage::Cuda(Box::new(CudaStorage {
+            device_uuid,
+            handle,
+            offset,
+            bytes: EXPORTED_LAYER,
+        })),
+        dtype: Dtype::new("uint8").unwrap(),
+        shape: vec![4, 16, 256],
+        stride: vec![4096, 256, 1],
+        storage_offset: 0,
+    });
+    let registration = KvRegistration {
+        model_name: "m".into(),
+        world_size: 1,
+        engine_type: "vllm".into(),
+        kv_layout: None,
+        groups: Vec::new(),
+        layers: layers.into(),
+    };
+    registration.memory(16).unwrap()
+}
+
+const EXPORTED_LAYER: u64 = 4 * 4096;
+
+#[test]
+fn an_engines_exported_memory_is_copied_and_what_does_not_end_is_in_doubt() {
+    const NAME: &str = "an_engines_exported_memory_is_copied_and_what_does_not_end_is_in_doubt";
+    const HANDLE: &str = "KVFERRY_CUDA_TEST_HANDLE";
+    // What is in doubt is never given back.
+    let leaks = [On::Fake(&[("FAKECUDA_STRICT", "0")])];
+    on(NAME, &leaks, true, || {
+        if let Ok(text) = std::env::var(HANDLE) {
+            let mut handle = [0; 64];
+            for (byte, at) in handle.iter_mut().zip((0..128).step_by(2)) {
+                *byte = u8::from_str_radix(&text[at..at + 2], 16).unwrap();
+            }
+            return copy_exported(handle);
+        }
+        let mut engine = Engine::new(0);
+        let start = engine.allocate(1 << 20);
+        engine.write(start + 4096, &noise(1, 2 * EXPORTED_LAYER));
+        let (handle, offset) = cuda::ipc_handle(0, start).unwrap();
+        assert_eq!(offset, 0);
+        let hex: String = handle.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut child = driver::child(NAME);
+        child.env(HANDLE, hex).stdin(Stdio::null());
+        driver::run_child(NAME, child);
+    });
+}
+
+/// The other process, which holds its device up.
+fn copy_exported(handle: [u8; 64]) {
+    let (mut uuid, going_on) = ([0u8; 16], || Ok(()));
+    let late = || Err(Error::new(ErrorCode::Timeout, "late"));
+    cuda::check_available().unwrap();
+    unsafe { done(sys::cuDeviceGetUuid_v2((&raw mut uuid).cast(), 0)) };
+    let elsewhere = ExportedMemory::open(&described(handle, [1; 16]));
+    assert_eq!(elsewhere.map(drop).unwrap_err().code, ErrorCode::CudaUnavailable);
+    let fake = Fake::here().unwrap();
+    let memory = ExportedMemory::open(&described(handle, uuid)).unwrap();
+    let pool = private(1 << 20);
+    let plan = |direction, block: u32| {
+        memory.shape().plan(direction, &[chunk(&[block], 8192)], pool.bytes()).unwrap()
+    };
+    memory.copy(plan(Direction::Gather, 3), Arc::clone(&pool), &going_on).unwrap();
+    let whole = noise(1, 2 * EXPORTED_LAYER);
+    let layer = usize::try_from(EXPORTED_LAYER).unwrap();
+    assert!(read(&*pool, 8192, 4096) == whole[3 * 4096..4 * 4096]);
+    assert!(read(&*pool, 8192 + 4096, 4096) == whole[layer + 3 * 4096..layer + 4 * 4096]);
+    assert_eq!(fake.violations(), 0);
+    // A copy that is given up comes to its end before that is told.
+    fake.hold(true);
+    let asked = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        let copying = scope.spawn(|| {
+            let give_up = || {
+                asked.fetch_add(1, Ordering::SeqCst);
+                late()
+            };
+            memory.copy(plan(Direction::Scatter, 0), Arc::clone(&pool), &give_up)
+        });
+        fake.await_that(|| asked.load(Ordering::SeqCst) > 0);
+        assert!(!copying.is_finished(), "the device may still read the slot");
+        fake.hold(false);
+        assert_eq!(copying.join().unwrap().unwrap_err().code, ErrorCode::Timeout);
+    });
+    assert!(!memory.is_in_doubt());
+    // One that does not end is in doubt, and no other begins.
+    fake.hold(true);
+    let stuck = memory.copy(plan(Direction::Gather, 1), Arc::clone(&pool), &late);
+    assert_eq!(stuck.unwrap_err().code, ErrorCode::CudaFailed);
+    assert!(memory.is_in_doubt());
+    let refused = memory.wait_for(&[0; 64], &going_on).unwrap_err();
+    assert!(refused.message.contains("set apart"), "{refused}");
+    let before = Arc::strong_count(&pool);
+    drop(memory);
+    assert_eq!(Arc::strong_count(&pool), before, "its pages stay");
+    fake.hold(false);
 }
 
 /// The other process: stores block 3 and loads it into block 1.

@@ -1,7 +1,12 @@
 //! The parameters of LMCache's `lmcache_driven` mode: descriptors of an engine's memory, and its blocks.
 
+use std::fmt::Write as _;
+
 use bytes::Bytes;
-use kvferry_core::kv_descriptors::{EngineGroup, KvDescriptor, KvRegistration};
+use kvferry_core::key::Dtype;
+use kvferry_core::kv_descriptors::{
+    CudaStorage, EngineGroup, KvDescriptor, KvRegistration, KvStorage,
+};
 
 use super::request::decode_dtype;
 use super::{MessageError, Payload, one, refuse_data};
@@ -9,8 +14,14 @@ use crate::messagepack::{Problem, Reader, Result, Writer, frame, once, required,
 
 /// LMCache's extension for whatever names a device's memory; its data is a map that says what.
 const DEVICE_MEMORY: u8 = 1;
-/// The only memory that is served: a POSIX segment.
+/// A POSIX segment.
 const CPU_SHM: &str = "cpu_shm";
+/// A storage of PyTorch's on a CUDA device.
+const CUDA: &str = "cuda";
+/// A range of an allocation on a CUDA device.
+const CUDA_RAW: &str = "cuda_raw";
+/// What a storage of PyTorch's is called that CUDA has no handle for.
+const EXPANDABLE: &str = "cuda (expandable segments)";
 /// No tensor of any engine has more dimensions.
 const DIMENSIONS_MAX: usize = 8;
 /// What is quoted of an unknown type, in characters.
@@ -69,62 +80,151 @@ fn short_string(r: &mut Reader<'_>) -> Result<String> {
 fn decode_descriptor(r: &mut Reader<'_>) -> Result<Result<KvDescriptor, String>> {
     let mut kind = None;
     let mut shm_name = None;
-    let mut segment_bytes = None;
+    let mut bytes = None;
+    let mut handle = None;
+    let mut ipc_handle = None;
+    let mut alloc_offset = None;
     let mut version = None;
     let mut metadata = None;
     for _ in 0..r.map_len()? {
         match r.str()? {
             "type" => once(&mut kind, "type", r.str()),
             "shm_name" => once(&mut shm_name, "shm_name", short_string(r)),
-            "nbytes" => once(&mut segment_bytes, "nbytes", r.integer()),
+            "nbytes" => once(&mut bytes, "nbytes", r.integer()),
+            "alloc_offset" => once(&mut alloc_offset, "alloc_offset", r.integer()),
             "version" => once(&mut version, "version", r.integer::<u64>()),
-            // Of other types it may be anything, until the type is known.
+            // Of other types these may be anything, until the type is known.
+            "handle" => once(&mut handle, "handle", r.skip()),
+            "ipc_handle" => once(&mut ipc_handle, "ipc_handle", r.skip()),
             "metadata" => once(&mut metadata, "metadata", r.skip()),
             _ => r.skip().map(drop),
         }?;
     }
     let kind = required(kind, "type")?;
-    if kind != CPU_SHM {
+    if ![CPU_SHM, CUDA, CUDA_RAW].contains(&kind) {
         return Ok(Err(kind.chars().take(QUOTED).collect()));
     }
     if required(version, "version")? != 1 {
         return within("version", Err(Problem::Inconsistent("descriptors have version 1").into()));
     }
     let metadata = required(metadata, "metadata")?;
-    let (dtype, shape, stride, storage_offset) =
+    let Metadata { dtype, shape, stride, storage_offset, device_uuid } =
         within("metadata", frame(metadata, decode_metadata))?;
-    Ok(Ok(KvDescriptor {
-        shm_name: required(shm_name, "shm_name")?,
-        segment_bytes: required(segment_bytes, "nbytes")?,
-        dtype,
-        shape,
-        stride,
-        storage_offset,
-    }))
+    let part = |handle, offset, bytes| -> Result<KvStorage> {
+        let device_uuid =
+            within("device_uuid", frame(required(device_uuid, "device_uuid")?, uuid))?;
+        Ok(KvStorage::Cuda(Box::new(CudaStorage { device_uuid, handle, offset, bytes })))
+    };
+    let storage = match kind {
+        CUDA => {
+            let handle = frame(required(handle, "handle")?, decode_shared_storage);
+            match within("handle", handle)? {
+                Some((handle, offset, bytes)) => part(handle, offset, bytes)?,
+                None => return Ok(Err(EXPANDABLE.to_owned())),
+            }
+        }
+        CUDA_RAW => {
+            let handle = frame(required(ipc_handle, "ipc_handle")?, |r| cuda_handle(r.bytes()?));
+            let offset = required(alloc_offset, "alloc_offset")?;
+            part(within("ipc_handle", handle)?, offset, required(bytes, "nbytes")?)?
+        }
+        _ => KvStorage::Segment {
+            shm_name: required(shm_name, "shm_name")?,
+            bytes: required(bytes, "nbytes")?,
+        },
+    };
+    Ok(Ok(KvDescriptor { storage, dtype, shape, stride, storage_offset }))
 }
 
-type Metadata = (kvferry_core::key::Dtype, Vec<u64>, Vec<u64>, u64);
+fn cuda_handle(bytes: &[u8]) -> Result<[u8; 64]> {
+    let handle = bytes.try_into();
+    handle.map_err(|_| Problem::Inconsistent("handles of CUDA's have 64 bytes").into())
+}
 
-fn decode_metadata(r: &mut Reader<'_>) -> Result<Metadata> {
+/// What PyTorch's `UntypedStorage._share_cuda_()` gives: the allocation's handle, where the storage begins in it, and its
+/// bytes. `None` for expandable segments, which are mapped piece by piece.
+///
+/// What PyTorch's processes count references by stays as it is: an engine that frees its tensors, and goes on, has
+/// the memory back when it ends.
+fn decode_shared_storage(r: &mut Reader<'_>) -> Result<Option<([u8; 64], u64, u64)>> {
+    if r.array_len()? != 8 {
+        return Err(Problem::Inconsistent("a shared storage has 8 fields").into());
+    }
+    r.integer::<i64>()?; // the device's number among the engine's
+    let handle = r.bytes()?;
+    let (bytes, offset) = (r.integer()?, r.integer()?);
+    bytes_or_nil(r)?; // the file of reference counts
+    r.integer::<u64>()?; // the place in it
+    bytes_or_nil(r)?; // an event of the time of sharing: each request has one of its own
+    r.boolean()?;
+    // All but old releases of PyTorch put a version and the kind of the allocation first. The versions 1 to 3 differ in
+    // expandable segments only.
+    let handle = match handle {
+        [_, b'c', handle @ ..] if handle.len() == 64 => handle,
+        [_, b'e', ..] if handle.len() != 64 => return Ok(None),
+        handle => handle,
+    };
+    Ok(Some((cuda_handle(handle)?, offset, bytes)))
+}
+
+fn bytes_or_nil(r: &mut Reader<'_>) -> Result<()> {
+    if r.nil() { Ok(()) } else { r.bytes().map(drop) }
+}
+
+/// 8-4-4-4-12 hexadecimal digits, as PyTorch writes a device's UUID.
+fn uuid(r: &mut Reader<'_>) -> Result<[u8; 16]> {
+    let parsed = parse_uuid(r.str()?);
+    parsed.ok_or(Problem::Inconsistent("a device's UUID has 32 hexadecimal digits").into())
+}
+
+fn parse_uuid(text: &str) -> Option<[u8; 16]> {
+    const DASHES: [usize; 4] = [8, 13, 18, 23];
+    if text.len() != 36 || DASHES.iter().any(|at| text.as_bytes()[*at] != b'-') {
+        return None;
+    }
+    let digits = text.bytes().enumerate().filter(|(at, _)| !DASHES.contains(at));
+    let mut digits = digits.map(|(_, digit)| char::from(digit).to_digit(16));
+    let mut uuid = [0; 16];
+    for byte in &mut uuid {
+        let (high, low) = (digits.next()??, digits.next()??);
+        *byte = u8::try_from(high << 4 | low).ok()?;
+    }
+    Some(uuid)
+}
+
+/// A tensor's view of its storage.
+struct Metadata<'a> {
+    dtype: Dtype,
+    shape: Vec<u64>,
+    stride: Vec<u64>,
+    storage_offset: u64,
+    /// What there is of it: a host's is the word "cpu".
+    device_uuid: Option<&'a [u8]>,
+}
+
+fn decode_metadata<'a>(r: &mut Reader<'a>) -> Result<Metadata<'a>> {
     let mut dtype = None;
     let mut shape = None;
     let mut stride = None;
     let mut storage_offset = None;
+    let mut device_uuid = None;
     for _ in 0..r.map_len()? {
         match r.str()? {
             "dtype" => once(&mut dtype, "dtype", decode_dtype(r)),
             "shape" => once(&mut shape, "shape", dimensions(r)),
             "stride" => once(&mut stride, "stride", dimensions(r)),
             "storage_offset" => once(&mut storage_offset, "storage_offset", r.integer()),
-            _ => r.skip().map(drop), // the device's name, which is "cpu"
+            "device_uuid" => once(&mut device_uuid, "device_uuid", r.skip()),
+            _ => r.skip().map(drop),
         }?;
     }
-    Ok((
-        required(dtype, "dtype")?,
-        required(shape, "shape")?,
-        required(stride, "stride")?,
-        required(storage_offset, "storage_offset")?,
-    ))
+    Ok(Metadata {
+        dtype: required(dtype, "dtype")?,
+        shape: required(shape, "shape")?,
+        stride: required(stride, "stride")?,
+        storage_offset: required(storage_offset, "storage_offset")?,
+        device_uuid,
+    })
 }
 
 fn dimensions(r: &mut Reader<'_>) -> Result<Vec<u64>> {
@@ -204,13 +304,28 @@ pub(super) fn encode_registration(registration: &KvRegistration) -> [Bytes; 6] {
 
 fn encode_descriptor(layer: &KvDescriptor) -> Bytes {
     one(|w| {
-        w.map(5);
-        w.str("type");
-        w.str(CPU_SHM);
-        w.str("shm_name");
-        w.str(&layer.shm_name);
-        w.str("nbytes");
-        w.uint(layer.segment_bytes);
+        match &layer.storage {
+            KvStorage::Segment { shm_name, bytes } => {
+                w.map(5);
+                w.str("type");
+                w.str(CPU_SHM);
+                w.str("shm_name");
+                w.str(shm_name);
+                w.str("nbytes");
+                w.uint(*bytes);
+            }
+            KvStorage::Cuda(part) => {
+                w.map(6);
+                w.str("type");
+                w.str(CUDA_RAW);
+                w.str("ipc_handle");
+                w.bytes(&part.handle);
+                w.str("alloc_offset");
+                w.uint(part.offset);
+                w.str("nbytes");
+                w.uint(part.bytes);
+            }
+        }
         w.str("version");
         w.uint(1_u64);
         w.str("metadata");
@@ -224,8 +339,22 @@ fn encode_descriptor(layer: &KvDescriptor) -> Bytes {
         w.str("storage_offset");
         w.uint(layer.storage_offset);
         w.str("device_uuid");
-        w.str("cpu");
+        match &layer.storage {
+            KvStorage::Segment { .. } => w.str("cpu"),
+            KvStorage::Cuda(part) => w.str(&format_uuid(&part.device_uuid)),
+        }
     })
+}
+
+fn format_uuid(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (at, byte) in uuid.iter().enumerate() {
+        if [4, 6, 8, 10].contains(&at) {
+            text.push('-');
+        }
+        let _ = write!(text, "{byte:02x}"); // a String takes everything
+    }
+    text
 }
 
 fn encode_group(group: &EngineGroup, w: &mut Writer) {

@@ -24,10 +24,11 @@ impl std::fmt::Display for Recorded {
     }
 }
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "extra.json",
     "lmcache_bench_engine_driven_shm.json",
     "lmcache_bench_lmcache_driven_cpu.json",
+    "lmcache_driven_cuda.json",
     "roundtrip_pickle.json",
     "roundtrip_shm.json",
     "vllm_life1.json",
