@@ -26,7 +26,14 @@ if (found === undefined) {
 } else {
 	step(found);
 	const options = ["--", "--test-threads=1", "--nocapture"];
-	const server = ["test", "--locked", "--package", "kvferry-server", "--test", "lmcache_driven_cuda"];
+	const server = [
+		"test",
+		"--locked",
+		"--package",
+		"kvferry-server",
+		"--test",
+		"lmcache_driven_cuda",
+	];
 	const engine = ["build", "--locked", "--package", "fake-cuda"]; // it has the engines' processes
 	for (const args of [[...cargo, ...options], engine, [...server, ...options]]) {
 		const { status } = spawnSync("cargo", args, { cwd: root, env, stdio: "inherit" });
