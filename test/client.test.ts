@@ -160,3 +160,15 @@ it("options of a start without a server are checked by name", async () => {
 		});
 	}
 });
+
+it.each([
+	["a text", "tcp://127.0.0.1:9", "the options of Client.connect must be an object"],
+	["a misspelt option", { uri: "tcp://127.0.0.1:9" }, 'no option "uri": did you mean url?'],
+	["an option of another name", { timeout: 9 }, 'no option "timeout": did you mean timeoutMs?'],
+])("connects nowhere with %s", async (_, options, message) => {
+	const connecting = Client.connect(options as never);
+	await expect(connecting).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+		message: expect.stringContaining(message),
+	});
+});

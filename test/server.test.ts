@@ -55,3 +55,11 @@ async function freePort(): Promise<number> {
 	await using server = await Server.start({ port: 0, memory });
 	return Number(server.address?.split(":")[1]);
 }
+
+it("starts with no option that it does not know", async () => {
+	const starting = Server.start({ port: 0, Disk: "/tmp" } as never);
+	await expect(starting).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+		message: 'Server.start has no option "Disk": did you mean disk?',
+	});
+});

@@ -1,5 +1,6 @@
 import { types } from "node:util";
 import { KvferryError } from "./errors.js";
+import { nearest } from "./nearest.js";
 
 /** An `INVALID_ARGUMENT`. */
 export function invalid(message: string): KvferryError {
@@ -22,6 +23,17 @@ export function named(value: unknown): string {
 export function checkObject(name: string, value: unknown): void {
 	if (typeof value !== "object" || value === null || Array.isArray(value)) {
 		throw invalid(`${name} must be an object`);
+	}
+}
+
+/** Checks for an object of options that has no others than these: one that is misspelt would be left alone. */
+export function checkOptions(of: string, options: unknown, known: Record<string, true>): void {
+	checkObject(`the options of ${of}`, options);
+	for (const [name, value] of Object.entries(options as object)) {
+		if (value !== undefined && !Object.hasOwn(known, name)) {
+			const near = nearest(name, Object.keys(known));
+			throw invalid(`${of} has no option ${JSON.stringify(name)}: did you mean ${near}?`);
+		}
 	}
 }
 

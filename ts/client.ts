@@ -1,4 +1,4 @@
-import { checkInteger, checkText, invalid, named } from "./arguments.js";
+import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
 import { fromNative, KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -43,6 +43,18 @@ export interface ClientOptions extends WaitOptions, TokenOptions {
 	/** Gets the warning. Default: `process.emitWarning(message, "KvferryWarning")`. */
 	readonly onWarning?: (message: string) => void;
 }
+
+const OPTIONS = {
+	url: true,
+	whenUnreachable: true,
+	chunkSize: true,
+	sharedMemory: true,
+	onWarning: true,
+	token: true,
+	tokenFile: true,
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof ClientOptions, true>;
 
 /** How long a start may be held up by a server that does not answer. */
 const WARN_AFTER_MS = 3_000;
@@ -96,6 +108,7 @@ export class Client implements AsyncDisposable {
 	 * address without a token, or a token for a server that takes none.
 	 */
 	static async connect(options: ClientOptions = {}): Promise<Client> {
+		checkOptions("Client.connect", options, OPTIONS);
 		const { url = "tcp://127.0.0.1:5555", whenUnreachable = "throw", chunkSize = 256 } = options;
 		const { sharedMemory = true } = options;
 		const { onWarning = (message) => process.emitWarning(message, "KvferryWarning") } = options;

@@ -1,4 +1,4 @@
-import { checkInteger, checkText, invalid, named } from "./arguments.js";
+import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -95,6 +95,28 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	readonly keepAlive?: boolean;
 }
 
+const OPTIONS = {
+	listen: true,
+	host: true,
+	listenPublic: true,
+	tokenFile: true,
+	ipc: true,
+	port: true,
+	httpPort: true,
+	memory: true,
+	shmName: true,
+	policy: true,
+	disk: true,
+	diskSize: true,
+	remote: true,
+	quotas: true,
+	chunkSize: true,
+	sessionTimeoutMs: true,
+	reservationTimeoutMs: true,
+	keepAlive: true,
+	signal: true,
+} satisfies Record<keyof ServerOptions, true>;
+
 /** Figures of a server by name: counts, bytes, seconds and words. */
 export type Status = Record<string, number | string>;
 
@@ -140,6 +162,7 @@ export class Server implements AsyncDisposable {
 	 * quotas or of tokens.
 	 */
 	static async start(options: ServerOptions = {}): Promise<Server> {
+		checkOptions("Server.start", options, OPTIONS);
 		const { listen = true, host = "127.0.0.1", port = 5555, memory = MEMORY } = options;
 		const { httpPort, shmName, chunkSize = 256, keepAlive = listen, signal } = options;
 		const { policy = "default", disk, diskSize = DISK, remote, quotas } = options;

@@ -2,7 +2,6 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
-import { nearest } from "../../ts/cli/nearest.js";
 import {
 	findSettings,
 	SERVE,
@@ -23,17 +22,6 @@ function file(text: string): string {
 	writeFileSync(name, text);
 	return name;
 }
-
-describe("nearest", () => {
-	it.each([
-		["prot", "port"],
-		["chunksize", "chunk-size"],
-		["dsik", "disk"],
-		["http_port", "http-port"],
-	])("%s is taken for %s", (wrong, right) => {
-		expect(nearest(wrong, Object.keys(SERVE))).toBe(right);
-	});
-});
 
 describe("settings", () => {
 	it("come from a flag, else a variable, else the file, else the default", () => {

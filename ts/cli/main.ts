@@ -1,7 +1,7 @@
 #!/usr/bin/env node
 import { createRequire } from "node:module";
 import { KvferryError } from "../errors.js";
-import { nearest } from "./nearest.js";
+import { nearest } from "../nearest.js";
 import { SERVE, settingsHelp } from "./settings.js";
 
 /** A command: what it does with the arguments after its name. */

@@ -3,8 +3,8 @@ import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
+import { nearest } from "../nearest.js";
 import type { EvictionPolicy } from "../server.js";
-import { nearest } from "./nearest.js";
 import {
 	type Found,
 	findSettings,

@@ -2,8 +2,8 @@ import { readFileSync, statSync } from "node:fs";
 import { resolve } from "node:path";
 import { invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
+import { nearest } from "../nearest.js";
 import { logFormat } from "./log.js";
-import { nearest } from "./nearest.js";
 import { bytes, type Given, integer, policy, portOrOff, trueOrFalse } from "./values.js";
 
 /** A setting of `kvferry serve`: its flag, its variable, its key in a file, its help and its row in the guide. */
