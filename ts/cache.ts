@@ -36,7 +36,10 @@ export interface RequestOptions extends WaitOptions {
 export interface StoreResult {
 	/** Chunks that were written now; others were there, or are being written by someone else. */
 	readonly storedChunks: number;
-	/** Chunks for which there was no room; undefined when the server does not say. */
+	/**
+	 * Chunks for which there was no room, which may be there a moment later: a pool grows while it is filled. Undefined
+	 * when the server does not say.
+	 */
 	readonly refusedChunks: number | undefined;
 	/** Why nothing was stored, if the cache failed. */
 	readonly failure?: KvferryError;

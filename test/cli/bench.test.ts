@@ -8,7 +8,8 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
-import { PrefixCache, Server } from "../../ts/index.js";
+import { storeWhole } from "../../ts/cli/bench.js";
+import { Client, PrefixCache, Server } from "../../ts/index.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 
@@ -67,6 +68,24 @@ describe("kvferry bench", () => {
 		}
 	});
 
+	it("says which quota is too small, before it stores anything", async () => {
+		await using server = await Server.start({ port: 0, httpPort: 0, memory: 2 ** 23 });
+		const http = `http://${server.httpAddress}`;
+		const quota = await fetch(`${http}/quotas/default`, {
+			method: "PUT",
+			headers: { "content-type": "application/json" },
+			body: JSON.stringify({ cap: 2 ** 16 }),
+		});
+		expect(quota.ok).toBe(true);
+		const { code, err } = await bench(
+			...["--url", `tcp://${server.address}`, "--http", http],
+			...SMALL,
+		);
+		expect(code).toBe(1);
+		expect(err).toMatch(/^INVALID_ARGUMENT: --chunk-bytes 16 KiB: .*64 KiB.*kvferry quota/);
+		expect(server.status().stored_chunks).toBe(0);
+	});
+
 	it("touches no server that it could not clear", async () => {
 		await using server = await Server.start({ port: 0, memory: 2 ** 23 });
 		const url = `tcp://${server.address}`;
@@ -74,5 +93,47 @@ describe("kvferry bench", () => {
 		expect(code).toBe(1);
 		expect(err).toMatch(/^UNREACHABLE: .*--http/);
 		expect(server.status().stored_chunks).toBe(0);
+	});
+});
+
+describe("a prompt of the benchmark", () => {
+	const CHUNK = 16;
+	const BYTES = 4000; // with its header a page
+	const tokens = (first: number, chunks: number) =>
+		Uint32Array.from({ length: chunks * CHUNK }, (_, at) => first + at);
+	const content = new Uint8Array(BYTES);
+	const embedded = () => Server.start({ listen: false, memory: 4 * 4096, chunkSize: CHUNK });
+	const identity = { identity: "m", bytesPerChunk: BYTES };
+
+	it("is stored whole when room was short for a moment", async () => {
+		await using server = await embedded();
+		await using cache = await PrefixCache.open({ via: server, ...identity });
+		const busy = await cache.native.store(tokens(1000, 2), "", 5000); // two of four slots are being written
+		const stored: number[] = [];
+		const bytesOf = (chunk: number) => {
+			stored.push(chunk);
+			if (chunk === 1) {
+				cache.native.abandon(busy, 5000);
+			}
+			return content;
+		};
+		expect(await storeWhole(cache, tokens(0, 4), bytesOf, { timeoutMs: 60_000 })).toBe(0);
+		expect(stored).toEqual([0, 1, 2, 3]);
+	});
+
+	it("is given up when there is no room in time, and the rest is counted", async () => {
+		await using server = await embedded();
+		await using cache = await PrefixCache.open({ via: server, ...identity });
+		expect(await storeWhole(cache, tokens(0, 6), () => content, { timeoutMs: 20 })).toBe(2);
+	});
+
+	it("tells why the cache failed, which is no want of room", async () => {
+		await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: CHUNK });
+		await using client = await Client.connect({ url: `tcp://${server.address}` });
+		await using cache = await PrefixCache.open({ via: client, ...identity });
+		await server.close();
+		await expect(
+			storeWhole(cache, tokens(0, 4), () => content, { timeoutMs: 2000 }),
+		).rejects.toMatchObject({ code: expect.stringMatching(/^(UNREACHABLE|TIMEOUT)$/) });
 	});
 });

@@ -1,9 +1,10 @@
 import { randomBytes } from "node:crypto";
+import { setTimeout } from "node:timers/promises";
 import { invalid } from "../arguments.js";
-import { PrefixCache } from "../cache.js";
+import { PrefixCache, type RequestOptions } from "../cache.js";
 import { Client } from "../client.js";
 import { KvferryError } from "../errors.js";
-import { Server } from "../server.js";
+import { Server, type Status } from "../server.js";
 import { tokenOf } from "../token.js";
 import { askHttp } from "./http.js";
 import { type BenchOptions, benchOptions } from "./options.js";
@@ -14,6 +15,8 @@ const PROMPT = 16;
 const PINGS = 200;
 /** How long what is to be saved on the disk is waited for at the end. */
 const SAVED_MS = 30_000;
+/** Between two tries to store what had no room, at most. */
+const PAUSE_MS = 16;
 
 /** What an operation took. */
 interface Row {
@@ -77,9 +80,10 @@ async function onOwnServer(
 }
 
 async function measure(url: string, options: BenchOptions, signal: AbortSignal): Promise<Row[]> {
-	const { bytes, timeoutMs } = options;
+	const { bytes, chunkBytes, timeoutMs } = options;
 	// How it is cleared afterwards must be known before.
-	await askHttp(options, "/quotas", undefined, "memory_bytes");
+	const { default: quota } = await askHttp(options, "/quotas", undefined, "memory_bytes");
+	const { cap = null } = (quota ?? {}) as { cap?: number | null };
 	const token = tokenOf(options, ["admin", "data"]);
 	await using client = await Client.connect({ url, timeoutMs, token });
 	const status = await client.status({ timeoutMs });
@@ -88,6 +92,12 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 		throw invalid(
 			`--size ${size(bytes)}: the server has ${size(free)} of memory free, and nothing of others is to ` +
 				"go for a benchmark; give half of that at most.",
+		);
+	}
+	if (cap !== null && cap < PROMPT * roomOf(chunkBytes, client.chunkSize)) {
+		throw invalid(
+			`--chunk-bytes ${size(chunkBytes)}: ${PROMPT} of them make a prompt, and each tenant may have ${size(cap)} ` +
+				"of the server's memory (kvferry quota); give less.",
 		);
 	}
 	const salt = `kvferry-bench-${randomBytes(8).toString("hex")}`;
@@ -131,16 +141,16 @@ async function run(
 		const ids = tokens(prompt);
 		const miss = await time("miss", () => cache.lookup(ids, request));
 		await miss.close();
-		const stored = await time("store", () => cache.store(ids, () => content, request));
-		if (stored.storedChunks < PROMPT) {
-			throw new KvferryError(
-				"UNSUPPORTED_OPTION",
-				`the server took ${stored.storedChunks} of ${PROMPT} chunks: give --size less than the quota of ` +
-					"each tenant (kvferry quota)",
-			);
+		throwFailure(miss);
+		const missing = await time("store", () =>
+			storeWhole(cache, ids, () => content, { ...request, signal }),
+		);
+		if (missing > 0) {
+			throw noRoom(missing, await client.status({ timeoutMs }), timeoutMs);
 		}
 		const hit = await time("lookup", () => cache.lookup(ids, request));
 		const loaded = await time("load", () => hit.load((chunk) => into[chunk] ?? new Uint8Array(0)));
+		throwFailure(hit);
 		if (loaded.length < PROMPT || loaded.some((chunk) => !content.equals(chunk))) {
 			throw new KvferryError("PROTOCOL", "what was stored did not come back: see kvferry doctor");
 		}
@@ -162,6 +172,60 @@ async function run(
 	});
 }
 
+/** What a chunk takes of the pool: its header too, in whole tokens and pages. */
+function roomOf(chunkBytes: number, chunkSize: number): number {
+	return Math.ceil((Math.ceil((chunkBytes + 64) / chunkSize) * chunkSize) / 4096) * 4096;
+}
+
+/** What failed is no figure. */
+function throwFailure({ failure }: { readonly failure?: KvferryError | undefined }): void {
+	if (failure !== undefined) {
+		throw failure;
+	}
+}
+
+/**
+ * Stores a prompt, and again what had no room: a pool grows while it is filled, and on a busy machine it is a moment late.
+ *
+ * @returns Chunks that had no room within the timeout.
+ * @throws Why the cache failed, if it did.
+ */
+export async function storeWhole(
+	cache: PrefixCache,
+	tokens: Uint32Array,
+	bytesOf: (chunk: number) => Uint8Array,
+	options: RequestOptions & { readonly timeoutMs: number },
+): Promise<number> {
+	const until = performance.now() + options.timeoutMs;
+	let missing = Math.floor(tokens.length / cache.chunkSize);
+	for (let pause = 1; ; pause = Math.min(2 * pause, PAUSE_MS)) {
+		const stored = await cache.store(tokens, bytesOf, options);
+		throwFailure(stored);
+		missing -= stored.storedChunks;
+		if (missing <= 0 || performance.now() + pause >= until) {
+			return missing;
+		}
+		await setTimeout(pause, undefined, { signal: options.signal });
+	}
+}
+
+function noRoom(missing: number, status: Status, timeoutMs: number): KvferryError {
+	const figure = (name: string) => size(Number(status[name]));
+	if (Number(status.growth_failed) > 0) {
+		return new KvferryError(
+			"POOL_TOO_LARGE",
+			`shared memory ran out at ${figure("reserved_bytes")} of the server's ${figure("pool_bytes")}: enlarge ` +
+				"/dev/shm (in a container: --shm-size)",
+		);
+	}
+	return new KvferryError(
+		"TIMEOUT",
+		`${missing} of ${PROMPT} chunks had no room at the server within ${timeoutMs} ms, with ` +
+			`${figure("used_bytes")} of its ${figure("pool_bytes")} used: others fill it, or the machine is busy; give a ` +
+			"longer --timeout-ms, or less --size",
+	);
+}
+
 /** What is being saved stays until it is. */
 async function clear(client: Client, salt: string, options: BenchOptions): Promise<void> {
 	const { timeoutMs } = options;
@@ -172,7 +236,7 @@ async function clear(client: Client, salt: string, options: BenchOptions): Promi
 		if (waiting === 0) {
 			break;
 		}
-		await new Promise((resolve) => setTimeout(resolve, 50));
+		await setTimeout(50);
 	}
 	const body = { confirm: true, salt };
 	await askHttp(options, "/clear", { method: "POST", body }, "cleared");
