@@ -1,5 +1,6 @@
 // A server's HTTP side, as an application starts it.
 
+import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
 import { Server } from "../ts/index.js";
 
@@ -61,5 +62,13 @@ it("starts with no option that it does not know", async () => {
 	await expect(starting).rejects.toMatchObject({
 		code: "INVALID_ARGUMENT",
 		message: 'Server.start has no option "Disk": did you mean disk?',
+	});
+});
+
+it("says that what is to be a directory is a file", async () => {
+	const disk = fileURLToPath(import.meta.url);
+	await expect(Server.start({ listen: false, memory, disk })).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+		message: expect.stringContaining(`disk ${disk} is a file: give a directory`),
 	});
 });

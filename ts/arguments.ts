@@ -1,6 +1,6 @@
 import { types } from "node:util";
 import { KvferryError } from "./errors.js";
-import { nearest } from "./nearest.js";
+import { otherName } from "./nearest.js";
 
 /** An `INVALID_ARGUMENT`. */
 export function invalid(message: string): KvferryError {
@@ -31,8 +31,8 @@ export function checkOptions(of: string, options: unknown, known: Record<string,
 	checkObject(`the options of ${of}`, options);
 	for (const [name, value] of Object.entries(options as object)) {
 		if (value !== undefined && !Object.hasOwn(known, name)) {
-			const near = nearest(name, Object.keys(known));
-			throw invalid(`${of} has no option ${JSON.stringify(name)}: did you mean ${near}?`);
+			const other = otherName(name, Object.keys(known));
+			throw invalid(`${of} has no option ${JSON.stringify(name)}: ${other}`);
 		}
 	}
 }

@@ -1,3 +1,4 @@
+import { stat } from "node:fs/promises";
 import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
@@ -204,6 +205,9 @@ export class Server implements AsyncDisposable {
 			if (!listen) {
 				throw invalid(`httpPort is ${httpPort}, with listen: false; leave one of them out.`);
 			}
+		}
+		if (disk !== undefined && (await stat(disk).catch(() => undefined))?.isFile()) {
+			throw invalid(`disk ${disk} is a file: give a directory, which is made where it is missing`);
 		}
 		const started = await waitFor(
 			() =>

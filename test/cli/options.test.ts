@@ -85,6 +85,16 @@ describe("kvferry serve", () => {
 
 	it("names the flag that was meant", () => {
 		expect(() => settings("--htp-port", "1")).toThrow(/--htp-port .*did you mean --http-port\?/);
+		expect(() => settings("--mem", "1GiB")).toThrow(/--mem .*did you mean --memory\?/);
+	});
+
+	it("says of a size that has no unit how small it is", () => {
+		expect(() => settings("--memory", "4")).toThrow(/--memory 4 is 4 bytes: .*4096.*GiB/);
+		expect(() => settings("--disk-size", "20")).toThrow(/--disk-size 20 is 20 bytes: .*8192/);
+		expect(settings("--memory", "4096", "--disk-size", "8192")).toMatchObject({
+			memory: 4096,
+			diskSize: 8192,
+		});
 	});
 
 	it.each([
@@ -98,6 +108,7 @@ describe("kvferry serve", () => {
 		["--memory", "4GB"],
 		["--memory", "0"],
 		["--memory", "9999999TiB"],
+		["--memory", "17TiB"],
 		["--memory", ""],
 		["--disk-size", "lots"],
 		["--policy", "fifo"],
@@ -259,6 +270,17 @@ describe("kvferry bench", () => {
 				message: expect.stringContaining(named),
 			}),
 		);
+	});
+});
+
+describe("a flag of another command", () => {
+	it.each([
+		["doctor --url", () => doctorOptions(["--url", "tcp://a:1"]), "--server"],
+		["quota --url", () => quotaOptions(["--url", "tcp://a:1"]), "--http"],
+		["ping --port", () => clientOptions(["--port", "1"]), "--url"],
+	])("is answered with all that there are, and no guess: %s", (_, parse, flag) => {
+		expect(parse).toThrow(/is no flag here: there are --/);
+		expect(parse).toThrow(flag);
 	});
 });
 

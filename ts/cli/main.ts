@@ -35,7 +35,7 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --tokens FILE      the prompt's token ids, as JSON or separated by spaces; - is stdin
              --model NAME       the model, as its engine registers it
              --world-size N     its KV world size (1)
-             --identity TEXT    instead of a model: a PrefixCache's identity
+             --identity TEXT    instead of a model: a PrefixCache's identity; the engines' caches tell theirs, cache.identity
              --salt SALT        the tenant
              --chunk-size N     tokens in a chunk, as the engine takes it
              --hash-algorithm NAME, --hash-seed SEED
@@ -44,9 +44,9 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --url URL          the server; unless given, one of its own
              --http URL         where that answers HTTP (http://127.0.0.1:8080)
              --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
-             --size SIZE        of all that is stored (256MiB)
+             --size SIZE        of all that is stored (256MiB); the server must have twice that free
              --chunk-bytes SIZE of one chunk; a prompt has 16 (1MiB)
-             --timeout-ms N     wait for each answer at most that long (3000)
+             --timeout-ms N     wait for each answer, and for room, at most that long (3000)
   replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
              (ms) and hash_ids; - is stdin
              --capacity BLOCKS  room for so many
@@ -84,9 +84,11 @@ async function main([name, ...args]: string[]): Promise<void> {
 	}
 	const load = COMMANDS.get(name);
 	if (load === undefined) {
+		const known = [...COMMANDS.keys()];
+		const near = nearest(name, known);
 		throw new KvferryError(
 			"INVALID_ARGUMENT",
-			`${name} is no command: did you mean ${nearest(name, [...COMMANDS.keys()])}? There are ${[...COMMANDS.keys()].join(", ")}, and --help.`,
+			`${name} is no command: ${near === undefined ? "there" : `did you mean ${near}? There`} are ${known.join(", ")}, and --help.`,
 		);
 	}
 	const command = await load();

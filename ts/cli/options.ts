@@ -3,7 +3,7 @@ import { resolve } from "node:path";
 import { type ParseArgsConfig, parseArgs } from "node:util";
 import { checkSalt, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
-import { nearest } from "../nearest.js";
+import { otherName } from "../nearest.js";
 import type { EvictionPolicy } from "../server.js";
 import {
 	type Found,
@@ -346,13 +346,12 @@ function parsed<T>(options: object, parse: () => T): T {
 		return parse();
 	} catch (error) {
 		const { message } = error as Error;
-		const [, unknown] = /^Unknown option '(.+?)'/.exec(message) ?? [];
-		const known = Object.keys(options).map((name) => `--${name}`);
+		const [, dashes = "", unknown] = /^Unknown option '(-*)(.+?)'/.exec(message) ?? [];
 		throw new KvferryError(
 			"INVALID_ARGUMENT",
 			unknown === undefined
 				? message
-				: `${unknown} is no flag here: did you mean ${nearest(unknown, known)}?`,
+				: `${dashes}${unknown} is no flag here: ${otherName(unknown, Object.keys(options), "--")}`,
 			{ cause: error },
 		);
 	}

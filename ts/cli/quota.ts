@@ -66,7 +66,11 @@ function table(quotas: Quotas): string {
 	const rows = [
 		["tenant", "cap", "guarantee", "used", "objects", "evicted"],
 		...Object.entries(quotas.tenants).map(([salt, one]) => line(JSON.stringify(salt), one, one)),
-		line(`each of ${unnamed.tenants} others`, quotas.default, unnamed),
+		line(
+			unnamed.tenants === 1 ? "the 1 other" : `each of ${unnamed.tenants} others`,
+			quotas.default,
+			unnamed,
+		),
 	];
 	const guaranteed = Object.values(quotas.tenants).reduce((sum, one) => sum + one.guarantee, 0);
 	return `${columns(rows)}${size(guaranteed)} of ${size(memory)} are guaranteed\n`;

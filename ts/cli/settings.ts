@@ -2,7 +2,7 @@ import { readFileSync, statSync } from "node:fs";
 import { resolve } from "node:path";
 import { invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
-import { nearest } from "../nearest.js";
+import { otherName } from "../nearest.js";
 import { logFormat } from "./log.js";
 import { bytes, type Given, integer, policy, portOrOff, trueOrFalse } from "./values.js";
 
@@ -66,7 +66,7 @@ export const SERVE = {
 		value: "SIZE",
 		help: "size of the shared-memory pool",
 		default: "4GiB",
-		read: bytes,
+		read: (given) => bytes(given, 4096, 2 ** 44),
 	},
 	"shm-name": {
 		value: "NAME",
@@ -88,7 +88,7 @@ export const SERVE = {
 		value: "SIZE",
 		help: "size of what is in it",
 		default: "20GiB",
-		read: bytes,
+		read: (given) => bytes(given, 8192),
 	},
 	remote: {
 		value: "URL",
@@ -153,11 +153,12 @@ export function findSettings(
 	env: Readonly<Record<string, string | undefined>>,
 	file = env[variable("config")],
 ): Map<string, Found> {
-	const variables = new Map(Object.keys(table).map((name) => [variable(name), name]));
+	const variables = [...Object.keys(table), "config"].map((name) => variable(name));
 	for (const name of Object.keys(env)) {
-		if (name.startsWith(PREFIX) && !variables.has(name) && name !== variable("config")) {
-			const known = [...variables.keys(), variable("config")];
-			throw invalid(`${name} is no setting: did you mean ${nearest(name, known)}?`);
+		if (name.startsWith(PREFIX) && !variables.includes(name)) {
+			const known = variables.map((other) => other.slice(PREFIX.length));
+			const other = otherName(name.slice(PREFIX.length), known, PREFIX);
+			throw invalid(`${name} is no setting: ${other}`);
 		}
 	}
 	const written = file ? readSettings(table, file) : {};
@@ -237,7 +238,7 @@ function readSettings(table: Settings, file: string): Record<string, string> {
 	const known = Object.keys(table);
 	const entries = Object.entries(written).map(([name, value]) => {
 		if (!known.includes(name)) {
-			throw invalid(`${file}: ${name} is no setting: did you mean ${nearest(name, known)}?`);
+			throw invalid(`${file}: ${name} is no setting: ${otherName(name, known)}`);
 		}
 		if (!["string", "number", "boolean"].includes(typeof value)) {
 			throw invalid(`${file}: ${name} takes a text, a number, true or false.`);

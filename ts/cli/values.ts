@@ -46,11 +46,18 @@ export function portOrOff({ text, says }: Given): number | undefined {
 	throw invalid(`${says}: give a port from 0 to 65535, or off.`);
 }
 
-export function bytes({ text, says }: Given): number {
+export function bytes(
+	{ text, says }: Given,
+	min = 1,
+	max: number = Number.MAX_SAFE_INTEGER,
+): number {
 	const [, digits = "", unit = "none"] = /^(\d+(?:\.\d+)?)\s*(\w*)$/.exec(text) ?? [];
 	const value = Math.floor(Number(digits) * (UNITS[unit] ?? Number.NaN));
-	if (Number.isSafeInteger(value) && value > 0) {
+	if (value >= min && value <= max) {
 		return value;
+	}
+	if (value > 0 && value < min) {
+		throw invalid(`${says} is ${value} bytes: give ${min} at least, with a unit such as MiB or GiB.`);
 	}
 	throw invalid(`${says}: give a size such as 512MiB or 4GiB (B, KiB, MiB, GiB, TiB).`);
 }
