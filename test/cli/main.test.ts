@@ -60,7 +60,9 @@ describe("kvferry", () => {
 		expect(stderr).toBe(
 			"INVALID_ARGUMENT: statsu is no command: did you mean status? There are serve, ping, status, quota, clear, bench, replay, doctor, and --help.\n",
 		);
-		expect(kvferry("install").stderr).toMatch(/^INVALID_ARGUMENT: install is no command: there are serve, /);
+		expect(kvferry("install").stderr).toMatch(
+			/^INVALID_ARGUMENT: install is no command: there are serve, /,
+		);
 	});
 
 	it("tells errors as JSON where it is asked to", () => {

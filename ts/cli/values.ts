@@ -57,7 +57,9 @@ export function bytes(
 		return value;
 	}
 	if (value > 0 && value < min) {
-		throw invalid(`${says} is ${value} bytes: give ${min} at least, with a unit such as MiB or GiB.`);
+		throw invalid(
+			`${says} is ${value} bytes: give ${min} at least, with a unit such as MiB or GiB.`,
+		);
 	}
 	throw invalid(`${says}: give a size such as 512MiB or 4GiB (B, KiB, MiB, GiB, TiB).`);
 }
