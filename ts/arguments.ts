@@ -26,6 +26,35 @@ export function checkObject(name: string, value: unknown): void {
 	}
 }
 
+/**
+ * Checks for an object that has such a member: of an engine's class, or of ours from whichever build.
+ *
+ * @param remedy What to give.
+ */
+export function checkHandle(name: string, value: unknown, member: string, remedy: string): void {
+	if (typeof value === "object" && value !== null && member in value) {
+		return;
+	}
+	const isPromise = typeof (value as { then?: unknown } | null | undefined)?.then === "function";
+	throw invalid(`${name} is ${isPromise ? "a promise, await it" : shown(value)}: ${remedy}`);
+}
+
+/** Checks for a `Client` or a `Server`. */
+export function checkVia(via: unknown): void {
+	const remedy = "give await Client.connect({ url }), or await Server.start({ listen: false })";
+	checkHandle("via", via, "openPrefixCache", remedy);
+}
+
+/** A value as a message can hold it, texts too; a password in an address is nobody's to read. */
+export function shown(value: unknown): string {
+	if (value === undefined || value === null) {
+		return value === null ? "null" : "missing";
+	}
+	return typeof value === "string"
+		? JSON.stringify(value.slice(0, 100).replace(/\/\/.*@/, "//…@"))
+		: named(value);
+}
+
 /** Checks for an object of options that has no others than these: one that is misspelt would be left alone. */
 export function checkOptions(of: string, options: unknown, known: Record<string, true>): void {
 	checkObject(`the options of ${of}`, options);

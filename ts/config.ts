@@ -1,4 +1,4 @@
-import { checkInteger, checkObject, checkText, invalid, named } from "./arguments.js";
+import { checkInteger, checkObject, checkText, invalid, shown } from "./arguments.js";
 import type { KvConnectors, PagedEngine } from "./connector/offloading.js";
 import { KvferryError } from "./errors.js";
 import type { KvLoadFailurePolicy } from "./recovery.js";
@@ -154,7 +154,8 @@ const CONNECTORS: ConnectorRegistry<PagedEngine, KvConnectors> = {
  * `SimpleCPUOffloadConnector` with memory of this process.
  *
  * @returns The connectors, or `undefined` when none is configured.
- * @throws `UNSUPPORTED_OPTION` for a connector of another name; `INVALID_ARGUMENT` for an engine that cannot be.
+ * @throws `UNSUPPORTED_OPTION` for a connector of another name; `INVALID_ARGUMENT` for an engine that cannot be, has
+ * options that are not known, or a `chunkSize` that is not the server's.
  *
  * @example
  * ```ts
@@ -358,9 +359,4 @@ function checkOneOf(name: string, value: unknown, choices: readonly string[]): v
 	if (!choices.some((choice) => choice === value)) {
 		throw invalid(`${name} is ${shown(value)}: it must be ${choices.join(" or ")}`);
 	}
-}
-
-/** A value as a message can hold it, texts too. */
-function shown(value: unknown): string {
-	return typeof value === "string" ? JSON.stringify(value.slice(0, 100)) : named(value);
 }

@@ -185,6 +185,18 @@ export type ParallelismOptions =
 			readonly kvWorkerId?: undefined;
 	  };
 
+/** Their names, in whichever form. */
+export const PARALLELISM_OPTIONS = {
+	parallelStrategy: true,
+	kvWorldSize: true,
+	kvWorkerId: true,
+	blockSize: true,
+	mqTimeout: true,
+} satisfies Record<NamesOf<ParallelismOptions>, true>;
+
+/** Of each form of a union. */
+type NamesOf<Form> = Form extends unknown ? keyof Form : never;
+
 /**
  * The strategy that options name, in its own form or in the former one.
  *

@@ -2,6 +2,8 @@ import { describe, expect, expectTypeOf, it } from "vitest";
 import {
 	type CacheAdapterOptions,
 	type ConnectorMetadata,
+	createSchedulerAdapter,
+	createWorkerAdapter,
 	type EngineRequest,
 	type LoadStoreOp,
 	ParallelStrategy,
@@ -158,5 +160,66 @@ describe("options from before ParallelStrategy", () => {
 		const strategy = ParallelStrategy.tensorParallel(2, 1);
 		const options = { adapter, parallelStrategy: strategy, kvWorldSize: 4, blockSize: 16 };
 		expect(() => new WorkerConnector(options)).toThrow(/kvWorldSize 4/);
+	});
+});
+
+describe("options", () => {
+	const via = "tcp://127.0.0.1:9";
+
+	it.each([
+		["createSchedulerAdapter", createSchedulerAdapter, { via, model: "m" }, "model", "modelName"],
+		["createWorkerAdapter", createWorkerAdapter, { via, Verify: "always" }, "Verify", "verify"],
+		[
+			"SchedulerConnector",
+			(options: never) => new SchedulerConnector(options),
+			{ adapter: new FormerScheduler(), blocksize: 8 },
+			"blocksize",
+			"blockSize",
+		],
+		[
+			"WorkerConnector",
+			(options: never) => new WorkerConnector(options),
+			{ adapter: new FormerWorker(), warning: () => {} },
+			"warning",
+			"onWarning",
+		],
+	] as const)("that %s does not know are refused", (of, make, options, wrong, meant) => {
+		expect(() => make(options as never)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: `${of} has no option "${wrong}": did you mean ${meant}?`,
+			}),
+		);
+	});
+
+	it.each([
+		["a text", via, `via is "${via}"`],
+		["a promise", Promise.resolve(), "via is a promise, await it"],
+		["nothing", undefined, "via is missing"],
+		["null", null, "via is null"],
+		["another object", { url: via }, "via is of type object"],
+	])("name a via that is %s, and what to give", (_, wrong, message) => {
+		for (const make of [createSchedulerAdapter, createWorkerAdapter]) {
+			expect(() => make({ via: wrong as never, modelName: "m" })).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringMatching(
+						new RegExp(`^${message}.*: give await Client\\.connect\\(\\{ url \\}\\)`),
+					),
+				}),
+			);
+		}
+	});
+
+	it("show no password of an address that was given for a client", () => {
+		const address = "redis://user:secret@host" as never;
+		expect(() => createSchedulerAdapter({ via: address, modelName: "m" })).toThrow(
+			/^via is "redis:\/\/…@host"/,
+		);
+	});
+
+	it("name an adapter that is missing", () => {
+		expect(() => new SchedulerConnector({} as never)).toThrow(/^adapter is missing: give create/);
+		expect(() => new WorkerConnector({} as never)).toThrow(/^adapter is missing: give create/);
 	});
 });

@@ -123,6 +123,29 @@ describe("createConnector", () => {
 		expect(await engines[1]?.run(tokens)).toBe(0);
 	});
 
+	it("takes no chunk size that is not the server's, and says both", async () => {
+		const server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		open.push(server);
+		const offloading = await lmcache(Number(server.port));
+		const options = { modelName: "m", blockSize: BLOCK };
+		await expect(createConnector(offloading, { ...options, chunkSize: 64 })).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringMatching(/^chunkSize is 64, .* chunks of 16 .*--chunk-size 64$/),
+		});
+		const kv = await createConnector(offloading, { ...options, chunkSize: CHUNK });
+		await kv?.close();
+	});
+
+	it("refuses options that it does not know, for each connector", async () => {
+		const engine = { modelName: "m", blocksize: BLOCK };
+		for (const offloading of [native, await lmcache(1)]) {
+			await expect(createConnector(offloading, engine)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: 'createConnector has no option "blocksize": did you mean blockSize?',
+			});
+		}
+	});
+
 	it("says what an engine or a size lacks, and leaves nothing open", async () => {
 		const engine = { modelName: "m", blockSize: 5, chunkSize: CHUNK };
 		await expect(createConnector(native, engine)).rejects.toThrow(/blocks? of 5/);

@@ -1,10 +1,23 @@
 import { setImmediate as nextTurn } from "node:timers/promises";
-import { checkAttached, checkInteger, checkText, checkTokenIds, invalid } from "../arguments.js";
+import {
+	checkAttached,
+	checkInteger,
+	checkOptions,
+	checkText,
+	checkTokenIds,
+	checkVia,
+	invalid,
+} from "../arguments.js";
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
 import type { KvEvents } from "../events.js";
 import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
-import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
+import {
+	PARALLELISM_OPTIONS,
+	type ParallelismOptions,
+	type ParallelStrategy,
+	strategyOf,
+} from "../parallel.js";
 import type { Server } from "../server.js";
 import { saltOf } from "../tracker.js";
 import { waitFor } from "../waiting.js";
@@ -49,6 +62,15 @@ export type CacheAdapterOptions = ParallelismOptions & {
 	 */
 	readonly verify?: "always" | "never" | undefined;
 };
+
+const OPTIONS = {
+	...PARALLELISM_OPTIONS,
+	via: true,
+	modelName: true,
+	timeoutMs: true,
+	saveTimeoutMs: true,
+	verify: true,
+} satisfies Record<keyof CacheAdapterOptions, true>;
 
 /** A {@link SchedulerAdapter} of {@link createSchedulerAdapter}. */
 export interface CacheSchedulerAdapter extends SchedulerAdapter {
@@ -110,7 +132,7 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 	#asking = false;
 
 	constructor(options: CacheAdapterOptions) {
-		const { strategy, place, timeoutMs } = read(options);
+		const { strategy, place, timeoutMs } = read("createSchedulerAdapter", options);
 		this.#via = options.via;
 		this.chunkSize = options.via.chunkSize;
 		this.#native = options.via.openScheduler(place(strategy));
@@ -275,7 +297,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	#failure: KvferryError | undefined;
 
 	constructor(options: CacheAdapterOptions) {
-		const { strategy, place, timeoutMs, saveTimeoutMs, verify } = read(options);
+		const { strategy, place, timeoutMs, saveTimeoutMs, verify } = read(
+			"createWorkerAdapter",
+			options,
+		);
 		this.#options = options;
 		this.#verify = verify;
 		this.#place = place(strategy);
@@ -592,7 +617,9 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	}
 }
 
-function read(options: CacheAdapterOptions) {
+function read(of: string, options: CacheAdapterOptions) {
+	checkOptions(of, options, OPTIONS);
+	checkVia(options.via);
 	const { modelName, timeoutMs, mqTimeout } = options as typeof options & { mqTimeout?: number };
 	checkText("modelName", modelName);
 	if (modelName === "") {

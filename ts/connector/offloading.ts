@@ -1,4 +1,4 @@
-import { checkText, invalid } from "../arguments.js";
+import { checkOptions, checkText, invalid } from "../arguments.js";
 import { Client } from "../client.js";
 import type { ResolvedOffloading } from "../config.js";
 import { ParallelStrategy } from "../parallel.js";
@@ -17,7 +17,10 @@ export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" |
 	readonly workers?: readonly ParallelStrategy[] | undefined;
 	/** Any worker's strategy, for a process with none of its own. Default: that of the first worker. */
 	readonly parallelStrategy?: ParallelStrategy | undefined;
-	/** Tokens of a chunk: of a cache in this process, or of a server that is not there yet. Default 256. */
+	/**
+	 * Tokens of a chunk: of a cache in this process, or of a server, which must have been started with as many
+	 * (`kvferry serve --chunk-size`). Default 256; a server's own where it is there already.
+	 */
 	readonly chunkSize?: number | undefined;
 	/** See {@link CacheAdapterOptions}. Default 5,000. */
 	readonly timeoutMs?: number | undefined;
@@ -28,6 +31,24 @@ export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" |
 	/** Ends the wait for a server. */
 	readonly signal?: AbortSignal | undefined;
 }
+
+const OPTIONS = {
+	modelName: true,
+	blockSize: true,
+	workers: true,
+	parallelStrategy: true,
+	chunkSize: true,
+	timeoutMs: true,
+	token: true,
+	tokenFile: true,
+	signal: true,
+	numBlocks: true,
+	relocationWindow: true,
+	planner: true,
+	saveDecodeCache: true,
+	loadAsync: true,
+	onWarning: true,
+} satisfies Record<keyof PagedEngine, true>;
 
 /** The connectors of one process, and the cache that they share. */
 export class KvConnectors implements AsyncDisposable {
@@ -49,7 +70,17 @@ export class KvConnectors implements AsyncDisposable {
 		}
 		this.via = via;
 		const adapter = createSchedulerAdapter({ via, modelName, timeoutMs, parallelStrategy });
-		this.scheduler = new SchedulerConnector({ ...engine, adapter });
+		const { blockSize, numBlocks, relocationWindow, planner, saveDecodeCache, loadAsync } = engine;
+		this.scheduler = new SchedulerConnector({
+			adapter,
+			blockSize,
+			numBlocks,
+			relocationWindow,
+			planner,
+			saveDecodeCache,
+			loadAsync,
+			onWarning,
+		});
 		this.workers = workers.map((parallelStrategy) => {
 			const options = { via, modelName, timeoutMs, parallelStrategy };
 			const adapter = createWorkerAdapter(options);
@@ -76,6 +107,7 @@ export async function connectToServer(
 	{ serverAddress, kvTransferConfig }: ResolvedOffloading,
 	engine: PagedEngine,
 ): Promise<KvConnectors> {
+	checkOptions("createConnector", engine, OPTIONS);
 	const { chunkSize, signal, onWarning, token } = engine;
 	const { "kvferry.token_file": configured } = kvTransferConfig?.kvConnectorExtraConfig ?? {};
 	if (configured !== undefined) {
@@ -91,6 +123,13 @@ export async function connectToServer(
 		...(signal === undefined ? {} : { signal }),
 		...(onWarning === undefined ? {} : { onWarning }),
 	});
+	if (chunkSize !== undefined && via.chunkSize !== chunkSize) {
+		await via.close();
+		throw invalid(
+			`chunkSize is ${chunkSize}, and the server at ${via.url} has chunks of ${via.chunkSize} tokens: leave it out, ` +
+				`or start the server with --chunk-size ${chunkSize}`,
+		);
+	}
 	return await withVia(via, engine);
 }
 
@@ -99,6 +138,7 @@ export async function offloadHere(
 	{ kvTransferConfig }: ResolvedOffloading,
 	engine: PagedEngine,
 ): Promise<KvConnectors> {
+	checkOptions("createConnector", engine, OPTIONS);
 	const bytes = kvTransferConfig?.kvConnectorExtraConfig.cpu_bytes_to_use;
 	if (typeof bytes !== "number" || !(bytes >= 4096)) {
 		throw invalid(

@@ -1,7 +1,9 @@
 import {
+	checkHandle,
 	checkInteger,
 	checkIterable,
 	checkObject,
+	checkOptions,
 	checkText,
 	checkTokenIds,
 	invalid,
@@ -101,6 +103,17 @@ export interface SchedulerConnectorOptions {
 	readonly onWarning?: ((message: string) => void) | undefined;
 }
 
+const OPTIONS = {
+	adapter: true,
+	blockSize: true,
+	numBlocks: true,
+	relocationWindow: true,
+	planner: true,
+	saveDecodeCache: true,
+	loadAsync: true,
+	onWarning: true,
+} satisfies Record<keyof SchedulerConnectorOptions, true>;
+
 /** A request that is tracked. */
 interface Tracked {
 	readonly tracker: RequestTracker;
@@ -135,8 +148,10 @@ export class SchedulerConnector {
 	/** Requests whose tokens must not be shown to the adapter. */
 	readonly #uncached = new Set<string>();
 
-	/** @throws `INVALID_ARGUMENT` for sizes that do not fit together. */
+	/** @throws `INVALID_ARGUMENT` for sizes that do not fit together, and options that it does not know. */
 	constructor(options: SchedulerConnectorOptions) {
+		checkOptions("SchedulerConnector", options, OPTIONS);
+		checkHandle("adapter", options.adapter, "chunkSize", "give createSchedulerAdapter({ … })");
 		const { adapter, blockSize, numBlocks, relocationWindow, planner = "block" } = options;
 		if (planner !== "block" && planner !== "lmcache") {
 			throw invalid(`planner must be "block" or "lmcache"`);

@@ -1,5 +1,10 @@
-import { invalid } from "../arguments.js";
-import { type ParallelismOptions, type ParallelStrategy, strategyOf } from "../parallel.js";
+import { checkHandle, checkOptions, invalid } from "../arguments.js";
+import {
+	PARALLELISM_OPTIONS,
+	type ParallelismOptions,
+	type ParallelStrategy,
+	strategyOf,
+} from "../parallel.js";
 import type { KvCacheLayout, LayerKv, WorkerAdapter } from "./adapter.js";
 import {
 	blocksToFill,
@@ -16,6 +21,12 @@ export type WorkerConnectorOptions = ParallelismOptions & {
 	/** Gets each warning once. Default: `process.emitWarning`. */
 	readonly onWarning?: ((message: string) => void) | undefined;
 };
+
+const OPTIONS = {
+	...PARALLELISM_OPTIONS,
+	adapter: true,
+	onWarning: true,
+} satisfies Record<keyof WorkerConnectorOptions, true>;
 
 /**
  * A worker's side of KV offloading, with the methods of vLLM's connectors: it carries out what the
@@ -38,8 +49,10 @@ export class WorkerConnector implements AsyncDisposable {
 	readonly #synchronous = new Set<string>();
 	#shutdown: Promise<void> | undefined;
 
-	/** @throws `INVALID_ARGUMENT` for a strategy that contradicts itself. */
+	/** @throws `INVALID_ARGUMENT` for a strategy that contradicts itself, and options that it does not know. */
 	constructor(options: WorkerConnectorOptions) {
+		checkOptions("WorkerConnector", options, OPTIONS);
+		checkHandle("adapter", options.adapter, "registerKvCaches", "give createWorkerAdapter({ … })");
 		this.parallelStrategy = strategyOf(options);
 		this.#adapter = options.adapter;
 		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
