@@ -188,6 +188,39 @@ describe("PrefixCache in this process", () => {
 		});
 	});
 
+	it("misses and stores nothing once its server was closed, and says so", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		await cache.store(tokens(CHUNK), bytesOf);
+		await store.close();
+		const hit = await cache.lookup(tokens(CHUNK));
+		expect(hit).toMatchObject({ chunks: 0, failure: { code: "CLOSED" } });
+		expect(await cache.store(tokens(2 * CHUNK), bytesOf)).toMatchObject({
+			storedChunks: 0,
+			failure: { code: "CLOSED", message: expect.stringContaining("server was closed") },
+		});
+	});
+
+	it("opens with no option that it does not know, and with nothing but a client or a server", async () => {
+		const via = await server();
+		const options = { via, identity: "m", bytesPerChunk: BYTES };
+		const opening = (given: object) => PrefixCache.open({ ...options, ...given });
+		for (const [given, message] of [
+			[{ salt: "acme" }, 'PrefixCache.open has no option "salt": there are via, identity, '],
+			[
+				{ via: "tcp://127.0.0.1:5555" },
+				'via is "tcp://127.0.0.1:5555": give await Client.connect(',
+			],
+			[{ via: Promise.resolve(via) }, "via is a promise, await it: "],
+			[{ via: undefined }, "via is missing: "],
+		] as const) {
+			await expect(opening(given)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(message),
+			});
+		}
+	});
+
 	it("is closed after close, and its server too", async () => {
 		const store = await server();
 		const cache = await cacheOf(store);

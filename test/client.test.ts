@@ -25,6 +25,20 @@ it("a close that is aborted stops waiting and goes on", async () => {
 	await client.close();
 });
 
+it("a cache misses once its client was closed, and says so", async () => {
+	await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: 64 });
+	const client = await Client.connect({ url: `tcp://${server.address}` });
+	await using cache = await PrefixCache.open({ via: client, identity: "m", bytesPerChunk: 1000 });
+	await cache.store(prompt, bytesOf);
+	const hit = await cache.lookup(prompt);
+	await client.close();
+	const failure = { code: "CLOSED", message: expect.stringContaining(client.url) };
+	expect(await cache.lookup(prompt)).toMatchObject({ chunks: 0, failure });
+	expect(await cache.store(prompt, bytesOf)).toMatchObject({ storedChunks: 0, failure });
+	expect(await hit.load()).toEqual([]);
+	expect(hit.failure?.code).toBe("CLOSED");
+});
+
 /** A port where nobody listens. */
 async function freePort(): Promise<number> {
 	const server = createServer().listen(0, "127.0.0.1");

@@ -1,4 +1,12 @@
-import { checkBytes, checkInteger, checkSalt, checkTokens, invalid } from "./arguments.js";
+import {
+	checkBytes,
+	checkInteger,
+	checkOptions,
+	checkSalt,
+	checkTokens,
+	checkVia,
+	invalid,
+} from "./arguments.js";
 import type { Client } from "./client.js";
 import { KvferryError, wrap } from "./errors.js";
 import type {
@@ -22,6 +30,14 @@ export interface PrefixCacheOptions extends WaitOptions {
 	/** Bytes that the engine keeps for one chunk, 1 to 2^40 - 2^24, and less than 4 GiB for each token. */
 	readonly bytesPerChunk: number;
 }
+
+const OPTIONS = {
+	via: true,
+	identity: true,
+	bytesPerChunk: true,
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof PrefixCacheOptions, true>;
 
 /** Options of one request. */
 export interface RequestOptions extends WaitOptions {
@@ -49,10 +65,12 @@ export interface StoreResult {
 const BYTES_PER_CHUNK_MAX = 2 ** 40 - 2 ** 24;
 
 /**
- * Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". Unsupported is
- * a server without shared memory, that came after the cache was opened.
+ * Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". Closed is the client or the
+ * server, for the cache's own end is thrown before; unsupported is a server without shared memory, that came after the
+ * cache was opened.
  */
 const FAILURES: ReadonlySet<string> = new Set([
+	"CLOSED",
 	"TIMEOUT",
 	"UNREACHABLE",
 	"PROTOCOL",
@@ -91,10 +109,12 @@ export class PrefixCache implements AsyncDisposable {
 	/** Bytes of one chunk. */
 	readonly bytesPerChunk: number;
 	readonly #native: NativePrefixCache;
+	readonly #via: Client | Server;
 	#closing: Promise<void> | undefined;
 
-	private constructor(cache: NativePrefixCache, bytesPerChunk: number) {
+	private constructor(cache: NativePrefixCache, { via, bytesPerChunk }: PrefixCacheOptions) {
 		this.#native = cache;
+		this.#via = via;
 		this.chunkSize = cache.chunkSize;
 		this.bytesPerChunk = bytesPerChunk;
 	}
@@ -106,11 +126,13 @@ export class PrefixCache implements AsyncDisposable {
 	 * client that was told to go on without one, see {@link ClientOptions.whenUnreachable}.
 	 */
 	static async open(options: PrefixCacheOptions): Promise<PrefixCache> {
+		checkOptions("PrefixCache.open", options, OPTIONS);
 		const { via, identity, bytesPerChunk } = options;
+		checkVia(via);
 		checkInteger("bytesPerChunk", bytesPerChunk, 1, BYTES_PER_CHUNK_MAX);
 		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
 		checkBytes("identity", bytes);
-		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), bytesPerChunk);
+		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), options);
 	}
 
 	/**
@@ -130,14 +152,15 @@ export class PrefixCache implements AsyncDisposable {
 		checkTokens(tokens);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
 		try {
+			this.checkVia();
 			const hit = await waitFor(
 				() => this.#native.lookup(tokens, salt, timeoutMs),
 				options.signal,
 				(late) => this.#native.release(late, timeoutMs),
 			);
-			return new PrefixHit(this.#native, hit, this.bytesPerChunk, timeoutMs);
+			return new PrefixHit(this, this.#native, hit, timeoutMs);
 		} catch (error) {
-			return new PrefixHit(this.#native, failureOf(error), this.bytesPerChunk, timeoutMs);
+			return new PrefixHit(this, this.#native, failureOf(error), timeoutMs);
 		}
 	}
 
@@ -157,6 +180,7 @@ export class PrefixCache implements AsyncDisposable {
 		checkTokens(tokens);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
 		try {
+			this.checkVia();
 			const writing = await waitFor(
 				() => this.#native.store(tokens, salt, timeoutMs),
 				options.signal,
@@ -214,6 +238,18 @@ export class PrefixCache implements AsyncDisposable {
 		return this.#native;
 	}
 
+	/**
+	 * Throws why nothing can be asked of the client or the server.
+	 *
+	 * @internal
+	 */
+	checkVia(): void {
+		const { trouble } = this.#via;
+		if (trouble !== undefined) {
+			throw trouble;
+		}
+	}
+
 	#checkOpen(): void {
 		if (this.#closing !== undefined) {
 			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
@@ -226,24 +262,24 @@ export class PrefixHit implements AsyncDisposable {
 	/** Leading chunks that are stored. */
 	readonly chunks: number;
 	#failure: KvferryError | undefined;
+	readonly #cache: PrefixCache;
 	readonly #native: NativePrefixCache;
 	readonly #hit: NativePrefixHit | undefined;
-	readonly #bytesPerChunk: number;
 	readonly #timeoutMs: number;
 	#ended = false;
 
 	/** @internal */
 	constructor(
-		cache: NativePrefixCache,
+		cache: PrefixCache,
+		native: NativePrefixCache,
 		found: NativePrefixHit | KvferryError,
-		bytesPerChunk: number,
 		timeoutMs: number,
 	) {
-		this.#native = cache;
+		this.#cache = cache;
+		this.#native = native;
 		this.#failure = found instanceof KvferryError ? found : undefined;
 		this.#hit = found instanceof KvferryError ? undefined : found;
 		this.chunks = this.#hit?.chunks ?? 0;
-		this.#bytesPerChunk = bytesPerChunk;
 		this.#timeoutMs = timeoutMs;
 	}
 
@@ -259,7 +295,7 @@ export class PrefixHit implements AsyncDisposable {
 	 * @param into Where to: an array for a chunk of just the chunk's bytes. Default: new arrays.
 	 */
 	async load(
-		into: (chunk: number) => Uint8Array = () => new Uint8Array(this.#bytesPerChunk),
+		into: (chunk: number) => Uint8Array = () => new Uint8Array(this.#cache.bytesPerChunk),
 		options: WaitOptions = {},
 	): Promise<Uint8Array[]> {
 		if (this.#ended) {
@@ -277,6 +313,7 @@ export class PrefixHit implements AsyncDisposable {
 		}
 		let reading: PrefixReading;
 		try {
+			this.#cache.checkVia();
 			reading = await waitFor(
 				() => this.#native.load(hit, timeoutMs),
 				options.signal,
@@ -290,7 +327,7 @@ export class PrefixHit implements AsyncDisposable {
 		try {
 			for (let chunk = 0; chunk < reading.chunks; chunk++) {
 				const bytes = into(chunk);
-				checkChunk(`the array for chunk ${chunk}`, bytes, this.#bytesPerChunk);
+				checkChunk(`the array for chunk ${chunk}`, bytes, this.#cache.bytesPerChunk);
 				if (!wrap(() => reading.read(chunk, bytes))) {
 					break;
 				}

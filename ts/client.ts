@@ -155,6 +155,22 @@ export class Client implements AsyncDisposable {
 	}
 
 	/**
+	 * Why nothing can be asked of the server now.
+	 *
+	 * @internal
+	 */
+	get trouble(): KvferryError | undefined {
+		if (this.#closing !== undefined) {
+			return new KvferryError(
+				"CLOSED",
+				`The client of ${this.url} was closed; connect another one.`,
+			);
+		}
+		const { failure } = this.#native;
+		return typeof failure === "string" ? fromNative(new Error(failure)) : undefined;
+	}
+
+	/**
 	 * Between which releases of LMCache the server is, by what it answers.
 	 *
 	 * @internal
@@ -303,11 +319,9 @@ export class Client implements AsyncDisposable {
 	}
 
 	#checkOpen(): void {
-		if (this.#closing !== undefined) {
-			throw new KvferryError(
-				"CLOSED",
-				`The client of ${this.url} was closed; connect another one.`,
-			);
+		const { trouble } = this;
+		if (trouble?.code === "CLOSED") {
+			throw trouble;
 		}
 	}
 }

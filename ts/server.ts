@@ -1,6 +1,6 @@
 import { stat } from "node:fs/promises";
 import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
-import { wrap } from "./errors.js";
+import { KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
 import type {
@@ -140,6 +140,7 @@ export class Server implements AsyncDisposable {
 	readonly chunkSize: number;
 	readonly #native: NativeServer;
 	#timer: NodeJS.Timeout | undefined;
+	#closed = false;
 
 	private constructor(server: NativeServer, chunkSize: number) {
 		this.#native = server;
@@ -254,6 +255,17 @@ export class Server implements AsyncDisposable {
 		return this.#native.shmName || undefined;
 	}
 
+	/**
+	 * Why nothing can be asked of it: caches on it keep its memory, and none of what it promises.
+	 *
+	 * @internal
+	 */
+	get trouble(): KvferryError | undefined {
+		return this.#closed
+			? new KvferryError("CLOSED", "The server was closed; start another one.")
+			: undefined;
+	}
+
 	/** Figures of the store, by name. */
 	status(): Status {
 		return Object.fromEntries(wrap(() => this.#native.status()));
@@ -280,6 +292,7 @@ export class Server implements AsyncDisposable {
 	 * written, for 30 seconds at most. Calling it again does nothing.
 	 */
 	async close(): Promise<void> {
+		this.#closed = true;
 		clearInterval(this.#timer);
 		await waitFor(() => this.#native.close(), undefined);
 	}
