@@ -1,5 +1,6 @@
 import { open, readFile } from "node:fs/promises";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { doctorOptions } from "../../ts/cli/options.js";
 import { Client } from "../../ts/client.js";
 import {
 	LlamaPrefixCache,
@@ -255,6 +256,79 @@ describe("trouble with the cache", () => {
 	});
 });
 
+describe("a server or a client that was closed", () => {
+	it.each(["server", "client"])(
+		"is told beside the result, and nothing is claimed: a %s",
+		async (which) => {
+			const server = await Server.start({ port: 0, memory: 2 ** 27, chunkSize: CHUNK });
+			handles.push(() => server.close());
+			const client = await Client.connect({ url: `tcp://${server.address}` });
+			handles.push(() => client.close());
+			const via = which === "server" ? server : client;
+			const { context, cache } = await newCache(via, { sequences: 2 });
+			const sequence = context.getSequence();
+			const prompt = engine.tokens.slice(0, 70);
+			await complete(sequence, prompt, 1);
+			expect(await cache.save(sequence)).toMatchObject({ storedTokens: 64 });
+			await via.close();
+			const failure = { code: "CLOSED", message: expect.stringContaining(which) };
+			expect(await cache.save(sequence)).toMatchObject({ storedTokens: 0, bytes: 0, failure });
+			const other = context.getSequence();
+			expect(await cache.restore(other, prompt)).toMatchObject({ ...hit(0), failure });
+			const system = "The ferry costs forty crowns, a bicycle ten, and dogs are free of charge.";
+			const session = engine.createSession(other, system);
+			const question = "What does a bicycle cost?";
+			const { response, saved } = await cache.prompt(session, question, { maxTokens: 4 });
+			expect(response).not.toBe("");
+			expect(saved).toMatchObject({ storedTokens: 0, failure });
+			session.dispose();
+		},
+	);
+
+	it("has what a sequence holds stored again by the next, once it is back", async () => {
+		await using first = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: first.url });
+		handles.push(() => client.close());
+		const { context, cache } = await newCache(client);
+		const sequence = context.getSequence();
+		await complete(sequence, engine.tokens.slice(0, 70), 1);
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 64 });
+		await first.kill();
+		await expect.poll(() => client.connected).toBe(false);
+		const lost = await cache.save(sequence);
+		expect(lost).toMatchObject({ storedTokens: 0, failure: { code: "UNREACHABLE" } });
+		const flags = ["--port", first.port, "--chunk-size", String(CHUNK)];
+		await using _second = await ServerProcess.start(...flags);
+		await expect.poll(() => client.connected, { timeout: 20_000 }).toBe(true);
+		const again = await cache.save(sequence);
+		expect(again.storedTokens).toBe(64);
+		expect(again.bytes).toBeGreaterThan(0);
+	});
+});
+
+describe("a prompt shorter than a chunk", () => {
+	it("is neither loaded nor stored, and that is no trouble", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const sequence = context.getSequence();
+		const prompt = engine.tokens.slice(0, CHUNK - 2);
+		expect(await cache.restore(sequence, prompt)).toMatchObject({ hitTokens: 0 });
+		await complete(sequence, prompt, 1);
+		const { storedTokens, failure } = await cache.save(sequence);
+		expect([storedTokens, failure]).toEqual([0, undefined]);
+	});
+});
+
+describe("the identity", () => {
+	it("is the text that kvferry doctor takes", async () => {
+		const via = await newServer();
+		await store(via, engine.tokens.slice(0, 40));
+		const { cache } = await newCache(via);
+		const { events } = await via.events();
+		const { prompt } = doctorOptions(["--tokens", "f", "--identity", cache.identity]);
+		expect(events.map(({ modelName }) => modelName)).toEqual([prompt?.modelName]);
+	});
+});
+
 describe("a server that dies", () => {
 	/** A cache at a server of its own that holds the state of two chunks, and a sequence to use it. */
 	async function stored() {
@@ -346,6 +420,18 @@ describe("misuse", () => {
 		await expect(cache.restore(sequence, prompt, { signal: AbortSignal.abort() })).rejects.toEqual(
 			code("ABORTED"),
 		);
+		const missing: [Promise<unknown>, RegExp][] = [
+			[cache.prompt(undefined as never, "Hello"), /^session is missing: give a LlamaChatSession/],
+			[cache.prompt({ sequence } as never, 7 as never), /^text is 7: give the user's message/],
+			[cache.restore(undefined as never, [1]), /^sequence is missing: give context.getSequence/],
+			[cache.restore(sequence, undefined as never), /^tokens is missing: give an array/],
+		];
+		for (const [call, message] of missing) {
+			await expect(call).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(message),
+			});
+		}
 		await sequence.dispose();
 		await expect(cache.save(sequence)).rejects.toEqual(code("INVALID_ARGUMENT"));
 		await cache.close();
@@ -362,6 +448,25 @@ describe("misuse", () => {
 		await complete(sequence, engine.tokens.slice(0, 4), 1);
 		await expect(openCache(context, via, { sequence })).rejects.toEqual(refused);
 		await sequence.clearHistory();
+		for (const [given, message] of [
+			[
+				{ modelpath: "m" },
+				'LlamaPrefixCache.open has no option "modelpath": did you mean modelPath?',
+			],
+			[
+				{ via: "tcp://127.0.0.1:5555" },
+				'via is "tcp://127.0.0.1:5555": give await Client.connect(',
+			],
+			[{ via: Promise.resolve(via) }, "via is a promise, await it: "],
+			[{ via: undefined }, "via is missing: "],
+			[{ context: undefined }, "context is missing: give await model.createContext()"],
+			[{ context: newContext() }, "context is a promise, await it: "],
+		] as const) {
+			await expect(openCache(context, via, given as object)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(message),
+			});
+		}
 		const cache = await openCache(context, via, { sequence });
 		expect(sequence.nextTokenIndex).toBe(0);
 		expect(await cache.restore(sequence, engine.tokens.slice(0, 40))).toMatchObject(hit(0));

@@ -2,6 +2,7 @@
 
 import { setImmediate } from "node:timers/promises";
 import { afterEach, describe, expect, it } from "vitest";
+import { doctorOptions } from "../../ts/cli/options.js";
 import { Client } from "../../ts/client.js";
 import {
 	type EngineTensor,
@@ -316,6 +317,39 @@ describe("trouble with the cache", () => {
 	});
 });
 
+describe("a server or a client that was closed", () => {
+	it.each(["server", "client"])(
+		"is told beside the result, and nothing is claimed: a %s",
+		async (which) => {
+			const server = await Server.start({ port: 0, memory: 2 ** 27, chunkSize: CHUNK });
+			handles.push(() => server.close());
+			const client = await Client.connect({ url: `tcp://${server.address}` });
+			handles.push(() => client.close());
+			const via = which === "server" ? server : client;
+			const cache = await openCache(via);
+			const present = presentOf(session, LAYOUT, 70);
+			expect(await cache.save(tokens(70), present)).toMatchObject({ storedTokens: 64 });
+			await via.close();
+			const failure = { code: "CLOSED", message: expect.stringContaining(which) };
+			expect(await cache.load(tokens(70))).toMatchObject({ hitTokens: 0, failure });
+			expect(await cache.save(tokens(70), present)).toMatchObject({ storedTokens: 0, failure });
+		},
+	);
+});
+
+describe("the identity", () => {
+	it("is the text that kvferry doctor takes", async () => {
+		const via = await newServer();
+		const cache = await openCache(via);
+		await cache.save(tokens(40), presentOf(session, LAYOUT, 40));
+		const { events } = await via.events();
+		const { prompt } = doctorOptions(["--tokens", "f", "--identity", cache.identity]);
+		expect(events.map(({ modelName }) => modelName)).toEqual([prompt?.modelName]);
+		expect((await openCache(via)).identity).toBe(cache.identity);
+		expect((await openCache(via, { modelId: "another" })).identity).not.toBe(cache.identity);
+	});
+});
+
 describe("misuse", () => {
 	it("is thrown, with what to do", async () => {
 		const via = await newServer();
@@ -324,6 +358,9 @@ describe("misuse", () => {
 		await expect(cache.load([1, 0.5])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([1n, -1n])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([2 ** 31])).rejects.toEqual(code("INVALID_TOKEN"));
+		await expect(cache.load("a text" as never)).rejects.toThrow(
+			/^tokens is "a text": give an array/,
+		);
 		await expect(cache.load(tokens(70), { timeoutMs: 0 })).rejects.toEqual(
 			code("INVALID_ARGUMENT"),
 		);
@@ -346,6 +383,23 @@ describe("misuse", () => {
 	it("of an open is told", async () => {
 		const via = await newServer();
 		const refused = code("INVALID_ARGUMENT");
+		for (const [given, message] of [
+			[
+				{ modelpath: "m" },
+				'OnnxPrefixCache.open has no option "modelpath": did you mean modelPath?',
+			],
+			[
+				{ via: "tcp://127.0.0.1:5555" },
+				'via is "tcp://127.0.0.1:5555": give await Client.connect(',
+			],
+			[{ via: Promise.resolve(via) }, "via is a promise, await it: "],
+			[{ via: undefined }, "via is missing: "],
+		] as const) {
+			await expect(openCache(via, given as object)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(message),
+			});
+		}
 		await expect(openCache(via, { session: undefined })).rejects.toEqual(refused);
 		await expect(openCache(via, { Tensor: {} as typeof FakeTensor })).rejects.toEqual(refused);
 		await expect(openCache(via, { cacheSalt: "\ud800" })).rejects.toEqual(code("INVALID_SALT"));

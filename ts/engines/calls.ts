@@ -1,4 +1,4 @@
-import { checkSalt } from "../arguments.js";
+import { checkSalt, invalid, shown } from "../arguments.js";
 import type { RequestOptions } from "../cache.js";
 import { type ErrorCode, fromNative, KvferryError } from "../errors.js";
 import { timeoutOf } from "../waiting.js";
@@ -48,13 +48,15 @@ export class Calls {
 	}
 }
 
-/** What the caller did wrong is thrown; all else is trouble that a result tells. */
+/**
+ * What the caller did wrong is thrown; all else is trouble that a result tells. So is a client or a server that was closed:
+ * what the engine computes needs neither. The cache's own end is thrown before, by {@link Calls.begin}.
+ */
 const MISUSE: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
 	"INVALID_ARGUMENT",
 	"INVALID_TOKEN",
 	"INVALID_SALT",
 	"ABORTED",
-	"CLOSED",
 ]);
 
 /** The trouble that `error` is; misuse is thrown on. */
@@ -70,6 +72,11 @@ export function troubleOf(error: unknown): KvferryError {
 export function toTokenIds(
 	tokens: readonly number[] | readonly bigint[] | Uint32Array | BigInt64Array,
 ): Uint32Array {
+	if (!Array.isArray(tokens) && !(ArrayBuffer.isView(tokens) && "length" in tokens)) {
+		throw invalid(
+			`tokens is ${shown(tokens)}: give an array of token ids, or a typed array of them`,
+		);
+	}
 	// A loop: Uint32Array.from with a function takes half as long again.
 	const ids = new Uint32Array(tokens.length);
 	for (let i = 0; i < ids.length; i++) {

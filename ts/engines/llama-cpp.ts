@@ -6,7 +6,7 @@
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { checkSalt, invalid } from "../arguments.js";
+import { checkHandle, checkOptions, checkSalt, checkVia, invalid, shown } from "../arguments.js";
 import { PrefixCache, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
 import { type ErrorCode, ErrorCodes, KvferryError, wrap } from "../errors.js";
@@ -54,9 +54,24 @@ export interface LlamaPrefixCacheOptions extends IdentityOptions, RequestOptions
 	readonly sequence?: EngineSequence | undefined;
 }
 
+const OPTIONS = {
+	context: true,
+	via: true,
+	sequence: true,
+	modelSha256: true,
+	modelPath: true,
+	lora: true,
+	cacheSalt: true,
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof LlamaPrefixCacheOptions, true>;
+
 /** What {@link LlamaPrefixCache.restore} did. */
 export interface RestoreResult {
-	/** Leading tokens that were loaded from the cache; 0 when it had no more than the sequence itself. */
+	/**
+	 * Leading tokens that were loaded from the cache, in whole chunks of {@link LlamaPrefixCache.chunkSize}: always 0 for a
+	 * prompt that is no longer than one, and 0 when the cache had no more than the sequence itself.
+	 */
 	readonly hitTokens: number;
 	/** Leading tokens that the sequence holds now; the others are to be evaluated. */
 	readonly readyTokens: number;
@@ -72,7 +87,10 @@ export interface RestoreResult {
 
 /** What {@link LlamaPrefixCache.save} did. */
 export interface SaveResult {
-	/** Leading tokens that the cache holds now, in whole chunks. */
+	/**
+	 * Leading tokens that the cache holds, by its latest answer, in whole chunks of {@link LlamaPrefixCache.chunkSize}: always
+	 * 0 for what is shorter than one, and 0 with a failure.
+	 */
 	readonly storedTokens: number;
 	/** Bytes that went to the cache; 0 when it had them already. */
 	readonly bytes: number;
@@ -111,14 +129,25 @@ export interface PromptResult {
 export class LlamaPrefixCache implements AsyncDisposable {
 	/** Tokens of one chunk: what is loaded and stored is a multiple of it. */
 	readonly chunkSize: number;
+	/**
+	 * Everything that the state depends on besides tokens and salt. Caches share what is stored where this is the same text;
+	 * `npx kvferry doctor --identity TEXT --tokens FILE` tells why a prompt of it misses.
+	 */
+	readonly identity: string;
 	readonly #context: EngineContext;
 	readonly #prefix: PrefixCache;
 	readonly #state: LlamaState;
 	readonly #calls: Calls;
 	readonly #provenance = new Provenance();
 
-	private constructor(options: LlamaPrefixCacheOptions, prefix: PrefixCache, state: LlamaState) {
+	private constructor(
+		options: LlamaPrefixCacheOptions,
+		identity: string,
+		prefix: PrefixCache,
+		state: LlamaState,
+	) {
 		this.chunkSize = prefix.chunkSize;
+		this.identity = identity;
 		this.#context = options.context;
 		this.#prefix = prefix;
 		this.#state = state;
@@ -135,22 +164,26 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	 * `TIMEOUT` when a server does not answer.
 	 */
 	static async open(options: LlamaPrefixCacheOptions): Promise<LlamaPrefixCache> {
+		checkOptions("LlamaPrefixCache.open", options, OPTIONS);
 		const { context, via, cacheSalt, timeoutMs, signal } = options;
+		checkVia(via);
+		checkHandle("context", context, "getSequence", "give await model.createContext()");
 		checkSalt(cacheSalt);
 		timeoutOf(options);
 		checkModel(context.model);
 		const engine = await identityOf(context, options);
 		const sample = await sampleState(context, options.sequence);
 		const { descriptor, streams } = wrap(() => native().llamaShape(sample));
+		const identity = `llama.cpp ${engine} ${Buffer.from(descriptor).toString("base64")}`;
 		const prefix = await PrefixCache.open({
 			via,
-			identity: `llama.cpp ${engine} ${Buffer.from(descriptor).toString("base64")}`,
+			identity,
 			bytesPerChunk: wrap(() => native().llamaPayloadBytes(descriptor, via.chunkSize)),
 			timeoutMs,
 			signal,
 		});
 		const state = wrap(() => new (native().LlamaState)(prefix.native, descriptor, streams));
-		return new LlamaPrefixCache(options, prefix, state);
+		return new LlamaPrefixCache(options, identity, prefix, state);
 	}
 
 	/**
@@ -197,6 +230,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		}
 		let file: LlamaStateFile | undefined;
 		try {
+			this.#prefix.checkVia();
 			file = await waitFor(
 				() => this.#state.restore(ids.subarray(0, usable), local, call.salt, call.timeoutMs),
 				call.signal,
@@ -236,11 +270,15 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	async #save(sequence: EngineSequence, call: Call): Promise<Stored> {
 		const { sound, cached } = this.#provenance.look(sequence, call.salt);
 		const count = this.#wholeChunks(sound);
-		if (count <= cached) {
-			return { storedTokens: cached, bytes: 0, refusedTokens: 0 };
+		if (count === 0) {
+			return UNSAVED;
 		}
 		let file: LlamaStateFile | undefined;
 		try {
+			this.#prefix.checkVia(); // a cache that is gone holds nothing, whatever it took before
+			if (count <= cached) {
+				return { ...UNSAVED, storedTokens: this.#wholeChunks(cached) };
+			}
 			const ids = Uint32Array.from(sequence.contextTokens.slice(0, count));
 			const written = wrap(() => this.#state.createFile());
 			file = written;
@@ -255,7 +293,9 @@ export class LlamaPrefixCache implements AsyncDisposable {
 			this.#provenance.markCached(sequence, call.salt, storedTokens);
 			return { storedTokens, bytes, refusedTokens };
 		} catch (error) {
-			return { storedTokens: cached, bytes: 0, refusedTokens: 0, failure: troubleOf(error) };
+			const failure = troubleOf(error);
+			this.#provenance.markCached(sequence, call.salt, 0); // the next save asks again
+			return { ...UNSAVED, failure };
 		} finally {
 			file?.release();
 		}
@@ -276,6 +316,11 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		text: string,
 		options?: Parameters<Session["prompt"]>[1] & Omit<RequestOptions, "signal">,
 	): Promise<PromptResult> {
+		const remedy = "give a LlamaChatSession on a sequence of the cache's context";
+		checkHandle("session", session, "sequence", remedy);
+		if (typeof text !== "string") {
+			throw invalid(`text is ${shown(text)}: give the user's message, a string`);
+		}
 		const { cacheSalt, timeoutMs, ...promptOptions }: PromptOptions = options ?? {};
 		const request = { cacheSalt, timeoutMs };
 		const { sequence } = session;
@@ -301,6 +346,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 
 	#begin(sequence: EngineSequence, options: RequestOptions): Call {
 		const call = this.#calls.begin(options);
+		checkHandle("sequence", sequence, "contextTokens", "give context.getSequence()");
 		if (sequence.disposed) {
 			throw invalid("the sequence was disposed: get another one");
 		}
@@ -320,6 +366,7 @@ type Stored = Pick<SaveResult, "storedTokens" | "bytes" | "refusedTokens" | "fai
 type PromptOptions = RequestOptions & Parameters<typeof promptTokens>[2];
 
 const NOTHING: Loaded = { hitTokens: 0, bytes: 0, lookupMs: 0 };
+const UNSAVED: Stored = { storedTokens: 0, bytes: 0, refusedTokens: 0 };
 
 /** The sequence is empty after a load that failed. */
 async function load(sequence: EngineSequence, file: LlamaStateFile): Promise<void> {

@@ -4,7 +4,14 @@
  * @packageDocumentation
  */
 import { setImmediate } from "node:timers/promises";
-import { checkInteger, checkObject, checkSalt, invalid } from "../arguments.js";
+import {
+	checkInteger,
+	checkObject,
+	checkOptions,
+	checkSalt,
+	checkVia,
+	invalid,
+} from "../arguments.js";
 import { PrefixCache, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
 import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
@@ -66,6 +73,21 @@ export interface OnnxPrefixCacheOptions<T extends EngineTensor = EngineTensor>
 	readonly layout?: OnnxLayout | undefined;
 }
 
+const OPTIONS = {
+	session: true,
+	model: true,
+	Tensor: true,
+	DynamicCache: true,
+	via: true,
+	layout: true,
+	modelPath: true,
+	modelId: true,
+	engine: true,
+	cacheSalt: true,
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof OnnxPrefixCacheOptions, true>;
+
 /** Options of one {@link OnnxPrefixCache.load}. */
 export interface LoadOptions extends RequestOptions {
 	/**
@@ -76,7 +98,10 @@ export interface LoadOptions extends RequestOptions {
 
 /** What {@link OnnxPrefixCache.load} found. */
 export interface LoadResult<T extends EngineTensor = EngineTensor> {
-	/** Leading tokens whose KV was loaded; the others are to be evaluated. */
+	/**
+	 * Leading tokens whose KV was loaded, in whole chunks of {@link OnnxPrefixCache.chunkSize}: always 0 for a prompt that is
+	 * no longer than one. The others are to be evaluated.
+	 */
 	readonly hitTokens: number;
 	/**
 	 * `past_key_values.*` of these tokens (of none when nothing was loaded), to be fed with the other tokens. They
@@ -95,7 +120,10 @@ export interface LoadResult<T extends EngineTensor = EngineTensor> {
 
 /** What {@link OnnxPrefixCache.save} did. */
 export interface SaveResult {
-	/** Leading tokens that the cache holds now, in whole chunks. */
+	/**
+	 * Leading tokens that the cache holds now, in whole chunks of {@link OnnxPrefixCache.chunkSize}: always 0 for what is
+	 * shorter than one, and 0 with a failure.
+	 */
 	readonly storedTokens: number;
 	/** Bytes that went to the cache; 0 when it had them already. */
 	readonly bytes: number;
@@ -143,6 +171,11 @@ export interface GenerateOptions extends Omit<RequestOptions, "signal"> {
 export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements AsyncDisposable {
 	/** Tokens of one chunk: what is loaded and stored is a multiple of it. */
 	readonly chunkSize: number;
+	/**
+	 * Everything that the KV depends on besides tokens and salt. Caches share what is stored where this is the same text;
+	 * `npx kvferry doctor --identity TEXT --tokens FILE` tells why a prompt of it misses.
+	 */
+	readonly identity: string;
 	readonly #options: OnnxPrefixCacheOptions<T>;
 	readonly #layout: KvLayout;
 	readonly #prefix: PrefixCache;
@@ -152,10 +185,12 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	private constructor(
 		options: OnnxPrefixCacheOptions<T>,
 		layout: KvLayout,
+		identity: string,
 		prefix: PrefixCache,
 		tensors: KvTensors,
 	) {
 		this.chunkSize = prefix.chunkSize;
+		this.identity = identity;
 		this.#options = options;
 		this.#layout = layout;
 		this.#prefix = prefix;
@@ -175,7 +210,9 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	static async open<T extends EngineTensor>(
 		options: OnnxPrefixCacheOptions<T>,
 	): Promise<OnnxPrefixCache<T>> {
+		checkOptions("OnnxPrefixCache.open", options, OPTIONS);
 		const { via, cacheSalt, timeoutMs, signal, Tensor } = options;
+		checkVia(via);
 		checkSalt(cacheSalt);
 		timeoutOf(options);
 		if (typeof Tensor !== "function") {
@@ -186,18 +223,18 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		const session = sessionOf(options);
 		const layout = layoutOf(session, options.layout);
 		const { names, kvHeads, headSize, dtype } = layout;
-		const identity = await identityOf(session, layout, options);
+		const identity = `onnx ${await identityOf(session, layout, options)}`;
 		const tensors = wrap(
 			() => new (native().KvTensors)(names.length, kvHeads, headSize, dtype, via.chunkSize),
 		);
 		const prefix = await PrefixCache.open({
 			via,
-			identity: `onnx ${identity}`,
+			identity,
 			bytesPerChunk: wrap(() => tensors.payloadBytes),
 			timeoutMs,
 			signal,
 		});
-		return new OnnxPrefixCache(options, layout, prefix, tensors);
+		return new OnnxPrefixCache(options, layout, identity, prefix, tensors);
 	}
 
 	/**
@@ -236,6 +273,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		const { signal, timeoutMs } = call;
 		const cache = this.#prefix.native;
 		try {
+			this.#prefix.checkVia();
 			const hit = await waitFor(
 				() => cache.lookup(ids, call.salt, timeoutMs),
 				signal,
@@ -334,6 +372,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		const { signal, timeoutMs } = call;
 		const cache = this.#prefix.native;
 		try {
+			this.#prefix.checkVia();
 			const writing = await waitFor(
 				() => cache.store(ids.subarray(0, count), call.salt, timeoutMs),
 				signal,
