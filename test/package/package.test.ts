@@ -1,7 +1,15 @@
 // The tarballs as a user gets them: installed offline into an empty project, with no Rust in sight.
 
 import { execFileSync, spawnSync } from "node:child_process";
-import { accessSync, constants, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+	accessSync,
+	constants,
+	existsSync,
+	mkdtempSync,
+	readFileSync,
+	rmSync,
+	writeFileSync,
+} from "node:fs";
 import { homedir, tmpdir } from "node:os";
 import { delimiter, dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -38,7 +46,7 @@ describe("the tarballs", () => {
 	it("hold what is meant to ship, and nothing else", () => {
 		const [main = "", platform = ""] = tarballs;
 		const allowed =
-			/^package\/(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/[\w./-]+\.(js|cjs|d\.ts|d\.cts))$/;
+			/^package\/(package\.json|[A-Z]+\.md|LICENSE|docs\/[\w-]+\.md|deploy\/[\w.-]+|dist\/[\w./-]+\.(js|cjs|d\.ts|d\.cts))$/;
 		const files = list(main);
 		expect(files.filter((file) => !allowed.test(file))).toEqual([]);
 		for (const entry of ["index", "engines/llama-cpp", "engines/onnx"]) {
@@ -52,6 +60,15 @@ describe("the tarballs", () => {
 			`package/kvferry.${PLATFORM}.node`,
 			"package/package.json",
 		]);
+	});
+
+	it("hold what the README links to", () => {
+		const links = [...read("node_modules/kvferry/README.md").matchAll(/\]\((?!https?:)([^)#]+)/g)];
+		expect(links.length).toBeGreaterThan(5);
+		const lost = links.filter(
+			([, path = ""]) => !existsSync(join(project, "node_modules/kvferry", path)),
+		);
+		expect(lost.map(([, path]) => path)).toEqual([]);
 	});
 
 	it("ship no deliberate defect, which the simulator's build has", () => {
