@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
-import { storeWhole } from "../../ts/cli/bench.js";
+import { noRoom, storeWhole } from "../../ts/cli/bench.js";
 import { Client, PrefixCache, Server } from "../../ts/index.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
@@ -125,6 +125,18 @@ describe("a prompt of the benchmark", () => {
 		await using server = await embedded();
 		await using cache = await PrefixCache.open({ via: server, ...identity });
 		expect(await storeWhole(cache, tokens(0, 6), () => content, { timeoutMs: 20 })).toBe(2);
+	});
+
+	it.each([
+		["the memory is growing", 2 ** 26, 0, "TIMEOUT", /^1 of 16 .* 9 ms; .* 64 MiB of 528 MiB yet/],
+		["it is full", 528 * 2 ** 20, 0, "TIMEOUT", /; all 528 MiB are used, or held by others/],
+		["shared memory ran out", 2 ** 26, 1, "POOL_TOO_LARGE", /has 64 MiB of 528 MiB.*\/dev\/shm/],
+	])("is given up with the reason: %s", (_, reserved, failed, code, message) => {
+		const status = { pool_bytes: 528 * 2 ** 20, reserved_bytes: reserved, growth_failed: failed };
+		expect(noRoom(1, status, 9)).toMatchObject({
+			code,
+			message: expect.stringMatching(message),
+		});
 	});
 
 	it("tells why the cache failed, which is no want of room", async () => {

@@ -209,20 +209,23 @@ export async function storeWhole(
 	}
 }
 
-function noRoom(missing: number, status: Status, timeoutMs: number): KvferryError {
-	const figure = (name: string) => size(Number(status[name]));
+/** Why chunks had no room, by the server's figures. */
+export function noRoom(missing: number, status: Status, timeoutMs: number): KvferryError {
+	const [reserved, pool] = [Number(status.reserved_bytes), Number(status.pool_bytes)];
+	const has = `${size(reserved)} of ${size(pool)}`;
 	if (Number(status.growth_failed) > 0) {
 		return new KvferryError(
 			"POOL_TOO_LARGE",
-			`shared memory ran out at ${figure("reserved_bytes")} of the server's ${figure("pool_bytes")}: enlarge ` +
-				"/dev/shm (in a container: --shm-size)",
+			`the server's memory has ${has}, and shared memory ran out: enlarge /dev/shm (in a container: --shm-size)`,
 		);
 	}
+	const why =
+		reserved < pool
+			? `its memory grows while it is filled, and has only ${has} yet, as on a busy machine: give a longer --timeout-ms`
+			: `all ${size(pool)} are used, or held by others: give less --size, or a longer --timeout-ms`;
 	return new KvferryError(
 		"TIMEOUT",
-		`${missing} of ${PROMPT} chunks had no room at the server within ${timeoutMs} ms, with ` +
-			`${figure("used_bytes")} of its ${figure("pool_bytes")} used: others fill it, or the machine is busy; give a ` +
-			"longer --timeout-ms, or less --size",
+		`${missing} of ${PROMPT} chunks had no room at the server within ${timeoutMs} ms; ${why}`,
 	);
 }
 
