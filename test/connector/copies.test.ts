@@ -345,8 +345,8 @@ describe("verified copies", () => {
 		});
 	}
 
-	it("are refused for what is neither", () => {
-		const via = {} as Server;
+	it("are refused for what is neither", async () => {
+		const via = await server();
 		expect(() => createWorkerAdapter({ via, modelName: "m", verify: "yes" as never })).toThrow(
 			/verify must be "always" or "never"/,
 		);
