@@ -54,7 +54,8 @@ function packStaged(
 	const stage = join(out, name);
 	mkdirSync(stage, { recursive: true });
 	writeFileSync(join(stage, "package.json"), `${JSON.stringify(published, null, 2)}\n`);
-	for (const file of files) {
+	const staged = files.filter((file) => !file.startsWith("!")); // npm leaves out of them what these say
+	for (const file of staged) {
 		cpSync(join(root, file), join(stage, file), { recursive: true });
 	}
 	run("npm", ["pack", "--silent", "--pack-destination", out], { cwd: stage });

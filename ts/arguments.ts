@@ -39,10 +39,10 @@ export function checkHandle(name: string, value: unknown, member: string, remedy
 	throw invalid(`${name} is ${isPromise ? "a promise, await it" : shown(value)}: ${remedy}`);
 }
 
-/** Checks for a `Client` or a `Server`. */
-export function checkVia(via: unknown): void {
+/** Checks for a `Client` or a `Server`, by what is asked of it. */
+export function checkVia(via: unknown, member: "openPrefixCache" | "openWorker"): void {
 	const remedy = "give await Client.connect({ url }), or await Server.start({ listen: false })";
-	checkHandle("via", via, "openPrefixCache", remedy);
+	checkHandle("via", via, member, remedy);
 }
 
 /** A value as a message can hold it, texts too; a password in an address is nobody's to read. */

@@ -128,7 +128,7 @@ export class PrefixCache implements AsyncDisposable {
 	static async open(options: PrefixCacheOptions): Promise<PrefixCache> {
 		checkOptions("PrefixCache.open", options, OPTIONS);
 		const { via, identity, bytesPerChunk } = options;
-		checkVia(via);
+		checkVia(via, "openPrefixCache");
 		checkInteger("bytesPerChunk", bytesPerChunk, 1, BYTES_PER_CHUNK_MAX);
 		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
 		checkBytes("identity", bytes);

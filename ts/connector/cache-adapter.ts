@@ -619,7 +619,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 
 function read(of: string, options: CacheAdapterOptions) {
 	checkOptions(of, options, OPTIONS);
-	checkVia(options.via);
+	checkVia(options.via, "openWorker");
 	const { modelName, timeoutMs, mqTimeout } = options as typeof options & { mqTimeout?: number };
 	checkText("modelName", modelName);
 	if (modelName === "") {

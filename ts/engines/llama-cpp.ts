@@ -166,7 +166,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	static async open(options: LlamaPrefixCacheOptions): Promise<LlamaPrefixCache> {
 		checkOptions("LlamaPrefixCache.open", options, OPTIONS);
 		const { context, via, cacheSalt, timeoutMs, signal } = options;
-		checkVia(via);
+		checkVia(via, "openPrefixCache");
 		checkHandle("context", context, "getSequence", "give await model.createContext()");
 		checkSalt(cacheSalt);
 		timeoutOf(options);

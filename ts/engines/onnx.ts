@@ -212,7 +212,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	): Promise<OnnxPrefixCache<T>> {
 		checkOptions("OnnxPrefixCache.open", options, OPTIONS);
 		const { via, cacheSalt, timeoutMs, signal, Tensor } = options;
-		checkVia(via);
+		checkVia(via, "openPrefixCache");
 		checkSalt(cacheSalt);
 		timeoutOf(options);
 		if (typeof Tensor !== "function") {
