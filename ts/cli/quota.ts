@@ -16,7 +16,7 @@ interface Quota {
 }
 
 /** The server's answer. */
-interface Quotas {
+export interface Quotas {
 	readonly memory_bytes: number;
 	readonly persistent: boolean;
 	readonly default: Quota;
@@ -53,7 +53,8 @@ async function ask(options: QuotaOptions): Promise<Quotas> {
 	return quotas as unknown as Quotas;
 }
 
-function table(quotas: Quotas): string {
+/** What `kvferry quota` prints. */
+export function table(quotas: Quotas): string {
 	const { memory_bytes: memory, unnamed } = quotas;
 	const line = (name: string, quota: Quota, held?: Held) => [
 		name,
