@@ -186,6 +186,16 @@ describe("PrefixCache in this process", () => {
 		await expect(cache.lookup(tokens(CHUNK), { timeoutMs: 0 })).rejects.toMatchObject({
 			code: "INVALID_ARGUMENT",
 		});
+		const misspelt = { cache_salt: "acme" } as object;
+		for (const [of, call] of [
+			["lookup", cache.lookup(tokens(CHUNK), misspelt)],
+			["store", cache.store(tokens(CHUNK), bytesOf, misspelt)],
+		] as const) {
+			await expect(call).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: `${of} has no option "cache_salt": did you mean cacheSalt?`,
+			});
+		}
 	});
 
 	it("misses and stores nothing once its server was closed, and says so", async () => {

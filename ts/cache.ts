@@ -39,7 +39,7 @@ const OPTIONS = {
 	timeoutMs: true,
 } satisfies Record<keyof PrefixCacheOptions, true>;
 
-/** Options of one request. */
+/** Options of one request. A name that is none is refused: a salt that is misspelt would share with everybody. */
 export interface RequestOptions extends WaitOptions {
 	/**
 	 * The tenant: what is stored with one salt is never found with another. At most 128 characters
@@ -47,6 +47,13 @@ export interface RequestOptions extends WaitOptions {
 	 */
 	readonly cacheSalt?: string | null | undefined;
 }
+
+/** The names of {@link RequestOptions}. */
+export const REQUEST_OPTIONS = {
+	cacheSalt: true,
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof RequestOptions, true>;
 
 /** What became of a {@link PrefixCache.store}. */
 export interface StoreResult {
@@ -150,6 +157,7 @@ export class PrefixCache implements AsyncDisposable {
 	async lookup(tokens: Uint32Array, options: RequestOptions = {}): Promise<PrefixHit> {
 		this.#checkOpen();
 		checkTokens(tokens);
+		checkOptions("lookup", options, REQUEST_OPTIONS);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
 		try {
 			this.checkVia();
@@ -178,6 +186,7 @@ export class PrefixCache implements AsyncDisposable {
 	): Promise<StoreResult> {
 		this.#checkOpen();
 		checkTokens(tokens);
+		checkOptions("store", options, REQUEST_OPTIONS);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
 		try {
 			this.checkVia();

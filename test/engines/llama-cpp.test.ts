@@ -420,11 +420,21 @@ describe("misuse", () => {
 		await expect(cache.restore(sequence, prompt, { signal: AbortSignal.abort() })).rejects.toEqual(
 			code("ABORTED"),
 		);
+		const misspelt = { cache_salt: "acme" } as object;
 		const missing: [Promise<unknown>, RegExp][] = [
 			[cache.prompt(undefined as never, "Hello"), /^session is missing: give a LlamaChatSession/],
 			[cache.prompt({ sequence } as never, 7 as never), /^text is 7: give the user's message/],
 			[cache.restore(undefined as never, [1]), /^sequence is missing: give context.getSequence/],
 			[cache.restore(sequence, undefined as never), /^tokens is missing: give an array/],
+			[
+				cache.restore(sequence, [1], misspelt),
+				/^restore has no option "cache_salt": did you mean cacheSalt/,
+			],
+			[cache.save(sequence, misspelt), /^save has no option "cache_salt": did you mean cacheSalt/],
+			[
+				cache.prompt({ sequence } as never, "", misspelt as never),
+				/^prompt has no option "cache_salt": did you mean cacheSalt/,
+			],
 		];
 		for (const [call, message] of missing) {
 			await expect(call).rejects.toMatchObject({

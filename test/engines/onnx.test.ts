@@ -271,6 +271,12 @@ describe("generate", () => {
 		});
 		expect(warm?.past_key_values.entries).toEqual(feedsOf(64));
 		expect(await cache.generate({ input_ids: prompt })).toMatchObject({ loaded: { hitTokens: 0 } });
+		await expect(
+			cache.generate({ input_ids: prompt, cache_salt: "tenant" } as never),
+		).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: 'generate has no option "cache_salt": did you mean cacheSalt?',
+		});
 	});
 
 	it("gives what was computed, even where it cannot be stored", async () => {
@@ -368,6 +374,16 @@ describe("misuse", () => {
 		await expect(cache.load(tokens(70), { cacheSalt: "a@b" })).rejects.toEqual(
 			code("INVALID_SALT"),
 		);
+		const misspelt = { cache_salt: "acme" } as object;
+		for (const [of, call] of [
+			["load", cache.load(tokens(70), misspelt)],
+			["save", cache.save(tokens(70), present, misspelt)],
+		] as const) {
+			await expect(call).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: `${of} has no option "cache_salt": did you mean cacheSalt?`,
+			});
+		}
 		const signal = AbortSignal.abort();
 		await expect(cache.load(tokens(70), { signal })).rejects.toEqual(code("ABORTED"));
 		await expect(cache.save(tokens(70), present, { signal })).rejects.toEqual(code("ABORTED"));

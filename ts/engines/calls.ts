@@ -1,5 +1,5 @@
-import { checkSalt, invalid, shown } from "../arguments.js";
-import type { RequestOptions } from "../cache.js";
+import { checkOptions, checkSalt, invalid, shown } from "../arguments.js";
+import { REQUEST_OPTIONS, type RequestOptions } from "../cache.js";
 import { type ErrorCode, fromNative, KvferryError } from "../errors.js";
 import { timeoutOf } from "../waiting.js";
 
@@ -20,11 +20,16 @@ export class Calls {
 		this.#defaults = { cacheSalt, timeoutMs };
 	}
 
-	/** @throws {@link KvferryError} `CLOSED`, `INVALID_SALT`, `INVALID_ARGUMENT`. */
-	begin(options: RequestOptions): Call {
+	/**
+	 * @param of The call.
+	 * @param known The names of its options.
+	 * @throws {@link KvferryError} `CLOSED`, `INVALID_SALT`, `INVALID_ARGUMENT`.
+	 */
+	begin(of: string, options: RequestOptions, known: Record<string, true> = REQUEST_OPTIONS): Call {
 		if (this.#closing !== undefined) {
 			throw new KvferryError("CLOSED", "The prefix cache was closed; open another one.");
 		}
+		checkOptions(of, options, known);
 		const { cacheSalt = this.#defaults.cacheSalt, signal } = options;
 		const { timeoutMs = this.#defaults.timeoutMs } = options;
 		return { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
@@ -45,6 +50,17 @@ export class Calls {
 	close(end: () => Promise<void>): Promise<void> {
 		this.#closing ??= Promise.allSettled(this.#running).then(end);
 		return this.#closing;
+	}
+}
+
+/** Checks an engine's own options, which it leaves alone if it does not know them: ours, written otherwise, would be, too. */
+export function checkSpelling(of: string, options: object): void {
+	for (const name of Object.keys(options)) {
+		const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
+		const meant = Object.keys(REQUEST_OPTIONS).find((known) => known.toLowerCase() === plain);
+		if (meant !== undefined && meant !== name) {
+			throw invalid(`${of} has no option ${JSON.stringify(name)}: did you mean ${meant}?`);
+		}
 	}
 }
 

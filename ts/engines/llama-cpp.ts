@@ -14,7 +14,7 @@ import { native } from "../native.js";
 import type { LlamaState, LlamaStateFile } from "../native-binding.js";
 import type { Server } from "../server.js";
 import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
-import { type Call, Calls, toTokenIds, troubleOf } from "./calls.js";
+import { type Call, Calls, checkSpelling, toTokenIds, troubleOf } from "./calls.js";
 import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
 import { Provenance } from "./llama-provenance.js";
 import type {
@@ -209,7 +209,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		options: RequestOptions = {},
 	): Promise<RestoreResult> {
 		const started = performance.now();
-		const call = this.#begin(sequence, options);
+		const call = this.#begin("restore", sequence, options);
 		const ids = toTokenIds(tokens);
 		return await this.#calls.track(async () => {
 			const loaded = await this.#restore(sequence, ids, call);
@@ -260,7 +260,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	 */
 	async save(sequence: EngineSequence, options: RequestOptions = {}): Promise<SaveResult> {
 		const started = performance.now();
-		const call = this.#begin(sequence, options);
+		const call = this.#begin("save", sequence, options);
 		return await this.#calls.track(async () => {
 			const stored = await this.#save(sequence, call);
 			return { ...stored, durationMs: performance.now() - started };
@@ -322,6 +322,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 			throw invalid(`text is ${shown(text)}: give the user's message, a string`);
 		}
 		const { cacheSalt, timeoutMs, ...promptOptions }: PromptOptions = options ?? {};
+		checkSpelling("prompt", promptOptions);
 		const request = { cacheSalt, timeoutMs };
 		const { sequence } = session;
 		const tokens = promptTokens(session, text, promptOptions);
@@ -344,8 +345,8 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		await this.close();
 	}
 
-	#begin(sequence: EngineSequence, options: RequestOptions): Call {
-		const call = this.#calls.begin(options);
+	#begin(of: string, sequence: EngineSequence, options: RequestOptions): Call {
+		const call = this.#calls.begin(of, options);
 		checkHandle("sequence", sequence, "contextTokens", "give context.getSequence()");
 		if (sequence.disposed) {
 			throw invalid("the sequence was disposed: get another one");

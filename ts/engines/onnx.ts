@@ -12,14 +12,14 @@ import {
 	checkVia,
 	invalid,
 } from "../arguments.js";
-import { PrefixCache, type RequestOptions } from "../cache.js";
+import { PrefixCache, REQUEST_OPTIONS, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
 import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
 import { native } from "../native.js";
 import type { KvTensors, PrefixReading, PrefixWriting } from "../native-binding.js";
 import type { Server } from "../server.js";
 import { throwIfAborted, timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
-import { type Call, Calls, toTokenIds, troubleOf } from "./calls.js";
+import { type Call, Calls, checkSpelling, toTokenIds, troubleOf } from "./calls.js";
 import { identityOf, type OnnxIdentityOptions } from "./onnx-identity.js";
 import {
 	bytesOf,
@@ -95,6 +95,11 @@ export interface LoadOptions extends RequestOptions {
 	 */
 	readonly beyond?: number | undefined;
 }
+
+const LOAD_OPTIONS = {
+	...REQUEST_OPTIONS,
+	beyond: true,
+} satisfies Record<keyof LoadOptions, true>;
 
 /** What {@link OnnxPrefixCache.load} found. */
 export interface LoadResult<T extends EngineTensor = EngineTensor> {
@@ -257,7 +262,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		options: LoadOptions = {},
 	): Promise<LoadResult<T>> {
 		const started = performance.now();
-		const call = this.#calls.begin(options);
+		const call = this.#calls.begin("load", options, LOAD_OPTIONS);
 		const { beyond = 0 } = options;
 		checkInteger("beyond", beyond, 0, 2 ** 31 - 1);
 		const ids = toTokenIds(tokens);
@@ -347,7 +352,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		options: RequestOptions = {},
 	): Promise<SaveResult> {
 		const started = performance.now();
-		const call = this.#calls.begin(options);
+		const call = this.#calls.begin("save", options);
 		const ids = toTokenIds(tokens);
 		checkObject("outputs", outputs);
 		const held = heldBy(outputs, this.#layout);
@@ -421,6 +426,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 			);
 		}
 		const { cacheSalt, timeoutMs, ...inputs } = options;
+		checkSpelling("generate", inputs);
 		const request = { cacheSalt, timeoutMs };
 		const { feeds, ...loaded } = await this.load(promptOf(inputs), request);
 		const { sequences, past_key_values } = await model.generate({
