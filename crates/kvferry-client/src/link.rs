@@ -109,6 +109,12 @@ impl Link {
     fn not_let_in(&self, error: ZmtpError) -> Error {
         let Address { token, .. } = &self.address;
         let at = &self.address;
+        if self.input.starts_with(b"HTTP/") {
+            let message = format!(
+                "what listens at {at} speaks HTTP: give the other address that the server printed, tcp://…"
+            );
+            return Error::new(ErrorCode::Protocol, message);
+        }
         let refusal = match (&error, token) {
             (ZmtpError::Mechanism { theirs, .. }, None) if theirs == "PLAIN" => {
                 format!(

@@ -69,14 +69,20 @@ async fn a_listener_that_says_nothing_is_given_up() {
 
 #[tokio::test]
 async fn a_listener_of_another_kind_is_told_apart() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let options = ConnectOptions::new(listener.local_addr().unwrap().to_string());
-    tokio::spawn(async move {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
-        std::future::pending::<()>().await;
-    });
-    assert_eq!(connect_error(options).await.code, ErrorCode::Protocol);
+    for (says, is_http) in
+        [(&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], true), (b"SSH-2.0-x\r\n", false)]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let options = ConnectOptions::new(listener.local_addr().unwrap().to_string());
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(says).await.unwrap();
+            std::future::pending::<()>().await;
+        });
+        let error = connect_error(options).await;
+        assert_eq!(error.code, ErrorCode::Protocol);
+        assert_eq!(error.message.contains("speaks HTTP"), is_http, "{error}");
+    }
 }
 
 #[tokio::test]
