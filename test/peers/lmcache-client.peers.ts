@@ -3,7 +3,7 @@
 import { describe, expect, it } from "vitest";
 import { Client, chunkHashes, PrefixCache } from "../../ts/index.js";
 import { ServerProcess } from "../server-process.js";
-import { LmcacheListener, lmcache } from "./programs.mjs";
+import { hasGpu, LmcacheListener, lmcache, lmcacheDriven } from "./programs.mjs";
 
 describe("lmcache bench server", () => {
 	it.each(["engine_driven", "lmcache_driven"])(
@@ -24,6 +24,27 @@ describe("lmcache bench server", () => {
 			expect(count(/warm\] RETRIEVE: retrieved \(512 tokens/g)).toBe(8);
 			// In the other mode it asks the server for checksums of the engine's memory, which ours does not serve.
 			expect(count(/CHECKSUM MATCH OK/g)).toBe(mode === "engine_driven" ? 8 : 0);
+		},
+		300_000,
+	);
+});
+
+describe("LMCache's client whose memory the server copies from and to", () => {
+	it.each([
+		{ mode: "cpu", args: ["--shape", "(2,1024,16,2,64):float16:4"] },
+		{ mode: "gpu", args: [] },
+		{ mode: "gpu", args: ["--isolated"] },
+	] as const)(
+		"gets back what it stored, and nothing else is written: $mode $args",
+		async ({ mode, args }) => {
+			if (mode === "gpu" && !(await hasGpu())) {
+				process.stdout.write("SKIPPED: LMCache's torch finds no GPU here\n");
+				return;
+			}
+			await using server = await ServerProcess.start("--memory", "4GiB", "--chunk-size", "256");
+			const told = await lmcacheDriven(server.url, mode, "--rounds", "2", ...args);
+			process.stdout.write(`${JSON.stringify(told)}\n`);
+			expect(told.chunks).toBe(8);
 		},
 		300_000,
 	);

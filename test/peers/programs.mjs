@@ -254,6 +254,29 @@ async function randomModel() {
 }
 
 /**
+ * What LMCache's own client gets back of what it stored, byte by byte, when the server copies from and to its memory:
+ * lmcache_driven.py, which fails where that is not what it stored.
+ *
+ * @param {string} url
+ * @param {"cpu" | "gpu"} mode
+ * @param {string[]} args
+ * @returns {Promise<{ chunks: number, chunk_bytes: number, store_gbps: number, load_gbps: number }>}
+ */
+export async function lmcacheDriven(url, mode, ...args) {
+	const script = fileURLToPath(new URL("lmcache_driven.py", import.meta.url));
+	const options = { env, maxBuffer: 1 << 26, timeout: START_MS };
+	const run = await promisify(execFile)(installLmcache(), [script, url, mode, ...args], options);
+	return JSON.parse(run.stdout);
+}
+
+/** Whether LMCache's torch finds a GPU. */
+export async function hasGpu() {
+	const program = "import torch; print(torch.cuda.is_available())";
+	const { stdout } = await promisify(execFile)(installLmcache(), ["-c", program], { env });
+	return stdout.trim() === "True";
+}
+
+/**
  * Runs `lmcache …` and gives what it prints; fails as it does.
  *
  * @param {string[]} args
