@@ -806,7 +806,9 @@ fn copies_wait_for_no_registration_but_that_of_their_own_step() {
         fake.await_calls(REGISTER, 3);
         assert_eq!(fake.calls(REGISTER), 3);
         // A copy that needs the step which is under way waits for that one, and asks for no other.
+        let queries = fake.calls("cuEventQuery");
         let waits = first.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        fake.await_calls("cuEventQuery", queries + 1); // the last before it looks for its step
         fake.hold_calls(None, 0);
         wait(copying.ended()).unwrap();
         wait(waits.ended()).unwrap();
