@@ -67,6 +67,8 @@ pub(crate) struct Faults {
     random: Option<Random>,
     /// Calls until the device is lost, code.
     lose: Option<(u64, u32)>,
+    /// Calls of this name wait, after so many more.
+    held: Option<(String, u64)>,
 }
 
 struct Random {
@@ -103,6 +105,18 @@ impl Faults {
             faults.lose = Some((nth, code_of(code)));
         }
         faults
+    }
+
+    /// Whether a call goes on; one that does not asks again.
+    pub(crate) fn lets_go(&mut self, name: &str) -> bool {
+        match &mut self.held {
+            Some((held, left)) if held == name => {
+                let goes = *left > 0;
+                *left = left.saturating_sub(1);
+                goes
+            }
+            _ => true,
+        }
     }
 
     /// Counts a call. The names and texts of errors are never refused.
@@ -220,6 +234,14 @@ extern "C" fn fakeCudaControlHold(held: i32) {
     PROGRESS.notify_all();
 }
 
+/// But for the next `pass`, calls of `name` wait before they do anything, counted already, until this is called again or all
+/// is reset; with a null name, none does.
+#[unsafe(no_mangle)]
+extern "C" fn fakeCudaControlHoldCalls(name: In<c_char>, pass: u64) {
+    lock().faults.held = name.text().ok().map(|name| (name, pass));
+    PROGRESS.notify_all();
+}
+
 /// While `capturing` is not 0, some thread captures a graph in the global mode.
 #[unsafe(no_mangle)]
 extern "C" fn fakeCudaControlCapture(capturing: i32) {
@@ -261,6 +283,7 @@ extern "C" fn fakeCudaControlReset() {
     let mut state = lock();
     state.violations.clear();
     state.faults = Faults::default();
+    PROGRESS.notify_all();
 }
 
 /// How often `name` was called, failed calls included; with a null name, all calls.

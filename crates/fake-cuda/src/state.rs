@@ -93,6 +93,9 @@ pub(crate) fn waiting_call(
         Ok(injected) => injected,
         Err(failure) => return state.answer(name, failure),
     };
+    while !state.faults.lets_go(name) {
+        state = PROGRESS.wait(state).unwrap_or_else(PoisonError::into_inner);
+    }
     state.releasing = is_release(name);
     if let (Some(code), false) = (injected, state.releasing) {
         return code;

@@ -85,3 +85,23 @@ fn place_of(pool: &dyn Memory, offset: u64, bytes: usize) -> Result<Option<*mut 
     }
     any.downcast_ref::<PrivateRegion>().map(|region| region.place(offset, bytes)).transpose()
 }
+
+/// Whether a pool's step is known to have pages, or needs nobody's leave to take them: mapping others could take what a
+/// server has not reserved. `false` for memory that is no region of this crate's.
+fn is_reserved(pool: &dyn Memory, step: u64) -> bool {
+    if let Some(inner) = pool.guarded() {
+        return is_reserved(&**inner, step);
+    }
+    let any: &dyn Any = pool;
+    #[cfg(target_os = "linux")]
+    if let Some(region) = any.downcast_ref::<SharedRegion>() {
+        return region.is_reserved(step);
+    }
+    // Private pages are there when they are touched.
+    any.is::<PrivateRegion>() && step < pool.bytes().div_ceil(POOL_STEP)
+}
+
+/// The memory behind a pool's guards.
+fn unguarded(pool: &Arc<dyn Memory>) -> &Arc<dyn Memory> {
+    pool.guarded().map_or(pool, unguarded)
+}

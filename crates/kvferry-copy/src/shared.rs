@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvferry_core::cache::Memory;
@@ -21,6 +21,27 @@ const DIRECTORY: &str = "/dev/shm";
 const LOCK_TRIES: u32 = 16;
 const LOCK_PAUSE: Duration = Duration::from_millis(2);
 
+/// cachestat(2), Linux 6.5: the same number everywhere.
+const CACHESTAT: libc::c_long = 451;
+
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    length: u64,
+}
+
+/// In pages.
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    under_writeback: u64,
+    /// Swapped out.
+    evicted: u64,
+    recently_evicted: u64,
+}
+
 /// A named segment of shared memory, mapped for reading and writing, mode 0600.
 ///
 /// The server that creates it holds a lock on it (`flock`), so that a segment without one is known to
@@ -32,6 +53,8 @@ pub struct SharedRegion {
     file: File,
     /// Steps whose pages this process has mapped already.
     populated: Vec<AtomicBool>,
+    /// Steps, from the first on, that this process has reserved.
+    reserved: AtomicU64,
     /// Set in the process that created the segment: removed on drop.
     owned: Option<PathBuf>,
     pins: Arc<Pins>,
@@ -136,7 +159,8 @@ impl SharedRegion {
         let _ = mapping.advise(0, length, libc::MADV_HUGEPAGE);
         let steps = bytes.div_ceil(POOL_STEP);
         let populated = (0..steps).map(|_| AtomicBool::new(false)).collect();
-        Ok(Self { mapping, file, populated, owned: None, pins: Arc::default() })
+        let reserved = AtomicU64::new(0);
+        Ok(Self { mapping, file, populated, reserved, owned: None, pins: Arc::default() })
     }
 
     /// Reserves the pages of step `step` (of [`POOL_STEP`] bytes; the last may be shorter), or says
@@ -148,7 +172,12 @@ impl SharedRegion {
         let code =
             unsafe { libc::posix_fallocate(self.file.as_raw_fd(), signed(offset), signed(bytes)) };
         match code {
-            0 => Ok(()),
+            0 => {
+                // One that is out of turn is not counted: pages before it may be nobody's.
+                let (now, order) = (step + 1, Ordering::AcqRel);
+                let _ = self.reserved.compare_exchange(step, now, order, Ordering::Relaxed);
+                Ok(())
+            }
             code => Err(Error::system(
                 format!("cannot reserve {bytes} bytes of shared memory"),
                 &io::Error::from_raw_os_error(code),
@@ -176,6 +205,32 @@ impl SharedRegion {
             done.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Whether a step's pages were reserved, by this process, or by the server's as far as the kernel tells. No page is
+    /// touched.
+    pub(crate) fn is_reserved(&self, step: u64) -> bool {
+        let populated = self.is_populated(step);
+        step < self.reserved.load(Ordering::Acquire)
+            || populated.is_some_and(|done| done.load(Ordering::Acquire))
+            || (self.owned.is_none() && self.has_pages(step).unwrap_or(false))
+    }
+
+    /// Whether all pages of a step are in memory or swapped out. An older kernel does not know the call.
+    fn has_pages(&self, step: u64) -> io::Result<bool> {
+        let (offset, length) = self.step(step).map_err(io::Error::other)?;
+        let (range, mut told) = (CachestatRange { offset, length }, Cachestat::default());
+        let (file, flags) = (self.file.as_raw_fd(), 0 as libc::c_uint);
+        // SAFETY: reads the range, and writes the numbers of the kernel's structure; it touches no memory of the file.
+        let code =
+            unsafe { libc::syscall(CACHESTAT, file, &raw const range, &raw mut told, flags) };
+        if code != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a call that only answers.
+        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) });
+        let page = page.map_err(io::Error::other)?.max(1);
+        Ok(told.cached + told.evicted >= length.div_ceil(page))
     }
 
     fn is_populated(&self, step: u64) -> Option<&AtomicBool> {
@@ -333,6 +388,8 @@ fn free_bytes() -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     fn name(test: &str) -> String {
@@ -367,6 +424,28 @@ mod tests {
         drop(server);
         assert!(SharedRegion::open(&name, 4096).is_err(), "the name goes with the server");
         client.read(0, &mut four).unwrap(); // the mapping stays
+    }
+
+    #[test]
+    fn what_is_reserved_is_known_without_touching_it() {
+        let name = name("reserved");
+        let server = SharedRegion::create(&name, 3 * POOL_STEP + 4096).unwrap();
+        let client = SharedRegion::open(&name, 3 * POOL_STEP + 4096).unwrap();
+        let known = |region: &SharedRegion| [0, 1, 2, 3, 4].map(|step| region.is_reserved(step));
+        server.reserve(0).unwrap();
+        assert_eq!(known(&server), [true, false, false, false, false]);
+        server.reserve(2).unwrap(); // out of turn
+        assert_eq!(known(&server), [true, false, false, false, false]);
+        if let Err(error) = client.has_pages(0) {
+            let _ =
+                writeln!(io::stderr(), "SKIPPED what the kernel tells of reserved pages: {error}");
+            return;
+        }
+        assert_eq!(known(&client), [true, false, true, false, false]);
+        (1..4).for_each(|step| server.reserve(step).unwrap());
+        assert_eq!(known(&client), [true, true, true, true, false]);
+        assert_eq!(known(&server), [true, true, true, true, false]);
+        assert!(!client.is_mapped(0, 1), "no page was mapped");
     }
 
     #[test]

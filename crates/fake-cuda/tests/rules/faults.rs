@@ -61,6 +61,33 @@ fn a_lost_device_answers_everyone_and_runs_nothing() {
 }
 
 #[test]
+fn calls_that_are_held_are_counted_and_do_nothing_until_they_may() {
+    let fake = Fake::start();
+    let name = c"cuDeviceGetCount".as_ptr();
+    let ask = || {
+        let mut devices = 0;
+        (fake.cuDeviceGetCount(&mut devices), devices)
+    };
+    fake.fakeCudaControlHoldCalls(name, 1);
+    assert_eq!(ask(), (0, 1), "one goes on");
+    std::thread::scope(|scope| {
+        let asking = [(); 2].map(|()| scope.spawn(ask));
+        while fake.calls("cuDeviceGetCount") < 3 {
+            std::thread::yield_now();
+        }
+        assert_eq!(fake.cuCtxSynchronize(), 0, "calls of other names go on");
+        assert!(!asking.iter().any(|asking| asking.is_finished()));
+        fake.fakeCudaControlHoldCalls(name, 1);
+        while !asking.iter().any(|asking| asking.is_finished()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(asking.iter().filter(|asking| asking.is_finished()).count(), 1);
+        fake.fakeCudaControlHoldCalls(std::ptr::null(), 0);
+    });
+    fake.assert_clean();
+}
+
+#[test]
 fn random_faults_follow_their_seed() {
     let run = |seed| {
         let fake = Fake::start();

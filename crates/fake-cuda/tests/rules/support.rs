@@ -112,6 +112,7 @@ functions! {
     fn fakeCudaControlSchedule(seed: u64, delay_us: u64);
     fn fakeCudaControlCapture(capturing: i32);
     fn fakeCudaControlHold(held: i32);
+    fn fakeCudaControlHoldCalls(name: *const c_char, pass: u64);
     fn fakeCudaControlFail(name: *const c_char, nth: u64, code: u32) -> i32;
     fn fakeCudaControlFailRandom(seed: u64, per_mille: u64, code: u32);
     fn fakeCudaControlLose(code: u32);

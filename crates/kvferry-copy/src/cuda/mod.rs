@@ -1,6 +1,7 @@
 //! Copies between an engine's memory on a CUDA device and a pool, which is registered with CUDA so that the device
 //! reaches it by itself. The driver is loaded at run time; without one, every call here says why.
 
+mod ahead;
 mod context;
 mod driver;
 mod exported;
@@ -68,7 +69,8 @@ pub struct IpcArray {
 /// [`Copying::array`] has told of an array, sees what was loaded. The stream must not be capturing a graph meanwhile.
 ///
 /// The pool of a copy must be a [`PrivateRegion`](crate::PrivateRegion) or `SharedRegion`, behind guards or not. Its
-/// pages are page-locked in steps of [`POOL_STEP`](crate::POOL_STEP), each when it is first used.
+/// pages are page-locked in steps of [`POOL_STEP`](crate::POOL_STEP): each when it is first used, or before, by a thread
+/// that the first copy starts, where the step's pages are reserved already.
 ///
 /// Pieces that are too small for the copy engine are copied by a kernel ([`Method::KernelForSmall`]), unless the
 /// environment has `KVFERRY_CUDA_KERNEL=0`.

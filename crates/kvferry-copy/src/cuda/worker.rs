@@ -12,6 +12,7 @@ use kvferry_core::cache::{Memory, Permit};
 use kvferry_core::copy_plan::{CopyShape, Direction, Piece};
 use kvferry_core::{Error, ErrorCode, Result};
 
+use super::ahead::Ahead;
 use super::context::{Context, Current};
 use super::driver::{Failed, Handle};
 use super::pins::PinUse;
@@ -130,7 +131,7 @@ impl Made {
             stream: set_up.stream,
             arrays: arrays.into_iter().map(|(address, _)| address).collect(),
             lanes,
-            pins: Vec::new(),
+            pools: Vec::new(),
             pieces: Pieces::default(),
             tables: Vec::new(),
             ids: 0,
@@ -195,12 +196,18 @@ struct Worker<'a> {
     arrays: Vec<u64>,
     /// Loads, stores.
     lanes: [Lane; 2],
-    pins: Vec<PinUse>,
+    pools: Vec<Joined>,
     pieces: Pieces,
     tables: Vec<Table>,
     ids: u64,
     /// Copies may be under way that nothing will tell the end of.
     doubtful: bool,
+}
+
+/// A pool that copies were asked for of.
+struct Joined {
+    pins: PinUse,
+    ahead: Ahead,
 }
 
 /// One direction.
@@ -259,8 +266,10 @@ impl Worker<'_> {
     }
 
     fn end(mut self) -> End {
+        self.pools.iter().for_each(|pool| pool.ahead.stop());
+        self.pools.iter_mut().for_each(|pool| pool.ahead.wait());
         if self.doubtful {
-            std::mem::forget((self.pins, self.tables));
+            std::mem::forget((self.pools, self.tables));
             return End::InDoubt;
         }
         // Nothing is under way, unless the thread panicked.
@@ -268,7 +277,7 @@ impl Worker<'_> {
             let _ = self.current.synchronize(lane.stream);
         }
         self.tables.drain(..).for_each(|table| table.free(self.current));
-        self.pins.clear(); // while the context is current
+        self.pools.clear(); // while the context is current
         End::Settled
     }
 
@@ -400,13 +409,15 @@ impl Worker<'_> {
     }
 
     fn ask_part(&mut self, lane: usize, index: usize) -> Result<()> {
-        let pins = self.pins(lane, index)?;
+        let pool = self.join(lane, index)?;
         let Lane { direction, stream, jobs, parts, .. } = &mut self.lanes[lane];
         let (direction, running) = (*direction, &mut jobs[index]);
+        let joined = &mut self.pools[pool];
+        let is_first = running.at == 0;
         collect(
             running,
             &self.arrays,
-            &self.pins[pins],
+            &joined.pins,
             (self.current, self.context),
             &mut self.pieces,
         )?;
@@ -428,6 +439,10 @@ impl Worker<'_> {
         running.parts += 1;
         let (job, until, event) = (running.id, running.at, recorded.as_ref().ok().copied());
         parts.push_back(Part { job, until, event, table, permit });
+        if is_first {
+            // Not before: this part's own steps come first.
+            joined.ahead.go_on(&joined.pins, self.context, &running.job.pool);
+        }
         let event = recorded?;
         // What the engine asks for from now on comes after the load. Not earlier: layers that are there could not
         // be used while others are loaded.
@@ -437,17 +452,17 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// The use of a job's pool's pins, by its place in the list.
-    fn pins(&mut self, lane: usize, index: usize) -> Result<usize> {
+    /// A job's pool's place in the list.
+    fn join(&mut self, lane: usize, index: usize) -> Result<usize> {
         let pool = &self.lanes[lane].jobs[index].job.pool;
         let pins = pins_of(&**pool).ok_or_else(unreachable_pool)?;
-        if let Some(known) = self.pins.iter().position(|known| known.is_of(pins)) {
+        if let Some(known) = self.pools.iter().position(|known| known.pins.is_of(pins)) {
             return Ok(known);
         }
-        let joined = pins.join();
-        self.pins.retain(|known| !known.is_over());
-        self.pins.push(joined);
-        Ok(self.pins.len() - 1)
+        let joined = Joined { pins: pins.join(), ahead: Ahead::new(&self.shared) };
+        self.pools.retain(|known| !known.pins.is_over());
+        self.pools.push(joined);
+        Ok(self.pools.len() - 1)
     }
 
     /// Ends a part, which is done.
@@ -558,7 +573,7 @@ fn collect(
 }
 
 /// A registered step of a pool.
-struct Step {
+pub(super) struct Step {
     number: u64,
     bytes: u64,
     host: u64,
@@ -566,7 +581,8 @@ struct Step {
 }
 
 impl Step {
-    fn find(
+    /// The step that `offset` lies in, which is mapped and registered now if it was not yet.
+    pub(super) fn find(
         pool: &dyn Memory,
         pins: &PinUse,
         (current, context): (&Current<'_>, &Arc<Context>),

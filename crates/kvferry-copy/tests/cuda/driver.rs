@@ -65,7 +65,7 @@ pub(crate) fn on(test: &str, drivers: &[On], needs_fake: bool, body: impl Fn()) 
     }
 }
 
-fn skip(test: &str, reason: &str) {
+pub(crate) fn skip(test: &str, reason: &str) {
     // Past the capture of passed tests.
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
 }
@@ -323,6 +323,15 @@ impl Fake {
     pub(crate) fn hold(&self, held: bool) {
         let hold: extern "C" fn(i32) = Self::symbol("fakeCudaControlHold").unwrap();
         hold(held.into());
+    }
+
+    /// But for the next `pass`, calls of this function wait before they do anything, counted already; with `None`, none
+    /// does.
+    pub(crate) fn hold_calls(&self, call: Option<&str>, pass: u64) {
+        let hold: extern "C" fn(*const c_char, u64) =
+            Self::symbol("fakeCudaControlHoldCalls").unwrap();
+        let call = call.map(|call| CString::new(call).unwrap());
+        hold(call.as_ref().map_or(std::ptr::null(), |call| call.as_ptr()), pass);
     }
 
     /// While on, some thread captures a graph in the global mode.

@@ -17,7 +17,7 @@ use std::io::Write as _;
 use std::pin::pin;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
@@ -628,7 +628,11 @@ fn a_pool_is_registered_step_by_step_once_for_all_and_given_back() {
 
         // The pool goes before the memories: unregistered while it is mapped.
         drop(pool);
-        assert_eq!(pinned(), 0);
+        assert_eq!(
+            pinned(),
+            0,
+            "nothing was to be registered ahead, and nobody else holds the pool"
+        );
         // The memories go before the pool: the last one gives it back.
         let pool = private(1 << 20);
         for kv in [&first, &second] {
@@ -649,6 +653,259 @@ fn a_pool_is_registered_step_by_step_once_for_all_and_given_back() {
         assert!(error.message.starts_with("cuMemHostRegister_v2"), "{error}");
         ends(third.copy(Direction::Gather, &[chunk(&[0], 0)], &pool)).unwrap();
         assert_eq!(violations(), 0);
+    });
+}
+
+const REGISTER: &str = "cuMemHostRegister_v2";
+
+/// Memories of one engine whose copies page-lock nothing but the pool.
+fn memories<const N: usize>(engine: &mut Engine) -> [Kv; N] {
+    [(); N].map(|()| {
+        let kv = Kv::new(engine, flat(2, 2, 4096));
+        kv.memory.set_method(Method::Batch).unwrap();
+        kv
+    })
+}
+
+fn stores(kv: &Kv, slot: u64, pool: &Arc<dyn Memory>) -> Result<()> {
+    ends(kv.copy(Direction::Gather, &[chunk(&[0], slot)], pool))
+}
+
+#[test]
+fn steps_that_are_there_are_registered_before_copies_need_them() {
+    on("steps_that_are_there_are_registered_before_copies_need_them", &ALL, true, || {
+        let mut engine = Engine::new(0);
+        let [first, second] = memories(&mut engine);
+        let fake = Fake::here().unwrap();
+        let state = || (fake.calls(REGISTER), fake.alive()[3]);
+        // Of six steps the server has reserved three.
+        let name = format!("kvferry_test_{}_ahead", std::process::id());
+        let region = Arc::new(SharedRegion::create(&name, 5 * POOL_STEP + 4096).unwrap());
+        (0..3).for_each(|step| region.reserve(step).unwrap());
+        let pool: Arc<dyn Memory> = region.clone();
+        stores(&first, POOL_STEP, &pool).unwrap();
+        fake.await_that(|| state() == (3, 3));
+        assert_eq!(state(), (3, 3), "two that no copy has touched");
+        for (kv, step) in [(&first, 0), (&second, 2), (&second, 1)] {
+            stores(kv, step * POOL_STEP + (1 << 20), &pool).unwrap();
+        }
+        assert_eq!(state(), (3, 3), "each once, for all");
+        // It grows: the next copy, of whatever step, finds what is new; not the last, which is out of turn.
+        region.reserve(5).unwrap();
+        region.reserve(3).unwrap();
+        fake.await_that(|| {
+            stores(&second, 0, &pool).unwrap();
+            state() == (4, 4)
+        });
+        assert_eq!(state(), (4, 4));
+        let blocks = std::fs::metadata(format!("/dev/shm/{name}")).unwrap();
+        let bytes = std::os::unix::fs::MetadataExt::blocks(&blocks) * 512;
+        assert_eq!(bytes, 4 * POOL_STEP + 4096, "no page was touched that is not reserved");
+        region.reserve(4).unwrap();
+        stores(&first, 5 * POOL_STEP - 8192, &pool).unwrap();
+        fake.await_that(|| state().1 == 5);
+        // All goes with the last memory that used it.
+        first.memory.close();
+        assert!(fake.alive()[3] >= 5);
+        second.memory.close();
+        assert_eq!(fake.alive()[3], 0);
+        assert_eq!(fake.violations(), 0);
+    });
+}
+
+#[test]
+fn a_client_registers_what_the_server_has_reserved_and_no_more() {
+    const NAME: &str = "a_client_registers_what_the_server_has_reserved_and_no_more";
+    // Linux 6.5: cachestat, here of no file.
+    let code = unsafe { libc::syscall(451, -1, 0, 0, 0) };
+    let error = std::io::Error::last_os_error();
+    if code != -1 || error.raw_os_error() != Some(libc::EBADF) {
+        return driver::skip(NAME, "the kernel does not tell what is reserved");
+    }
+    on(NAME, &ALL[..1], true, || {
+        let mut engine = Engine::new(0);
+        let [kv] = memories(&mut engine);
+        let fake = Fake::here().unwrap();
+        let name = format!("kvferry_test_{}_client", std::process::id());
+        let server = SharedRegion::create(&name, 4 * POOL_STEP).unwrap();
+        (0..3).for_each(|step| server.reserve(step).unwrap());
+        let region = Arc::new(SharedRegion::open(&name, 4 * POOL_STEP).unwrap());
+        let held = Arc::default();
+        let pool: Arc<dyn Memory> =
+            Arc::new(Guarded { pool: region, held, asked: Mutex::new(Asked::Grant) });
+        stores(&kv, 0, &pool).unwrap();
+        fake.await_that(|| fake.alive()[3] == 3);
+        assert_eq!(fake.alive()[3], 3);
+        stores(&kv, 2 * POOL_STEP, &pool).unwrap();
+        let blocks = std::fs::metadata(format!("/dev/shm/{name}")).unwrap();
+        assert_eq!(std::os::unix::fs::MetadataExt::blocks(&blocks) * 512, 3 * POOL_STEP);
+        server.reserve(3).unwrap();
+        fake.await_that(|| {
+            stores(&kv, 0, &pool).unwrap();
+            fake.alive()[3] == 4
+        });
+        assert_eq!((fake.calls(REGISTER), fake.alive()[3]), (4, 4));
+        drop((kv, pool));
+        assert_eq!((fake.alive()[3], fake.violations()), (0, 0));
+    });
+}
+
+#[test]
+fn a_step_is_registered_once_though_copies_race_with_the_thread_that_goes_ahead() {
+    const NAME: &str =
+        "a_step_is_registered_once_though_copies_race_with_the_thread_that_goes_ahead";
+    on(NAME, &ALL[..1], true, || {
+        const STEPS: u64 = 48;
+        let mut engine = Engine::new(0);
+        let fake = Fake::here().unwrap();
+        for round in 0..8 {
+            let kvs: [Kv; 3] = memories(&mut engine);
+            let pool = private(STEPS * POOL_STEP);
+            let before = fake.calls(REGISTER);
+            let (meet, pool) = (Barrier::new(kvs.len()), &pool);
+            thread::scope(|scope| {
+                for (kv, number) in kvs.iter().zip(0..) {
+                    let meet = &meet;
+                    scope.spawn(move || {
+                        let mut worst = Ok(());
+                        for step in 0..STEPS {
+                            meet.wait();
+                            // In the thread's order and against it.
+                            let step = if round % 2 == 0 { step } else { STEPS - 1 - step };
+                            let slot = step * POOL_STEP + (number << 20);
+                            worst = worst.and(stores(kv, slot, pool));
+                        }
+                        worst.unwrap();
+                    });
+                }
+            });
+            assert_eq!((fake.calls(REGISTER) - before, fake.alive()[3]), (STEPS, STEPS));
+            drop(kvs);
+            assert_eq!(fake.alive()[3], 0);
+        }
+        assert_eq!(fake.violations(), 0);
+    });
+}
+
+#[test]
+fn copies_wait_for_no_registration_but_that_of_their_own_step() {
+    on("copies_wait_for_no_registration_but_that_of_their_own_step", &ALL[..1], true, || {
+        let mut engine = Engine::new(0);
+        let [first, second] = memories(&mut engine);
+        let fake = Fake::here().unwrap();
+        let pool = private(4 * POOL_STEP);
+        // The copy registers the second step, and the thread stays in the first.
+        fake.hold_calls(Some(REGISTER), 1);
+        stores(&first, POOL_STEP, &pool).unwrap();
+        fake.await_calls(REGISTER, 2);
+        stores(&first, POOL_STEP, &pool).unwrap();
+        stores(&second, POOL_STEP + (1 << 20), &pool).unwrap();
+        // What is not registered is so at once, by the copy.
+        let copying = second.copy(Direction::Gather, &[chunk(&[0], 3 * POOL_STEP)], &pool).unwrap();
+        fake.await_calls(REGISTER, 3);
+        assert_eq!(fake.calls(REGISTER), 3);
+        // A copy that needs the step which is under way waits for that one, and asks for no other.
+        let queries = fake.calls("cuEventQuery");
+        let waits = first.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        fake.await_calls("cuEventQuery", queries + 1); // the last before it looks for its step
+        fake.hold_calls(None, 0);
+        wait(copying.ended()).unwrap();
+        wait(waits.ended()).unwrap();
+        fake.await_that(|| fake.alive()[3] == 4);
+        assert_eq!((fake.calls(REGISTER), fake.alive()[3]), (4, 4));
+        drop((first, second));
+        assert_eq!((fake.alive()[3], fake.violations()), (0, 0));
+    });
+}
+
+#[test]
+fn a_step_that_cannot_be_registered_ahead_is_the_error_of_no_copy_but_its_own() {
+    const NAME: &str = "a_step_that_cannot_be_registered_ahead_is_the_error_of_no_copy_but_its_own";
+    on(NAME, &ALL[..1], true, || {
+        let mut engine = Engine::new(0);
+        let fake = Fake::here().unwrap();
+        for call in [REGISTER, "cuMemHostGetDevicePointer_v2"] {
+            let [kv] = memories(&mut engine);
+            let pool = private(3 * POOL_STEP);
+            fake.reset();
+            // The first is the copy's own; memory cannot be page-locked for the thread's, and for the copy's after that.
+            (2..=3).for_each(|nth| fake.fail(call, nth, 2));
+            stores(&kv, 2 * POOL_STEP, &pool).unwrap();
+            fake.await_calls(call, 2);
+            (0..9).for_each(|_| stores(&kv, 2 * POOL_STEP, &pool).unwrap());
+            assert_eq!(fake.calls(call), 2, "the thread does not try again and again");
+            assert_eq!(fake.alive()[3], 1);
+            let error = stores(&kv, 0, &pool).unwrap_err();
+            assert_eq!(error.code, ErrorCode::CudaFailed);
+            assert!(error.message.starts_with(call), "{error}");
+            for slot in [0, POOL_STEP] {
+                stores(&kv, slot, &pool).unwrap();
+            }
+            assert_eq!(fake.alive()[3], 3);
+            drop(kv);
+            assert_eq!((fake.alive()[3], fake.violations()), (0, 0));
+        }
+    });
+}
+
+#[test]
+fn whoever_goes_while_steps_are_registered_ahead_leaves_none_registered() {
+    const NAME: &str = "whoever_goes_while_steps_are_registered_ahead_leaves_none_registered";
+    on(NAME, &ALL, true, || {
+        let mut engine = Engine::new(0);
+        let fake = Fake::here().unwrap();
+        // The thread is in the registration of the first step when the memory closes, and ends after that.
+        let [kv] = memories(&mut engine);
+        let pool = private(40 * POOL_STEP);
+        fake.hold_calls(Some(REGISTER), 1);
+        stores(&kv, 39 * POOL_STEP, &pool).unwrap();
+        fake.await_calls(REGISTER, 2);
+        thread::scope(|scope| {
+            let closing = scope.spawn(|| kv.memory.close());
+            while kv.memory.set_method(Method::Batch).is_ok() {
+                thread::yield_now();
+            }
+            assert!(!closing.is_finished(), "the registration is under way");
+            fake.hold_calls(None, 0);
+        });
+        assert_eq!((fake.alive()[3], fake.calls(REGISTER)), (0, 2), "no other was begun");
+        // Others begin anew.
+        for _ in 0..2 {
+            let [kv] = memories(&mut engine);
+            stores(&kv, 39 * POOL_STEP, &pool).unwrap();
+            fake.await_that(|| fake.alive()[3] == 40);
+            assert_eq!(fake.alive()[3], 40);
+            drop(kv);
+            assert_eq!(fake.alive()[3], 0);
+        }
+        let [kv] = memories(&mut engine);
+        stores(&kv, 0, &pool).unwrap();
+        drop(pool);
+        fake.await_that(|| fake.alive()[3] == 0); // the thread may look for more at this moment
+        assert_eq!(fake.alive()[3], 0);
+        // The pool goes while a step of it is registered.
+        let (before, pool) = (fake.calls(REGISTER), private(40 * POOL_STEP));
+        fake.hold_calls(Some(REGISTER), 1);
+        stores(&kv, 0, &pool).unwrap();
+        fake.await_calls(REGISTER, before + 2);
+        drop(pool);
+        assert_eq!(fake.alive()[3], 1, "the pages stay until that has ended");
+        fake.hold_calls(None, 0);
+        fake.await_that(|| fake.alive()[3] == 0);
+        assert_eq!((fake.alive()[3], fake.calls(REGISTER)), (0, before + 2), "no other was begun");
+        // The device is lost.
+        let pool = private(40 * POOL_STEP);
+        fake.hold_calls(Some(REGISTER), 1);
+        stores(&kv, 0, &pool).unwrap();
+        fake.await_calls(REGISTER, before + 4);
+        fake.lose(719);
+        fake.hold_calls(None, 0);
+        stores(&kv, 0, &pool).unwrap_err();
+        drop(kv);
+        drop(pool);
+        assert_eq!(fake.calls(REGISTER), before + 4);
+        drop(engine);
+        assert_eq!((fake.alive(), fake.violations()), ([0; 6], 0));
     });
 }
 
