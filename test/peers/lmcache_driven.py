@@ -4,7 +4,7 @@
 
 On a GPU with either form of its memory: handles of torch's storages and CUDA's events, or with --isolated the driver's
 own handles and LMCache's counters. One line of JSON: {"chunks", "chunk_bytes", "store_gbps", "load_gbps", "copy_gbps":
-one copy of as many bytes from and to page-locked memory, beside it}.
+one copy of as many bytes from and to page-locked memory, beside it}, medians without the first, and each round's time.
 """
 
 import argparse
@@ -98,6 +98,8 @@ def run(client, args):
         "chunk_bytes": whole // request.total_chunks,
         "store_gbps": gbps(stored),
         "load_gbps": gbps(loaded),
+        "store_ms": [round(1000 * seconds, 1) for seconds in stored],
+        "load_ms": [round(1000 * seconds, 1) for seconds in loaded],
     }
     if args.mode == "gpu":
         report["copy_gbps"] = [gbps(seconds) for seconds in one_copy(whole, args.rounds)]

@@ -12,6 +12,7 @@ use kvferry_store::{EngineMemory, GoOn, Owner, Store, clock};
 use kvferry_wire::message::{Control, EXTENSION, Hello, KV_EVENT_STREAM, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 use tokio::sync::Semaphore;
+use tokio::time::sleep;
 
 use crate::figures::Figures;
 use crate::frames::Frames;
@@ -22,6 +23,11 @@ use crate::streams::{Streams, Subscription, places};
 
 /// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
 const WAIT: Duration = Duration::from_millis(50);
+
+/// How long a registration is answered late, so that there is room for the first stores.
+const GROWTH: Duration = Duration::from_millis(500);
+/// Between two looks at whether there is.
+const GROWTH_LOOK: Duration = Duration::from_millis(5);
 
 /// One connection, as the store knows it.
 pub(crate) struct Peer {
@@ -208,6 +214,7 @@ impl Service {
             }
             Request::Register { instance_id, layout } => {
                 store.register(owner, instance_id, layout)?;
+                self.grown().await;
                 let (shm_name, pool_size) = store.pool();
                 Reply::Registered { shm_name, pool_size }
             }
@@ -246,6 +253,7 @@ impl Service {
             }
             Request::RegisterKvCache { instance_id, registration } => {
                 self.register_memory(peer, instance_id, registration).await?;
+                self.grown().await;
                 Reply::None
             }
             Request::UnregisterKvCache { instance_id } => {
@@ -344,6 +352,14 @@ impl Service {
                 Reply::Explanation(explaining.await)
             }
         })
+    }
+
+    /// Waits for memory to be reserved, shortly: what is stored meanwhile would be refused.
+    async fn grown(&self) {
+        let until = Instant::now() + GROWTH;
+        while self.store.is_growing() && Instant::now() < until {
+            sleep(GROWTH_LOOK).await;
+        }
     }
 
     /// A refusal is noted with its reason: the engine is answered all the same, and goes on without the cache.
@@ -517,6 +533,38 @@ mod tests {
             assert_eq!(answer.map_err(|error| error.code), expected);
         }
         std::fs::remove_file(segment).unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_registers_is_answered_when_there_is_room_for_what_it_stores_first() {
+        let options = StoreOptions {
+            chunk_size: 16,
+            memory: 256 << 20,
+            shared_name: Some(format!("kvferry_grown_{}", std::process::id())),
+            policy: Policy::Lru,
+            disk: None,
+            remote: None,
+            limits: Limits::default(),
+        };
+        let store = Store::new(options).unwrap();
+        let service =
+            Service::new(store.clone(), [0; 16], Arc::new(Figures::new()), Labels([0; 32]));
+        let mut peer = Peer::new(store.connect());
+        let layout = Layout {
+            model_name: "m".into(),
+            world_size: 1,
+            block_size: 16,
+            num_layers: 1,
+            hidden_dim_size: 512 << 10, // of 16 tokens 8 MiB, of which 16 shall have room
+            dtype: Dtype::new("uint8").unwrap(),
+            single_plane: true,
+            num_physical_slots: None,
+        };
+        let request = Request::Register { instance_id: 1, layout };
+        service.carry_out(&mut peer, request, Instant::now()).await.unwrap();
+        let figures = store.status(Instant::now());
+        let figure = |name| figures.iter().find(|(known, _)| *known == name).unwrap().1;
+        assert!(figure("reserved_bytes") >= 128 << 20, "{figures:?}");
     }
 
     #[tokio::test]

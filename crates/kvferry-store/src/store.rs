@@ -336,6 +336,11 @@ impl Store {
         Ok(())
     }
 
+    /// Whether memory is being reserved: what has no room meanwhile is refused, for more is on its way.
+    pub fn is_growing(&self) -> bool {
+        self.inner.growing.load(Ordering::Acquire)
+    }
+
     /// Forgets the instance and takes back every slot that it was told of. Its objects stay.
     pub fn unregister(&self, instance: u64) {
         self.lock().unregister(instance);
