@@ -409,6 +409,19 @@ fn an_engine_finds_what_one_of_the_same_shape_stored_in_another_process() {
 }
 
 #[test]
+fn all_memory_is_reserved_once_a_gpu_is_registered() {
+    on(On::Any, "all_memory_is_reserved_once_a_gpu_is_registered", || {
+        let memory = 192 * MIB;
+        let server = start(store_options(16, memory));
+        let mut client = Client::connect(server.address());
+        assert!(client.status("reserved_bytes") < i64::try_from(memory).unwrap());
+        let engine = Engine::registered(&server);
+        client.wait_for("reserved_bytes", i64::try_from(memory).unwrap());
+        engine.end();
+    });
+}
+
+#[test]
 fn what_the_engine_computes_is_waited_for() {
     on(On::Fake, "what_the_engine_computes_is_waited_for", || {
         let server = start(store_options(16, MIB));

@@ -98,6 +98,9 @@ impl EngineMemory {
         };
         let layout = described.layout.registration(model_name, *world_size, chunk_size);
         store.register(owner, instance, layout)?;
+        if engine.is_on_device() {
+            store.reserve_whole();
+        }
         Ok(engine)
     }
 

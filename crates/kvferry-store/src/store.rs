@@ -336,6 +336,14 @@ impl Store {
         Ok(())
     }
 
+    /// Reserves all of the memory, in the background. A GPU copies from and to pages that are mapped and locked only: both takes
+    /// far longer than its copies, and can be done ahead of them where pages are reserved.
+    pub(crate) fn reserve_whole(&self) {
+        let mut state = self.lock();
+        state.headroom = state.pool.bytes();
+        self.grow_if_needed(&mut state, Instant::now());
+    }
+
     /// Whether memory is being reserved: what has no room meanwhile is refused, for more is on its way.
     pub fn is_growing(&self) -> bool {
         self.inner.growing.load(Ordering::Acquire)
