@@ -51,7 +51,7 @@ export function shown(value: unknown): string {
 		return value === null ? "null" : "missing";
 	}
 	return typeof value === "string"
-		? JSON.stringify(value.slice(0, 100).replace(/\/\/.*@/, "//…@"))
+		? JSON.stringify(value.replace(/\/\/.*@/s, "//…@").slice(0, 100))
 		: named(value);
 }
 

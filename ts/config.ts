@@ -154,8 +154,8 @@ const CONNECTORS: ConnectorRegistry<PagedEngine, KvConnectors> = {
  * `SimpleCPUOffloadConnector` with memory of this process.
  *
  * @returns The connectors, or `undefined` when none is configured.
- * @throws `UNSUPPORTED_OPTION` for a connector of another name; `INVALID_ARGUMENT` for an engine that cannot be, has
- * options that are not known, or a `chunkSize` that is not the server's.
+ * @throws `UNSUPPORTED_OPTION` for a connector of another name; `INVALID_ARGUMENT` for an engine that cannot be, or has
+ * options that are not known.
  *
  * @example
  * ```ts

@@ -49,7 +49,10 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 * one, see {@link Server.httpAddress}. Default: no HTTP.
 	 */
 	readonly httpPort?: number;
-	/** Bytes of the pool, 4096 to 2^44. Default 4 GiB. */
+	/**
+	 * Bytes of the pool, 4096 to 2^44, of which the system gives as many as are used; all of them where the paged connectors copy
+	 * from and to a GPU. Default 4 GiB.
+	 */
 	readonly memory?: number;
 	/**
 	 * Name of the pool in shared memory, 1 to 200 bytes without "/"; `kvferry_` is put before it where

@@ -212,10 +212,12 @@ describe("options", () => {
 	});
 
 	it("show no password of an address that was given for a client", () => {
-		const address = "redis://user:secret@host" as never;
-		expect(() => createSchedulerAdapter({ via: address, modelName: "m" })).toThrow(
-			/^via is "redis:\/\/…@host"/,
-		);
+		for (const secret of ["secret", "long".repeat(50), "two\nlines"]) {
+			const via = `redis://user:${secret}@host` as never;
+			expect(() => createSchedulerAdapter({ via, modelName: "m" })).toThrow(
+				/^via is "redis:\/\/…@host"/,
+			);
+		}
 	});
 
 	it("name an adapter that is missing", () => {

@@ -123,17 +123,24 @@ describe("createConnector", () => {
 		expect(await engines[1]?.run(tokens)).toBe(0);
 	});
 
-	it("takes no chunk size that is not the server's, and says both", async () => {
+	it("goes by the chunk size of a server that is there, and warns of another", async () => {
 		const server = await ServerProcess.start("--chunk-size", String(CHUNK));
 		open.push(server);
 		const offloading = await lmcache(Number(server.port));
-		const options = { modelName: "m", blockSize: BLOCK };
-		await expect(createConnector(offloading, { ...options, chunkSize: 64 })).rejects.toMatchObject({
-			code: "INVALID_ARGUMENT",
-			message: expect.stringMatching(/^chunkSize is 64, .* chunks of 16 .*--chunk-size 64$/),
-		});
+		const warnings: string[] = [];
+		const options = {
+			modelName: "m",
+			blockSize: BLOCK,
+			onWarning: (message: string) => warnings.push(message),
+		};
 		const kv = await createConnector(offloading, { ...options, chunkSize: CHUNK });
 		await kv?.close();
+		expect(warnings).toEqual([]);
+		const other = await createConnector(offloading, { ...options, chunkSize: 64 });
+		await other?.close();
+		expect(warnings).toEqual([
+			expect.stringMatching(/^chunkSize is 64, .* chunks of 16 .*--chunk-size 64$/),
+		]);
 	});
 
 	it("refuses options that it does not know, for each connector", async () => {

@@ -41,7 +41,7 @@ describe("LMCache's client whose memory the server copies from and to", () => {
 				process.stdout.write("SKIPPED: LMCache's torch finds no GPU here\n");
 				return;
 			}
-			await using server = await ServerProcess.start("--memory", "4GiB", "--chunk-size", "256");
+			await using server = await ServerProcess.start("--memory", "1GiB", "--chunk-size", "256");
 			const told = await lmcacheDriven(server.url, mode, "--rounds", "2", ...args);
 			process.stdout.write(`${JSON.stringify(told)}\n`);
 			expect(told.chunks).toBe(8);

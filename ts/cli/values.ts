@@ -61,6 +61,9 @@ export function bytes(
 			`${says} is ${value} bytes: give ${min} at least, with a unit such as MiB or GiB.`,
 		);
 	}
+	if (value > max) {
+		throw invalid(`${says} is more than the ${max} bytes that it may be.`);
+	}
 	throw invalid(`${says}: give a size such as 512MiB or 4GiB (B, KiB, MiB, GiB, TiB).`);
 }
 

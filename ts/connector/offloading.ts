@@ -18,8 +18,8 @@ export interface PagedEngine extends Omit<SchedulerConnectorOptions, "adapter" |
 	/** Any worker's strategy, for a process with none of its own. Default: that of the first worker. */
 	readonly parallelStrategy?: ParallelStrategy | undefined;
 	/**
-	 * Tokens of a chunk: of a cache in this process, or of a server, which must have been started with as many
-	 * (`kvferry serve --chunk-size`). Default 256; a server's own where it is there already.
+	 * Tokens of a chunk: of a cache in this process, or of a server that is not there yet; one that has others then is not joined.
+	 * Of a server that is there its own count, and a warning names both. Default 256.
 	 */
 	readonly chunkSize?: number | undefined;
 	/** See {@link CacheAdapterOptions}. Default 5,000. */
@@ -124,10 +124,10 @@ export async function connectToServer(
 		...(onWarning === undefined ? {} : { onWarning }),
 	});
 	if (chunkSize !== undefined && via.chunkSize !== chunkSize) {
-		await via.close();
-		throw invalid(
-			`chunkSize is ${chunkSize}, and the server at ${via.url} has chunks of ${via.chunkSize} tokens: leave it out, ` +
-				`or start the server with --chunk-size ${chunkSize}`,
+		const warn = onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
+		warn(
+			`chunkSize is ${chunkSize}, and the server at ${via.url} has chunks of ${via.chunkSize} tokens, which count: leave it ` +
+				`out, or start the server with --chunk-size ${chunkSize}`,
 		);
 	}
 	return await withVia(via, engine);

@@ -83,14 +83,15 @@ impl Drop for Engines {
 }
 
 impl Copiers {
-    /// Registers an engine's memory, in place of what the instance had before: its memory is elsewhere now.
+    /// Registers an engine's memory, in place of what the instance had before: its memory is elsewhere now. The bytes of an
+    /// object of it.
     pub(crate) async fn register(
         &self,
         store: &Store,
         engines: &mut Engines,
         instance: u64,
         registration: KvRegistration,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         engines.unregister(instance).await;
         if engines.0.len() >= ENGINES_MAX {
             return Err(Error::invalid(format!(
@@ -108,8 +109,9 @@ impl Copiers {
         let opening =
             tokio::task::spawn_blocking(move || EngineMemory::register(&store, &registration));
         let memory = opening.await.map_err(|_| without_result())??;
+        let object_bytes = memory.object_bytes();
         engines.0.insert(instance, Arc::new(Engine { memory, _layers: layers }));
-        Ok(())
+        Ok(object_bytes)
     }
 
     /// Copies for an instance that may have asked at `since`, once its `event` is over: what `copy` does, and the event

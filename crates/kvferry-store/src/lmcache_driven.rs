@@ -104,6 +104,11 @@ impl EngineMemory {
         Ok(engine)
     }
 
+    /// Bytes of an object.
+    pub fn object_bytes(&self) -> u64 {
+        self.memory.shape().object_bytes()
+    }
+
     /// Whether it is a device's, whose streams go on by themselves: [`EngineMemory::wait_for`] comes before a copy then.
     pub fn is_on_device(&self) -> bool {
         matches!(self.memory, Arrays::Device(_))

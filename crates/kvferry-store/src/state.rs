@@ -39,6 +39,8 @@ pub(crate) struct State {
     pub(crate) sequence: u64,
     pub(crate) limits: Limits,
     pub(crate) headroom: u64,
+    /// Whether all of the memory is to be reserved, whatever is free: as long as there is some to be had.
+    pub(crate) whole: bool,
     /// Bytes that are reserved for loads from the remote.
     pub(crate) coming_bytes: u64,
     pub(crate) growth_failed: Option<Instant>,
@@ -217,6 +219,7 @@ impl State {
             sequence: 0,
             limits,
             headroom: POOL_STEP / 2,
+            whole: false,
             coming_bytes: 0,
             growth_failed: None,
             counters: Counters::default(),
@@ -236,7 +239,7 @@ impl State {
     }
 
     pub(crate) fn should_grow(&self) -> bool {
-        self.pool.free() < self.headroom && self.pool.next_step().is_some()
+        (self.whole || self.pool.free() < self.headroom) && self.pool.next_step().is_some()
     }
 
     /// A slot, for which objects make room as the policy says, unless more memory is on its way.

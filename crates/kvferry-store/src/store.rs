@@ -340,13 +340,13 @@ impl Store {
     /// far longer than its copies, and can be done ahead of them where pages are reserved.
     pub(crate) fn reserve_whole(&self) {
         let mut state = self.lock();
-        state.headroom = state.pool.bytes();
+        state.whole = true;
         self.grow_if_needed(&mut state, Instant::now());
     }
 
-    /// Whether memory is being reserved: what has no room meanwhile is refused, for more is on its way.
-    pub fn is_growing(&self) -> bool {
-        self.inner.growing.load(Ordering::Acquire)
+    /// Whether there is less room than `bytes`, and more on its way: what is stored now would be refused.
+    pub fn lacks_room(&self, bytes: u64) -> bool {
+        self.inner.growing.load(Ordering::Acquire) && self.lock().pool.free() < bytes
     }
 
     /// Forgets the instance and takes back every slot that it was told of. Its objects stay.
@@ -972,10 +972,7 @@ impl Store {
             return;
         }
         let inner = Arc::clone(&self.inner);
-        let grow = move || {
-            inner.grow(now);
-            inner.growing.store(false, Ordering::Release);
-        };
+        let grow = move || inner.grow(now);
         if std::thread::Builder::new().name("kvferry-pool".into()).spawn(grow).is_err() {
             self.inner.growing.store(false, Ordering::Release);
             state.growth_failed = Some(now);
@@ -1017,10 +1014,12 @@ impl Inner {
         loop {
             let step = {
                 let state = self.lock();
-                if !state.should_grow() {
-                    return;
+                let step = state.pool.next_step().filter(|_| state.should_grow());
+                if step.is_none() {
+                    // Under the lock: who wants more from now on sees that nobody is at it.
+                    self.growing.store(false, Ordering::Release);
                 }
-                state.pool.next_step()
+                step
             };
             let Some(step) = step else { return };
             let reserved = self.region.reserve(step);
@@ -1031,7 +1030,9 @@ impl Inner {
                     state.growth_failed = None;
                 }
                 Err(_) => {
+                    state.whole = false; // it is not to be had: what is needed is tried for again
                     state.growth_failed = Some(now);
+                    self.growing.store(false, Ordering::Release);
                     return;
                 }
             }

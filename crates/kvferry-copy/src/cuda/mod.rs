@@ -70,7 +70,8 @@ pub struct IpcArray {
 ///
 /// The pool of a copy must be a [`PrivateRegion`](crate::PrivateRegion) or `SharedRegion`, behind guards or not. Its
 /// pages are page-locked in steps of [`POOL_STEP`](crate::POOL_STEP): each when it is first used, or before, by a thread
-/// that the first copy starts, where the step's pages are reserved already.
+/// that the first copy starts, where the step's pages are reserved already, or nobody's leave is needed: a private region so
+/// has all of its pages soon.
 ///
 /// Pieces that are too small for the copy engine are copied by a kernel ([`Method::KernelForSmall`]), unless the
 /// environment has `KVFERRY_CUDA_KERNEL=0`.
