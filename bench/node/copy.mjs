@@ -116,7 +116,7 @@ export class Stack {
 	op(/** @type {number} */ chunks, prompt = ++this.#requests, shift = prompt) {
 		const end = chunks * CHUNK;
 		const tokenIds = Uint32Array.from({ length: end }, (_, at) => prompt * 100_000 + at);
-		const blocks = Array.from({ length: end / BLOCK }, (_, n) => ((n + shift) * 97) % BLOCKS);
+		const blocks = Array.from({ length: end / BLOCK }, (_, n) => ((n + (shift * end) / BLOCK) * 97) % BLOCKS);
 		return { prompt, op: { tokenIds, start: 0, end, blockIds: [blocks], skipFirstNTokens: 0 } };
 	}
 

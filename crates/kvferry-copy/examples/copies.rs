@@ -51,11 +51,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     pool.read(0, &mut [0])?;
     let mut slot = 0;
-    let mut tables = blocks(chunks);
+    let mut tables: Vec<u32> = (0..BLOCKS).map(|block| block * 97 % BLOCKS).collect();
     for line in std::io::stdin().lock().lines() {
         let direction = if line? == "gather" { Direction::Gather } else { Direction::Scatter };
         let start = Instant::now();
-        let copies: Vec<ChunkCopy<'_>> = tables
+        let copies: Vec<ChunkCopy<'_>> = tables[..chunks * 16]
             .chunks(16)
             .map(|blocks| {
                 slot = (slot + shape.object_bytes()) % POOL;
@@ -66,14 +66,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let copying = memory.copy(plan, Arc::<SharedRegion>::clone(&pool), false)?;
         block_on(copying.ended())?;
         println!("{}", start.elapsed().as_nanos());
-        tables.rotate_left(1);
+        tables.rotate_left(chunks * 16);
     }
     Ok(())
-}
-
-/// Blocks that do not follow each other.
-fn blocks(chunks: usize) -> Vec<u32> {
-    (0..BLOCKS).map(|block| block * 97 % BLOCKS).take(chunks * 16).collect()
 }
 
 struct Unpark(Thread);
