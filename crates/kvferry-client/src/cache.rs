@@ -70,8 +70,10 @@ impl Cache for Client {
             let query = Request::QueryPrefetchStatus { request_id: key.request_id.clone() };
             let mut reply = if session.hello.is_some() {
                 // Our server takes requests in their order, so the question needs not wait.
-                let sent = session.request(&lookup, deadline);
-                tokio::try_join!(sent, session.request(&query, deadline))?.1
+                let (sent, asked) =
+                    (session.begin(&lookup, None)?, session.begin(&query, None)?);
+                session.flush();
+                tokio::try_join!(sent.wait(deadline), asked.wait(deadline))?.1
             } else {
                 session.request(&lookup, deadline).await?;
                 session.request(&query, deadline).await?
@@ -190,7 +192,7 @@ impl Cache for Client {
             if let Some((offsets, generations)) = uses(&slots).filter(|_| told) {
                 // Before the commit on the wire. Nobody waits for the answer: what cannot be kept, the
                 // commit goes without.
-                session.send(&Request::Checksums {
+                session.send_with_next(&Request::Checksums {
                     instance_id: instance,
                     offsets,
                     generations,

@@ -11,14 +11,14 @@ use kvferry_core::key::{Dtype, Layout};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{EXTENSION, Value};
 use kvferry_wire::{Dialect, Operation, Reply, Request};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout_at};
 
 use crate::address::{Address, Token};
 use crate::gate::LOOK;
-use crate::link::Link;
+use crate::link::{Link, unreachable};
 use crate::release::{self, Release};
-use crate::session::{Outgoing, Session, lock};
+use crate::session::{Session, lock};
 
 /// Between the end of a connection and the first try to have another.
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
@@ -131,7 +131,7 @@ pub struct Client {
 }
 
 /// A new connection, ready for requests.
-type Opened = (Link, Arc<Session>, mpsc::UnboundedReceiver<Outgoing>, ServerInfo);
+type Opened = (Link, Arc<Session>, ServerInfo);
 
 impl Client {
     /// Connects, and learns what the server can. Must be called on a tokio runtime.
@@ -147,7 +147,7 @@ impl Client {
         address.chunk_size = options.assumed_chunk_size;
         let opened = open(&address, &options, options.connect_timeout, None).await;
         let (state, info) = match (&opened, options.assumed_chunk_size) {
-            (Ok(opened), _) => (State::Connected(Arc::clone(&opened.1)), opened.3.clone()),
+            (Ok(opened), _) => (State::Connected(Arc::clone(&opened.1)), opened.2.clone()),
             (Err(error), Some(chunk_size)) if is_absence(error) => {
                 let info = ServerInfo {
                     chunk_size,
@@ -401,7 +401,7 @@ async fn keep_connected(shared: &Shared, first: Option<Opened>) {
     let mut pause = RECONNECT_MIN;
     let (mut next, mut last) = (first, None);
     loop {
-        let (link, session, mut outgoing, _) = match next.take() {
+        let (link, session, _) = match next.take() {
             Some(opened) => opened,
             None => loop {
                 sleep(pause.mul_f64(0.5 + 0.5 * random_fraction())).await;
@@ -414,7 +414,7 @@ async fn keep_connected(shared: &Shared, first: Option<Opened>) {
         };
         let mut in_use = InUse { session, link: Some(link) };
         let began = Instant::now();
-        let Err(error) = serve(shared, &mut in_use, &mut outgoing).await;
+        let Err(error) = serve(shared, &mut in_use).await;
         shared.set(State::disconnected(error.clone()));
         in_use.session.end(&error);
         last = Some(Arc::clone(&in_use.session));
@@ -426,12 +426,9 @@ async fn keep_connected(shared: &Shared, first: Option<Opened>) {
 }
 
 /// Sends what is queued, delivers what arrives, gives signs of life; until the connection ends.
-async fn serve(
-    shared: &Shared,
-    in_use: &mut InUse,
-    outgoing: &mut mpsc::UnboundedReceiver<Outgoing>,
-) -> Result<std::convert::Infallible> {
+async fn serve(shared: &Shared, in_use: &mut InUse) -> Result<std::convert::Infallible> {
     let InUse { session, link: Some(link) } = in_use else { return Err(shared.closed()) };
+    let stream = Arc::clone(link.stream());
     let interval = shared.options.heartbeat_interval;
     let mut heartbeat = interval_at(tokio::time::Instant::now() + interval, interval);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -442,27 +439,17 @@ async fn serve(
             silent = false;
             session.deliver(&message);
         }
+        session.reply(&link.take_output());
         link.land(|before, here, length| session.landing(before, here, length));
         tokio::select! {
-            progress = link.progress() => {
-                progress?;
+            read = link.read() => {
+                read?;
                 if let Some(uid) = link.landed() {
                     silent = false;
                     session.landed(&uid);
                 }
             }
-            Some(request) = outgoing.recv(), if link.has_room() => {
-                let mut next = Some(request);
-                // Requests that were made together go together: the server wakes once.
-                while let Some(request) = next {
-                    if let Some(frames) = session.dequeue(request)
-                        && let Err(error) = link.send(&frames)
-                    {
-                        session.fail(&frames[0], error);
-                    }
-                    next = if link.has_room() { outgoing.try_recv().ok() } else { None };
-                }
-            }
+            error = session.drain(&stream) => return Err(unreachable(&shared.address, error)),
             _ = heartbeat.tick() => {
                 if silent {
                     return Err(Error::new(
@@ -484,7 +471,7 @@ async fn serve(
 async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
     let Shared { address, options, .. } = shared;
     let deadline = Instant::now() + options.connect_timeout;
-    let (mut link, session, outgoing, info) =
+    let (mut link, session, info) =
         open(address, options, options.connect_timeout, last).await?;
     let (was, is) = (lock(&shared.info).chunk_size, info.chunk_size);
     if was != is {
@@ -507,7 +494,7 @@ async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
                 *lock(&shared.info) = info.clone();
                 // Under the lock: whoever remembers another layout from now on has this connection.
                 shared.set(State::Connected(Arc::clone(&session)));
-                return Ok((link, session, outgoing, info));
+                return Ok((link, session, info));
             }
             new
         };
@@ -595,16 +582,14 @@ async fn open(
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let (session, outgoing) = Session::new(
-        address.clone(),
-        dialect,
-        link.uid(),
+    let session = Session::new(
+        &mut link,
         hello,
         options.shared_memory,
         |name| release.announces(name),
         pool,
     );
-    Ok((link, Arc::new(session), outgoing, info))
+    Ok((link, Arc::new(session), info))
 }
 
 /// Random enough for names and pauses: the standard library's keys of a hash map.

@@ -252,6 +252,7 @@ impl<'a> Transfer<'a> {
                 _ => (None, Some(place.clone())),
             };
             let pending = self.session.begin(&request, into)?;
+            self.session.nudge();
             under_way.push_back(Asked { pending, _credit: credit, place, sent });
         }
         while let Some(oldest) = under_way.pop_front() {

@@ -9,6 +9,7 @@ mod client;
 mod frames;
 mod gate;
 mod link;
+mod outbox;
 mod pool;
 mod release;
 mod session;

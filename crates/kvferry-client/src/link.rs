@@ -1,15 +1,16 @@
 //! A socket that is through the ZMTP handshake.
 
+use std::io::{ErrorKind, IoSlice};
 #[cfg(unix)]
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType, ZmtpError};
-use kvferry_wire::{Dialect, MessageError, Output, Reply, Request};
+use kvferry_wire::{Dialect, MessageError, Reply, Request};
 #[cfg(unix)]
 use tokio::io::Interest;
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
@@ -23,8 +24,8 @@ const READ: usize = 64 << 10;
 const READ_MAX: usize = 512 << 10;
 /// The same after a piece that went to its place: the next one's begin, of which little shall have to be copied there.
 const BEGIN: usize = 4 << 10;
-/// Bytes that may wait for the socket before no more messages are taken.
-const WRITE: usize = 256 << 10;
+/// Pieces of memory that are written at once.
+const SLICES: usize = 16;
 
 /// An error that names the address, and what to start when nobody is there.
 pub(crate) fn unreachable(address: &Address, reason: impl std::fmt::Display) -> Error {
@@ -35,7 +36,7 @@ pub(crate) fn unreachable(address: &Address, reason: impl std::fmt::Display) -> 
 }
 
 /// A connected socket.
-enum Stream {
+pub(crate) enum Stream {
     Tcp(TcpStream),
     #[cfg(unix)]
     Ipc(UnixStream),
@@ -56,19 +57,73 @@ impl Stream {
             Place::Ipc(_) => Err(std::io::ErrorKind::Unsupported.into()),
         }
     }
+
+    pub(crate) async fn writable(&self) -> std::io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.writable().await,
+            #[cfg(unix)]
+            Self::Ipc(stream) => stream.writable().await,
+        }
+    }
+
+    /// Writes without a wait; how much.
+    pub(crate) fn try_write(&self, from: &impl Buf) -> std::io::Result<usize> {
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let filled = from.chunks_vectored(&mut slices);
+        match self {
+            Self::Tcp(stream) => stream.try_write_vectored(&slices[..filled]),
+            #[cfg(unix)]
+            Self::Ipc(stream) => stream.try_write_vectored(&slices[..filled]),
+        }
+    }
+
+    /// Waits for bytes; how many came, none at the peer's end.
+    async fn read(&self, room: &mut impl BufMut) -> std::io::Result<usize> {
+        loop {
+            let read = match self {
+                Self::Tcp(stream) => {
+                    stream.readable().await?;
+                    stream.try_read_buf(room)
+                }
+                #[cfg(unix)]
+                Self::Ipc(stream) => {
+                    stream.readable().await?;
+                    stream.try_read_buf(room)
+                }
+            };
+            match read {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                read => return read,
+            }
+        }
+    }
+
+    /// The same, with bytes that go to their place by themselves.
+    #[cfg(unix)]
+    async fn land(&self, landing: &mut Landing) -> std::io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => {
+                stream.async_io(Interest::READABLE, || landing.receive(stream.as_fd())).await
+            }
+            Self::Ipc(stream) => {
+                stream.async_io(Interest::READABLE, || landing.receive(stream.as_fd())).await
+            }
+        }
+    }
 }
 
 /// One connection.
 pub(crate) struct Link {
-    address: Address,
-    stream: Stream,
+    pub(crate) address: Address,
+    stream: Arc<Stream>,
     zmtp: Connection,
     input: BytesMut,
     /// A piece that goes to its place; `input` is empty then.
     landing: Option<Landing>,
     /// Bytes that are read next.
     read_next: usize,
-    output: Output,
+    /// What goes out before the connection is in use, and what answers the peer's commands.
+    output: BytesMut,
     uids: u64,
     /// Whose ids the server knows.
     pub(crate) dialect: Dialect,
@@ -79,15 +134,15 @@ impl Link {
     pub(crate) async fn open(address: &Address) -> Result<Self> {
         let cannot = |error: std::io::Error| unreachable(address, error);
         let stream = Stream::connect(&address.place).await.map_err(cannot)?;
-        let mut output = Output::default();
+        let mut output = BytesMut::new();
         let mechanism = match &address.token {
             Some(token) => Mechanism::PlainClient(token.credentials()),
             None => Mechanism::Null,
         };
-        let zmtp = Connection::new(Config::new(SocketType::Dealer, mechanism), output.tail());
+        let zmtp = Connection::new(Config::new(SocketType::Dealer, mechanism), &mut output);
         let mut link = Self {
             address: address.clone(),
-            stream,
+            stream: Arc::new(stream),
             zmtp,
             input: BytesMut::new(),
             landing: None,
@@ -97,7 +152,7 @@ impl Link {
             dialect: Dialect::Current,
         };
         loop {
-            let event = link.zmtp.receive(&mut link.input, link.output.tail());
+            let event = link.zmtp.receive(&mut link.input, &mut link.output);
             match event.map_err(|error| link.not_let_in(error))? {
                 Some(Event::Ready) => return Ok(link),
                 Some(_) | None => link.progress().await?,
@@ -146,7 +201,8 @@ impl Link {
     /// Sends a request, and gives its uid.
     pub(crate) fn ask(&mut self, request: &Request, dialect: Dialect) -> Result<Bytes> {
         let mut frames = request.encode(self.uid(), dialect);
-        self.send(&frames)?;
+        let sent = self.zmtp.send(&frames, &mut self.output);
+        sent.map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))?;
         Ok(frames.swap_remove(0))
     }
 
@@ -176,7 +232,7 @@ impl Link {
     /// A message that has arrived whole.
     pub(crate) fn next_message(&mut self) -> Result<Option<Vec<Bytes>>> {
         loop {
-            let event = self.zmtp.receive(&mut self.input, self.output.tail());
+            let event = self.zmtp.receive(&mut self.input, &mut self.output);
             match event.map_err(|error| self.broken(error))? {
                 Some(Event::Message(frames)) => return Ok(Some(frames)),
                 Some(_) => {}
@@ -189,17 +245,6 @@ impl Link {
     pub(crate) fn broken(&self, error: impl std::fmt::Display) -> Error {
         let message = format!("what listens at {} breaks the protocol: {error}", self.address);
         Error::new(ErrorCode::Protocol, message)
-    }
-
-    /// Whether more messages should be given to [`Link::send`].
-    pub(crate) fn has_room(&self) -> bool {
-        self.output.remaining() < WRITE
-    }
-
-    /// Appends a message to what goes out; an error when it is too long.
-    pub(crate) fn send(&mut self, frames: &[Bytes]) -> Result<()> {
-        let sent = self.zmtp.send_shared(frames, &mut self.output);
-        sent.map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))
     }
 
     /// Lets a piece that has begun to arrive go to its place, if `landing` knows one, which is `Session::landing`.
@@ -220,59 +265,54 @@ impl Link {
         Some(landed.uid)
     }
 
+    /// The socket, for what goes out while the connection is in use.
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// What answers the peer's commands and has not gone out.
+    pub(crate) fn take_output(&mut self) -> BytesMut {
+        self.output.split()
+    }
+
     /// Waits until bytes came or went. May be dropped and called again.
-    pub(crate) async fn progress(&mut self) -> Result<()> {
-        let Self { input, output, zmtp, read_next, landing, .. } = self;
+    async fn progress(&mut self) -> Result<()> {
+        if self.output.is_empty() {
+            return self.read().await;
+        }
+        let (stream, address) = (Arc::clone(&self.stream), self.address.clone());
+        let failed = |error| unreachable(&address, error);
+        tokio::select! {
+            read = self.read() => return read,
+            writable = stream.writable() => writable.map_err(failed)?,
+        }
+        match stream.try_write(&self.output) {
+            Ok(written) => self.output.advance(written),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(failed(error)),
+        }
+        Ok(())
+    }
+
+    /// Waits until bytes came. May be dropped and called again.
+    pub(crate) async fn read(&mut self) -> Result<()> {
+        let Self { stream, input, zmtp, read_next, landing, .. } = self;
         // A long frame comes whole, not in parts that are copied together.
         let most = zmtp.missing(input).min(READ_MAX) + *read_next;
         input.reserve(most);
         let mut room = input.limit(most);
-        let (read, bytes) = match (&mut self.stream, landing) {
+        let read = match landing {
             #[cfg(unix)]
-            (Stream::Tcp(stream), Some(landing)) => {
-                let (reader, writer) = stream.split();
-                let stream: &TcpStream = reader.as_ref();
-                let receive = || landing.receive(stream.as_fd());
-                pump(stream.async_io(Interest::READABLE, receive), writer, output).await
-            }
-            #[cfg(unix)]
-            (Stream::Ipc(stream), Some(landing)) => {
-                let (reader, writer) = stream.split();
-                let stream: &UnixStream = reader.as_ref();
-                let receive = || landing.receive(stream.as_fd());
-                pump(stream.async_io(Interest::READABLE, receive), writer, output).await
-            }
-            (Stream::Tcp(stream), _) => {
-                let (mut reader, writer) = stream.split();
-                pump(reader.read_buf(&mut room), writer, output).await
-            }
-            #[cfg(unix)]
-            (Stream::Ipc(stream), _) => {
-                let (mut reader, writer) = stream.split();
-                pump(reader.read_buf(&mut room), writer, output).await
-            }
+            Some(landing) => stream.land(landing).await,
+            _ => stream.read(&mut room).await,
         };
-        match bytes {
-            Ok(0) if read => Err(unreachable(&self.address, "it closed the connection")),
+        match read {
+            Ok(0) => Err(unreachable(&self.address, "it closed the connection")),
             Ok(_) => {
-                if read {
-                    self.read_next = READ;
-                }
+                self.read_next = READ;
                 Ok(())
             }
             Err(error) => Err(unreachable(&self.address, error)),
         }
-    }
-}
-
-/// Waits until bytes were read (`true`) or written; how many.
-async fn pump(
-    read: impl Future<Output = std::io::Result<usize>>,
-    mut writer: impl AsyncWrite + Unpin,
-    output: &mut Output,
-) -> (bool, std::io::Result<usize>) {
-    tokio::select! {
-        read = read => (true, read),
-        sent = writer.write_buf(output), if output.has_remaining() => (false, sent),
     }
 }

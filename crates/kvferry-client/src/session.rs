@@ -1,7 +1,7 @@
 //! What belongs to one connection: requests under way, what the server granted, its pool.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -11,26 +11,18 @@ use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{Hello, Piece};
 use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::sleep;
 
 use crate::address::Address;
 use crate::frames::{Landing, Place, Stage, Staged};
 use crate::gate::{Gate, Gated, LOOK};
+use crate::link::{Link, Stream};
+use crate::outbox::{LIMITS, Outbox, Outgoing, QUEUED_BYTES_MAX, Refused};
 use crate::pool::Pool;
-
-/// Bytes of requests that may wait to be sent.
-const QUEUED_BYTES_MAX: usize = 64 << 20;
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A request on its way to the socket.
-pub(crate) struct Outgoing {
-    pub(crate) frames: Vec<Bytes>,
-    bytes: usize,
-    awaited: bool,
 }
 
 struct Waiting {
@@ -77,8 +69,7 @@ pub(crate) struct Session {
     pub(crate) keeps_checksums: bool,
     uids: AtomicU64,
     requests: Mutex<Requests>,
-    queue: mpsc::UnboundedSender<Outgoing>,
-    queued_bytes: AtomicUsize,
+    outbox: Outbox,
     /// Oldest first, as their commits come.
     granted: Mutex<HashMap<Granted, VecDeque<Grant>>>,
     pool: Mutex<Option<Pool>>,
@@ -92,26 +83,22 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A session, and its requests to be sent. Its uids begin with `uid`.
+    /// A session over `link`, whose output has gone out.
     pub(crate) fn new(
-        address: Address,
-        dialect: Dialect,
-        uid: u64,
+        link: &mut Link,
         hello: Option<Hello>,
         shared_memory: bool,
         announces: impl Fn(&str) -> bool,
         pool: Option<Pool>,
-    ) -> (Self, mpsc::UnboundedReceiver<Outgoing>) {
-        let (queue, outgoing) = mpsc::unbounded_channel();
-        let session = Self {
-            address,
-            dialect,
+    ) -> Self {
+        Self {
+            address: link.address.clone(),
+            dialect: link.dialect,
             hello,
             keeps_checksums: announces(Operation::Checksums.name()),
-            uids: AtomicU64::new(uid),
+            uids: AtomicU64::new(link.uid()),
             requests: Mutex::new(Ok(HashMap::new())),
-            queue,
-            queued_bytes: AtomicUsize::new(0),
+            outbox: Outbox::new(Arc::downgrade(link.stream())),
             granted: Mutex::default(),
             pool: Mutex::new(pool),
             offers_frames: announces(Operation::Frames.name()),
@@ -119,8 +106,7 @@ impl Session {
             in_frames: Mutex::default(),
             stage: Arc::default(),
             gate: Arc::default(),
-        };
-        (session, outgoing)
+        }
     }
 
     /// Whether the server does for this connection what concerns everybody; it would not answer.
@@ -140,11 +126,13 @@ impl Session {
     /// Sends a request and waits for its reply until `deadline`. A reply that comes later is
     /// dropped.
     pub(crate) async fn request(&self, request: &Request, deadline: Instant) -> Result<Reply> {
-        self.begin(request, None)?.wait(deadline).await
+        let pending = self.begin(request, None)?;
+        self.flush();
+        pending.wait(deadline).await
     }
 
-    /// Sends a request, whose reply is waited for later. A piece that it brings goes to `place` by itself where it can;
-    /// the reply is `true` then.
+    /// Prepares a request, which [`Session::flush`] or [`Session::nudge`] sends. A piece that its reply brings goes to
+    /// `place` by itself where it can; the reply is `true` then.
     pub(crate) fn begin(&self, request: &Request, place: Option<Place>) -> Result<Pending<'_>> {
         let (answer, answered) = oneshot::channel();
         let operation = request.operation();
@@ -155,51 +143,70 @@ impl Session {
     /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its
     /// end undoes what such requests are for.
     pub(crate) fn send(&self, request: &Request) {
+        if self.enqueue(request, None).is_ok() {
+            self.flush();
+        }
+    }
+
+    /// The same, together with what is sent next.
+    pub(crate) fn send_with_next(&self, request: &Request) {
         let _ = self.enqueue(request, None);
+    }
+
+    /// Sends what was begun, in one message to the peer's kernel: it wakes once.
+    pub(crate) fn flush(&self) {
+        self.outbox.flush(|request| self.wants(request));
+    }
+
+    /// Lets the connection's task send what was begun, and what will be until then.
+    pub(crate) fn nudge(&self) {
+        self.outbox.nudge();
+    }
+
+    /// Sends what no caller sends, until the socket fails.
+    pub(crate) async fn drain(&self, stream: &Stream) -> std::io::Error {
+        self.outbox.drain(stream, |request| self.wants(request)).await
+    }
+
+    /// Answers the peer's commands.
+    pub(crate) fn reply(&self, bytes: &[u8]) {
+        self.outbox.reply(bytes);
+    }
+
+    /// Whether somebody waits for the reply, or it is sent for what it does.
+    fn wants(&self, request: &Outgoing) -> bool {
+        !request.awaited
+            || lock(&self.requests).as_ref().is_ok_and(|all| all.contains_key(&request.frames[0]))
     }
 
     fn enqueue(&self, request: &Request, waiting: Option<Waiting>) -> Result<Bytes> {
         let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), self.dialect);
         let uid = frames[0].clone();
-        let bytes = frames.iter().map(Bytes::len).sum();
         let awaited = waiting.is_some();
-        if self.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > QUEUED_BYTES_MAX {
-            self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            return Err(Error::new(
-                ErrorCode::Timeout,
-                format!(
-                    "{QUEUED_BYTES_MAX} bytes of requests wait for the server at {}, which does not \
-                     take them",
-                    self.address
-                ),
-            ));
-        }
+        LIMITS.check(&frames).map_err(|error| {
+            Error::invalid(format!("the request cannot be sent: {error}"))
+        })?;
         let mut requests = lock(&self.requests);
         let all = requests.as_mut().map_err(|error| error.clone())?;
         if let Some(waiting) = waiting {
             all.insert(uid.clone(), waiting);
         }
         drop(requests);
-        if self.queue.send(Outgoing { frames, bytes, awaited }).is_err() {
+        self.outbox.push(Outgoing { frames, awaited }).map_err(|refused| {
             self.take(&uid);
-            return Err(self.ended());
-        }
+            match refused {
+                Refused::Ended => self.ended(),
+                Refused::TooMany => Error::new(
+                    ErrorCode::Timeout,
+                    format!(
+                        "{QUEUED_BYTES_MAX} bytes of requests wait for the server at {}, which does not \
+                         take them",
+                        self.address
+                    ),
+                ),
+            }
+        })?;
         Ok(uid)
-    }
-
-    /// The frames of a request that is to be sent now; `None` when nobody waits for it any more.
-    pub(crate) fn dequeue(&self, outgoing: Outgoing) -> Option<Vec<Bytes>> {
-        self.queued_bytes.fetch_sub(outgoing.bytes, Ordering::Relaxed);
-        let wanted = !outgoing.awaited
-            || lock(&self.requests).as_ref().is_ok_and(|all| all.contains_key(&outgoing.frames[0]));
-        wanted.then_some(outgoing.frames)
-    }
-
-    /// Ends the request of `uid` with an error.
-    pub(crate) fn fail(&self, uid: &Bytes, error: Error) {
-        if let Some(waiting) = self.take(uid) {
-            let _ = waiting.answer.send(Err(error)); // nobody may wait any more
-        }
     }
 
     /// Hands a reply to whoever waits for it. What nobody waits for is dropped.

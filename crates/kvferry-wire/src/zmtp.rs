@@ -56,7 +56,45 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { frames_max: 16, message_bytes_max: 8 << 20, command_bytes_max: 512 }
+        Self::DEFAULT
+    }
+}
+
+impl Limits {
+    /// What there is unless told.
+    pub const DEFAULT: Self =
+        Self { frames_max: 16, message_bytes_max: 8 << 20, command_bytes_max: 512 };
+
+    /// The last of a message's frames, and those before it.
+    ///
+    /// # Errors
+    /// A message that has no frame, or exceeds the limits.
+    pub fn check<'a, T: AsRef<[u8]>>(&self, frames: &'a [T]) -> Result<(&'a T, &'a [T])> {
+        let Some((last, before)) = frames.split_last() else {
+            return Err(ZmtpError::OutOfTurn("a message without frames"));
+        };
+        if frames.len() > self.frames_max {
+            return Err(ZmtpError::TooManyFrames(self.frames_max));
+        }
+        let bytes = frames.iter().map(|frame| frame.as_ref().len()).sum::<usize>();
+        if bytes > self.message_bytes_max {
+            return Err(ZmtpError::MessageTooLong(self.message_bytes_max));
+        }
+        Ok((last, before))
+    }
+
+    /// Appends a message to what goes to a peer after its [`Event::Ready`], all or nothing; long frames are not
+    /// copied.
+    ///
+    /// # Errors
+    /// As [`Limits::check`].
+    pub fn put(&self, frames: &[Bytes], output: &mut Output) -> Result<()> {
+        let (last, before) = self.check(frames)?;
+        for (more, frame) in before.iter().map(|frame| (MORE, frame)).chain([(0, last)]) {
+            put_header(more, frame.len(), output.tail());
+            output.put(frame);
+        }
+        Ok(())
     }
 }
 
@@ -375,7 +413,11 @@ impl Connection {
     /// Before [`Event::Ready`], and when the message exceeds our own limits, which are the peer's
     /// too.
     pub fn send(&self, frames: &[impl AsRef<[u8]>], output: &mut BytesMut) -> Result<()> {
-        self.each(frames, |more, frame| put_frame(more, frame.as_ref(), output))
+        self.may_send()?;
+        let (last, before) = self.config.limits.check(frames)?;
+        before.iter().for_each(|frame| put_frame(MORE, frame.as_ref(), output));
+        put_frame(0, last.as_ref(), output);
+        Ok(())
     }
 
     /// The same; long frames are not copied.
@@ -383,30 +425,15 @@ impl Connection {
     /// # Errors
     /// As [`Connection::send`].
     pub fn send_shared(&self, frames: &[Bytes], output: &mut Output) -> Result<()> {
-        self.each(frames, |more, frame| {
-            put_header(more, frame.len(), output.tail());
-            output.put(frame);
-        })
+        self.may_send()?;
+        self.config.limits.put(frames, output)
     }
 
-    fn each<T: AsRef<[u8]>>(&self, frames: &[T], mut put: impl FnMut(u8, &T)) -> Result<()> {
-        if self.state != State::Traffic {
-            return Err(ZmtpError::OutOfTurn("a message before the handshake is done"));
+    fn may_send(&self) -> Result<()> {
+        match self.state {
+            State::Traffic => Ok(()),
+            _ => Err(ZmtpError::OutOfTurn("a message before the handshake is done")),
         }
-        let Some((last, before)) = frames.split_last() else {
-            return Err(ZmtpError::OutOfTurn("a message without frames"));
-        };
-        let Limits { frames_max, message_bytes_max, .. } = self.config.limits;
-        if frames.len() > frames_max {
-            return Err(ZmtpError::TooManyFrames(frames_max));
-        }
-        let bytes = frames.iter().map(|frame| frame.as_ref().len()).sum::<usize>();
-        if bytes > message_bytes_max {
-            return Err(ZmtpError::MessageTooLong(message_bytes_max));
-        }
-        before.iter().for_each(|frame| put(MORE, frame));
-        put(0, last);
-        Ok(())
     }
 
     /// Lets the peer in whose [`Event::Credentials`] came.
