@@ -70,8 +70,7 @@ impl Cache for Client {
             let query = Request::QueryPrefetchStatus { request_id: key.request_id.clone() };
             let mut reply = if session.hello.is_some() {
                 // Our server takes requests in their order, so the question needs not wait.
-                let (sent, asked) =
-                    (session.begin(&lookup, None)?, session.begin(&query, None)?);
+                let (sent, asked) = (session.begin(&lookup, None)?, session.begin(&query, None)?);
                 session.flush();
                 tokio::try_join!(sent.wait(deadline), asked.wait(deadline))?.1
             } else {
@@ -143,7 +142,7 @@ impl Cache for Client {
             let granted = store.slots.slots;
             let (slots, memory, staged) = place(&session, &granted).await?;
             if !granted.is_empty() {
-                let grant = Grant { slots: granted, staged };
+                let grant = Grant { slots: granted, staged, held_until: None };
                 session.grant(Operation::PrepareStore, key, instance, grant);
             }
             undo.disarm();
@@ -237,6 +236,7 @@ impl Cache for Client {
             // Whoever gives up waiting must not leave slots that the server keeps for a reader.
             let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
             let undo = Undo::new(Arc::clone(&session), Some(commit));
+            let held_until = session.read_hold();
             let slots = match session.request(&request, self.deadline(deadline)).await? {
                 Reply::RetrieveSlots(Some(slots)) => slots,
                 Reply::RetrieveSlots(None) => {
@@ -269,7 +269,7 @@ impl Cache for Client {
                     return Ok(None);
                 }
             }
-            let grant = Grant { slots: granted, staged };
+            let grant = Grant { slots: granted, staged, held_until };
             session.grant(Operation::PrepareRetrieve, key, instance, grant);
             undo.disarm();
             Ok(Some(RetrieveGrant { slots, memory }))
@@ -318,13 +318,20 @@ impl Cache for Client {
             };
             let slots = if grant.staged.is_some() { &grant.slots } else { slots };
             let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
-            let commit = boolean(&session, &commit, deadline);
+            if grant.held_until.is_some_and(|until| Instant::now() < until) {
+                session.send(&commit);
+                return Ok(true);
+            }
             let uses = uses(slots).filter(|_| session.hello.is_some());
-            let Some((offsets, generations)) = uses else { return commit.await };
+            let Some((offsets, generations)) = uses else {
+                return boolean(&session, &commit, deadline).await;
+            };
             let confirm = Request::Confirm { instance_id: instance, offsets, generations };
             // In this order on the wire: what is confirmed is still granted.
-            let (held, ended) = tokio::join!(boolean(&session, &confirm, deadline), commit);
-            Ok(held? && ended?)
+            let (held, ended) = (session.begin(&confirm, None)?, session.begin(&commit, None)?);
+            session.flush();
+            let (held, ended) = tokio::join!(held.wait(deadline), ended.wait(deadline));
+            Ok(is_yes(Operation::Confirm, held?)? && is_yes(Operation::CommitRetrieve, ended?)?)
         })
     }
 
@@ -463,9 +470,13 @@ fn uses(slots: &[Slot]) -> Option<(Vec<u64>, Vec<u64>)> {
 
 /// The answer to a request that is answered by yes or no.
 async fn boolean(session: &Session, request: &Request, deadline: Instant) -> Result<bool> {
-    match session.request(request, deadline).await? {
-        Reply::Boolean(value) => Ok(value),
-        reply => Err(unexpected(request.operation(), &reply)),
+    is_yes(request.operation(), session.request(request, deadline).await?)
+}
+
+fn is_yes(operation: Operation, reply: Reply) -> Result<bool> {
+    match reply {
+        Reply::Boolean(yes) => Ok(yes),
+        reply => Err(unexpected(operation, &reply)),
     }
 }
 

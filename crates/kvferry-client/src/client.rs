@@ -471,8 +471,7 @@ async fn serve(shared: &Shared, in_use: &mut InUse) -> Result<std::convert::Infa
 async fn reopen(shared: &Shared, last: Option<&Session>) -> Result<Opened> {
     let Shared { address, options, .. } = shared;
     let deadline = Instant::now() + options.connect_timeout;
-    let (mut link, session, info) =
-        open(address, options, options.connect_timeout, last).await?;
+    let (mut link, session, info) = open(address, options, options.connect_timeout, last).await?;
     let (was, is) = (lock(&shared.info).chunk_size, info.chunk_size);
     if was != is {
         return Err(Error::new(
@@ -582,13 +581,8 @@ async fn open(
         token.is_some() && last.hello.as_ref().map(|hello| hello.boot_token) == token
     };
     let pool = last.filter(same).and_then(Session::pool);
-    let session = Session::new(
-        &mut link,
-        hello,
-        options.shared_memory,
-        |name| release.announces(name),
-        pool,
-    );
+    let session =
+        Session::new(&mut link, hello, options.shared_memory, |name| release.announces(name), pool);
     Ok((link, Arc::new(session), info))
 }
 

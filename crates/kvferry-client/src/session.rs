@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvferry_core::cache::{Memory, Slot};
@@ -50,6 +50,8 @@ struct Granted {
 pub(crate) struct Grant {
     pub(crate) slots: Vec<Slot>,
     pub(crate) staged: Option<(Vec<Slot>, Arc<Staged>)>,
+    /// Until when the slots are not used anew, whatever happens; as the server promised, for reading.
+    pub(crate) held_until: Option<Instant>,
 }
 
 impl Granted {
@@ -183,9 +185,9 @@ impl Session {
         let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), self.dialect);
         let uid = frames[0].clone();
         let awaited = waiting.is_some();
-        LIMITS.check(&frames).map_err(|error| {
-            Error::invalid(format!("the request cannot be sent: {error}"))
-        })?;
+        LIMITS
+            .check(&frames)
+            .map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))?;
         let mut requests = lock(&self.requests);
         let all = requests.as_mut().map_err(|error| error.clone())?;
         if let Some(waiting) = waiting {
@@ -267,6 +269,12 @@ impl Session {
                 "the runtime of this client has ended; connect another one",
             )
         })
+    }
+
+    /// Until when the server holds what it grants for reading to a request that is sent now.
+    pub(crate) fn read_hold(&self) -> Option<Instant> {
+        let hold = Duration::from_millis(self.hello.as_ref()?.read_hold_ms.into());
+        Some(Instant::now() + hold)
     }
 
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.

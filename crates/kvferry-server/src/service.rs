@@ -8,7 +8,7 @@ use bytes::Bytes;
 use kvferry_core::key::Key;
 use kvferry_core::kv_descriptors::KvRegistration;
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_store::{EngineMemory, GoOn, Owner, Store, clock};
+use kvferry_store::{EngineMemory, GoOn, Owner, READ_HOLD, Store, clock};
 use kvferry_wire::message::{Control, EXTENSION, Hello, KV_EVENT_STREAM, Slots, StoreSlots, Value};
 use kvferry_wire::{Header, Operation, Reply, Request};
 use tokio::sync::Semaphore;
@@ -117,7 +117,14 @@ impl Service {
     ) -> Self {
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let segment = store.segment();
-        let hello = Hello { boot_token, version, pid: std::process::id(), admin: true, segment };
+        let hello = Hello {
+            boot_token,
+            version,
+            pid: std::process::id(),
+            admin: true,
+            segment,
+            read_hold_ms: u32::try_from(READ_HOLD.as_millis()).unwrap_or(u32::MAX),
+        };
         let (copiers, places, turns) = (Copiers::default(), places(), AtomicU64::new(0));
         Self { store, hello, figures, labels, copiers, places, turns }
     }

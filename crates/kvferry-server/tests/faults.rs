@@ -441,6 +441,7 @@ fn unregistering_takes_back_what_was_set_apart() {
     engine.wait_for("slots_apart", 3);
     assert_eq!(engine.call(&Request::Unregister { instance_id: INSTANCE }), Reply::None);
     assert_eq!(engine.status("slots_apart"), 0);
+    engine.wait_for("slots_reading", 0); // it may read for a moment
     assert_eq!(engine.call(&Request::Clear { force: true }), Reply::None);
     assert_eq!(engine.status("used_bytes"), 0);
 }

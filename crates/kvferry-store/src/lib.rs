@@ -30,5 +30,7 @@ pub use eviction::Policy;
 pub use explain::Explaining;
 pub use lmcache_driven::{EngineMemory, GoOn};
 pub use probe::{DiskProbe, PROBE_MODEL};
-pub use store::{Departure, Limits, Owner, Reserved, ReservedObject, Shape, Store, StoreOptions};
+pub use store::{
+    Departure, Limits, Owner, READ_HOLD, Reserved, ReservedObject, Shape, Store, StoreOptions,
+};
 pub use tenants::{Quota, Quotas, TenantStatus};

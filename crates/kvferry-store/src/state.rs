@@ -36,6 +36,8 @@ pub(crate) struct State {
     pub(crate) session_bytes: u64,
     /// The instance of each reservation.
     pub(crate) reservations_by_age: BTreeMap<(Instant, u64), (u64, Range)>,
+    /// What readers that are gone may still be reading, by when they must have ended.
+    pub(crate) held: BTreeMap<(Instant, u64), Vec<Handle>>,
     pub(crate) sequence: u64,
     pub(crate) limits: Limits,
     pub(crate) headroom: u64,
@@ -162,6 +164,8 @@ pub(crate) struct Retrieval {
     pub(crate) owner: Owner,
     pub(crate) objects: Vec<Handle>,
     pub(crate) apart: bool,
+    /// See [`READ_HOLD`](crate::READ_HOLD).
+    pub(crate) held_until: Instant,
 }
 
 pub(crate) struct Session {
@@ -216,6 +220,7 @@ impl State {
             sessions_by_age: BTreeMap::new(),
             session_bytes: 0,
             reservations_by_age: BTreeMap::new(),
+            held: BTreeMap::new(),
             sequence: 0,
             limits,
             headroom: POOL_STEP / 2,
@@ -508,6 +513,12 @@ impl State {
         known.map_or(0, |known| known.retrievals.values().map(VecDeque::len).sum())
     }
 
+    /// The reader is gone, and may not have noticed yet.
+    fn hold(&mut self, retrieval: Retrieval) {
+        let age = (retrieval.held_until, self.next());
+        self.held.insert(age, retrieval.objects);
+    }
+
     /// Forgets an instance and takes back every slot that it was told of.
     pub(crate) fn unregister(&mut self, instance: u64) {
         let Some(gone) = self.instances.remove(&instance) else { return };
@@ -519,7 +530,7 @@ impl State {
             self.abandon(&reservation.objects);
         }
         for retrieval in gone.retrievals.into_values().flatten() {
-            self.unpin(&retrieval.objects);
+            self.hold(retrieval);
         }
         for apart in gone.apart.into_values().flatten() {
             apart.give_back(&mut self.pool, &mut self.index);
@@ -585,7 +596,7 @@ impl State {
             apart.give_back(&mut self.pool, &mut self.index);
         }
         for (_, retrieval) in retrievals {
-            self.unpin(&retrieval.objects);
+            self.hold(retrieval);
         }
         for (_, reservation) in stores {
             self.reservations_by_age.remove(&reservation.age);
@@ -602,6 +613,12 @@ impl State {
             let request = entry.get().clone();
             self.end_session(&request);
             self.counters.expired_sessions += 1;
+        }
+        while let Some(entry) = self.held.first_entry()
+            && entry.key().0 <= now
+        {
+            let read = entry.remove();
+            self.unpin(&read);
         }
         while let Some(entry) = self.reservations_by_age.first_entry()
             && entry.key().0 <= now

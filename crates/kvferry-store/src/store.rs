@@ -35,7 +35,10 @@ const READERS_MAX: u32 = 255;
 const LEASES_MAX: u32 = 4_096;
 /// Slots of one answer at most: a reply of the wire (8 MiB) holds them.
 const SLOTS_MAX: usize = 65_536;
-/// Retrievals of one instance that are not committed, at most.
+/// For how long, from its grant on, a slot that was granted for reading is not used anew, unless its reader commits
+/// before: whoever has copied within this time needs not ask whether it was in time.
+pub const READ_HOLD: Duration = Duration::from_secs(1);
+/// Retrievals of one instance that are not committed, with those of readers that are gone, at most.
 const RETRIEVALS_MAX: usize = 4_096;
 /// Begins the name of every segment of ours.
 #[cfg(target_os = "linux")]
@@ -685,7 +688,8 @@ impl Store {
         let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
         let Some(range) = range else { return Ok(Some(Vec::new())) };
         state.place_rank(key, range.rank, &registered);
-        if chunks.len() > SLOTS_MAX || state.retrievals(instance) >= RETRIEVALS_MAX {
+        let open = state.retrievals(instance) + state.held.len();
+        if chunks.len() > SLOTS_MAX || open >= RETRIEVALS_MAX {
             return Err(Error::invalid(format!(
                 "instance {instance} retrieves more than {SLOTS_MAX} chunks at once, or commits none of {RETRIEVALS_MAX} retrievals"
             )));
@@ -713,7 +717,8 @@ impl Store {
         state.counters.retrieved_chunks += objects.len() as u64;
         state.counters.retrieved_bytes += registered.object_bytes * objects.len() as u64;
         if let Some(known) = state.instances.get_mut(&instance) {
-            let retrieval = Retrieval { owner, objects, apart: false };
+            let held_until = now + READ_HOLD;
+            let retrieval = Retrieval { owner, objects, apart: false, held_until };
             known.retrievals.entry(range).or_default().push_back(retrieval);
         }
         Ok(Some(slots))
@@ -885,6 +890,7 @@ impl Store {
                 apart.0 += if retrieval.apart { count } else { 0 };
             }
         }
+        granted.1 += state.held.values().map(|objects| objects.len() as u64).sum::<u64>();
         let leases = state.sessions.values().flat_map(|session| session.leases.values());
         let leases = leases.map(|count| u64::from(*count)).sum();
         let counters = &state.counters;

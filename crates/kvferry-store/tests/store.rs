@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvferry_core::ErrorCode;
 use kvferry_core::key::{Dtype, Key, Layout};
-use kvferry_store::{Departure, Limits, Owner, Policy, Store, StoreOptions};
+use kvferry_store::{Departure, Limits, Owner, Policy, READ_HOLD, Store, StoreOptions};
 use proptest::prelude::*;
 
 const CHUNK: u32 = 4;
@@ -333,7 +333,7 @@ fn a_session_whose_tokens_change_does_not_keep_the_old_hashes() {
 }
 
 #[test]
-fn a_peer_that_ended_leaves_nothing_held() {
+fn a_peer_that_ended_leaves_nothing_held_but_for_a_moment_what_it_may_still_read() {
     let mut engine = engine(4);
     let (reading, writing) = (key("r", 0, 1), key("w", 100, 2));
     engine.put(&reading);
@@ -343,11 +343,15 @@ fn a_peer_that_ended_leaves_nothing_held() {
     engine.store.prepare_store(engine.owner, &writing, 1, engine.now).unwrap();
     engine.store.disconnect(engine.owner, Departure::Ended);
     assert_eq!(engine.status("leases"), 0);
-    assert_eq!(engine.status("slots_reading"), 0);
     assert_eq!(engine.status("slots_writing"), 0);
     assert_eq!(engine.status("used_bytes"), OBJECT, "the committed object stays");
     engine.owner = engine.store.connect();
-    assert_eq!(engine.put(&key("n", 200, 4)), 4);
+    engine.now += READ_HOLD - Duration::from_nanos(1);
+    assert_eq!(engine.put(&key("n", 200, 4)), 3);
+    assert_eq!(engine.status("slots_reading"), 1);
+    engine.now += Duration::from_nanos(1);
+    assert_eq!(engine.put(&key("m", 300, 4)), 4);
+    assert_eq!(engine.status("slots_reading"), 0);
 }
 
 #[test]
@@ -843,6 +847,8 @@ proptest! {
             engine.store.register(*owner, instance, layout("m", 1)).unwrap();
         }
         let mut told: Vec<Told> = Vec::new();
+        // Slots granted for reading, which nobody here gives back, and until when they must be left alone.
+        let mut read: Vec<(u64, Instant)> = Vec::new();
         for step in steps {
             match step {
                 Step::Prepare { first, chunks, instance } => {
@@ -852,6 +858,7 @@ proptest! {
                     let offsets: Vec<u64> = reserved.slots.iter().map(|slot| slot.offset).collect();
                     for offset in &offsets {
                         prop_assert!(told.iter().all(|held| !held.offsets.contains(offset)), "granted twice");
+                        prop_assert!(!read.iter().any(|(held, until)| held == offset && *until > engine.now), "written while read");
                     }
                     if !offsets.is_empty() {
                         told.push(Told { instance, owner, range: (first, chunks), offsets });
@@ -875,6 +882,7 @@ proptest! {
                     if let Ok(Some(slots)) = engine.store.prepare_retrieve(owner, &key, instance, engine.now) {
                         for slot in slots {
                             prop_assert!(told.iter().all(|held| !held.offsets.contains(&slot.offset)), "read while written");
+                            read.push((slot.offset, engine.now + READ_HOLD));
                         }
                     }
                 }
@@ -909,8 +917,10 @@ proptest! {
             engine.store.disconnect(owner, Departure::Ended);
             engine.store.unregister(instance);
         }
+        engine.now += READ_HOLD;
+        prop_assert_eq!(engine.status("leases"), 0);
+        prop_assert_eq!(engine.status("slots_reading"), 0);
         engine.store.clear();
         prop_assert_eq!(engine.status("used_bytes"), 0);
-        prop_assert_eq!(engine.status("leases"), 0);
     }
 }

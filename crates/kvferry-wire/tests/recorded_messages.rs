@@ -427,6 +427,7 @@ fn our_own_messages_survive_the_wire() {
                 version: "0.1.0".to_owned(),
                 pid: 4711,
                 admin: false,
+                read_hold_ms: 1000,
                 segment: Some("a:1:2".to_owned()),
             }),
         ),

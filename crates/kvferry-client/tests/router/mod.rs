@@ -192,6 +192,7 @@ pub(crate) fn hello(token: u8) -> Reply {
         version: "0.0.1".to_owned(),
         pid: 42,
         admin: true,
+        read_hold_ms: 0,
         segment: None,
     })
 }

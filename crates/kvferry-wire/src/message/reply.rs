@@ -96,6 +96,9 @@ pub struct Hello {
     /// Whether this connection may do what concerns everybody: clear, and ask for figures, events and explanations.
     /// Servers that do not say so let everybody.
     pub admin: bool,
+    /// For how many milliseconds no slot is used anew that was granted for reading, from its grant on, whatever happens
+    /// to the reader's connection and registration; unless the reader commits before. 0 from servers that do not say so.
+    pub read_hold_ms: u32,
 }
 
 /// A value of [`Reply::Status`].
@@ -190,13 +193,15 @@ impl Reply {
                 w.boolean(*done);
             }
             Self::Hello(hello) => {
-                w.map(5);
+                w.map(6);
                 w.str("boot_token");
                 w.bytes(&hello.boot_token);
                 w.str("version");
                 w.str(&hello.version);
                 w.str("pid");
                 w.uint(hello.pid);
+                w.str("read_hold_ms");
+                w.uint(hello.read_hold_ms);
                 w.str("admin");
                 w.boolean(hello.admin);
                 w.str("segment");
@@ -504,12 +509,14 @@ impl Hello {
         let mut pid = None;
         let mut admin = None;
         let mut segment = None;
+        let mut read_hold_ms = None;
         for _ in 0..r.map_len()? {
             match r.str()? {
                 "boot_token" => once(&mut boot_token, "boot_token", r.fixed_bytes()),
                 "version" => once(&mut version, "version", r.string()),
                 "pid" => once(&mut pid, "pid", r.integer()),
                 "admin" => once(&mut admin, "admin", r.boolean()),
+                "read_hold_ms" => once(&mut read_hold_ms, "read_hold_ms", r.integer()),
                 "segment" => once(
                     &mut segment,
                     "segment",
@@ -523,6 +530,7 @@ impl Hello {
             version: required(version, "version")?,
             pid: required(pid, "pid")?,
             admin: admin.unwrap_or(true),
+            read_hold_ms: read_hold_ms.unwrap_or(0),
             segment: segment.flatten(),
         })
     }
