@@ -462,7 +462,9 @@ export class TrackerTable {
 /** The salt of a request: "" for none. */
 export function saltOf({ cacheSalt }: { readonly cacheSalt?: string | null | undefined }): string {
 	const salt = checkSalt(cacheSalt);
-	wrap(() => native().checkSalt(salt));
+	if (salt !== "") {
+		wrap(() => native().checkSalt(salt));
+	}
 	return salt;
 }
 

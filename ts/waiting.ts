@@ -37,13 +37,11 @@ export async function waitFor<T>(
 	let running: Promise<T>;
 	try {
 		running = work();
+		if (signal === undefined) {
+			return await running;
+		}
 	} catch (error) {
 		throw fromNative(error);
-	}
-	if (signal === undefined) {
-		return await running.catch((error: unknown) => {
-			throw fromNative(error);
-		});
 	}
 	return await new Promise<T>((resolve, reject) => {
 		let open = true;

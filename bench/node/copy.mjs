@@ -116,7 +116,10 @@ export class Stack {
 	op(/** @type {number} */ chunks, prompt = ++this.#requests, shift = prompt) {
 		const end = chunks * CHUNK;
 		const tokenIds = Uint32Array.from({ length: end }, (_, at) => prompt * 100_000 + at);
-		const blocks = Array.from({ length: end / BLOCK }, (_, n) => ((n + (shift * end) / BLOCK) * 97) % BLOCKS);
+		const blocks = Array.from(
+			{ length: end / BLOCK },
+			(_, n) => ((n + (shift * end) / BLOCK) * 97) % BLOCKS,
+		);
 		return { prompt, op: { tokenIds, start: 0, end, blockIds: [blocks], skipFirstNTokens: 0 } };
 	}
 
@@ -159,10 +162,7 @@ export class Stack {
 	}
 
 	async ended(/** @type {string} */ requestId) {
-		await this.adapter.waitForSaves(); // polling meanwhile would take a core from the copies
-		while (this.adapter.pendingOperations > 0) {
-			await new Promise((resolve) => setImmediate(resolve));
-		}
+		await this.adapter.flush(); // polling meanwhile would take a core from the copies and the server
 		this.adapter.getFinished(new Set([requestId]));
 	}
 

@@ -90,6 +90,8 @@ export interface CacheWorkerAdapter extends WorkerAdapter {
 	readonly droppedStores: number;
 	/** Why the latest load or store failed; undefined when it did not. */
 	readonly failure: KvferryError | undefined;
+	/** Resolves when every store so far has ended: others find what was stored. `waitForSaves` waits for copies only. */
+	flush(): Promise<void>;
 }
 
 /**
@@ -156,7 +158,7 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		if (this.#lookups.has(requestId)) {
 			return;
 		}
-		const tokens = tokensOf(tokenIds);
+		const tokens = tokensOf(tokenIds, tokenIds.length);
 		const end = tokens.length - (tokens.length % this.chunkSize);
 		const cacheSalt = saltOf(options ?? {});
 		const lookup: { found: number | null } = { found: null };
@@ -202,7 +204,7 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		if (last <= first) {
 			return;
 		}
-		const tokens = tokensOf(tokenIds.slice(0, last));
+		const tokens = tokensOf(tokenIds, last);
 		const range = { requestId, start: first, end: last, cacheSalt };
 		this.#run(() => this.#native.release(tokens, range, this.#timeoutMs));
 	}
@@ -285,7 +287,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	readonly #loads = new Set<Promise<void>>();
 	/** For each of them, how to wait for its first arrays. */
 	readonly #loading = new Set<(arrays: number) => Promise<void>>();
-	readonly #copying = new Set<Promise<void>>();
+	/** For each store, how to wait for its copy. */
+	readonly #copying = new Set<() => Promise<void>>();
 	readonly #stores = new Set<Promise<void>>();
 	/** How many operations of each request have not ended. */
 	readonly #open = new Map<string, number>();
@@ -420,13 +423,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		checkBatch(requestIds, ops, cacheSalts, this.#options.via.chunkSize);
 		ops.forEach((op, i) => {
 			const requestId = requestIds[i] as string;
-			let copied = () => {};
-			const copying = new Promise<void>((resolve) => {
-				copied = resolve;
-			});
-			this.#copying.add(copying);
-			copying.then(() => this.#copying.delete(copying));
-			const store = this.#store(worker, requestId, op, cacheSalts?.[i] ?? "", copied);
+			const store = this.#store(worker, requestId, op, cacheSalts?.[i] ?? "");
 			this.#begin(requestId, this.#stores, store);
 		});
 	}
@@ -441,7 +438,11 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	}
 
 	async waitForSaves(): Promise<void> {
-		await Promise.all(this.#copying);
+		await Promise.all([...this.#copying].map((copied) => copied()));
+	}
+
+	async flush(): Promise<void> {
+		await Promise.all(this.#stores);
 	}
 
 	getFinished(
@@ -512,7 +513,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		});
 		let loading = (_arrays: number) => end;
 		try {
-			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
+			const tokens = tokensOf(op.tokenIds, op.end);
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
 			const blocks = blocksOf(op);
 			const [skip, verify, timeoutMs] = [op.skipFirstNTokens, this.#verify, this.#timeoutMs];
@@ -560,18 +561,23 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		requestId: string,
 		op: LoadStoreOp,
 		cacheSalt: string,
-		copied: () => void,
 	): Promise<void> {
-		// The engine waits for a copy that has begun, however late it is.
-		let forbid = () => true;
-		const late = setTimeout(() => {
-			if (forbid()) {
-				this.#droppedStores++;
-				copied();
-			}
-		}, this.#saveTimeoutMs);
+		let ended = () => {};
+		let copying = (): Promise<void> => Promise.resolve();
+		let late: NodeJS.Timeout | undefined;
+		/** From now on the engine can wait for the copy: until it is late and can still be forbidden. */
+		const begin = (wait: () => Promise<void>, forbid: () => boolean) => {
+			copying = wait;
+			this.#copying.add(copying);
+			late = setTimeout(() => {
+				if (forbid()) {
+					this.#droppedStores++;
+					ended();
+				}
+			}, this.#saveTimeoutMs);
+		};
 		try {
-			const tokens = tokensOf(op.tokenIds.slice(0, op.end));
+			const tokens = tokensOf(op.tokenIds, op.end);
 			const range = { requestId, start: op.start, end: op.end, cacheSalt };
 			const blocks = blocksOf(op);
 			const [verify, timeoutMs] = [this.#verify, this.#timeoutMs];
@@ -580,21 +586,27 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 				const store = wrap(() =>
 					worker.storeBlocks(tokens, range, { blocks, skip: 0, verify }, timeoutMs),
 				);
-				forbid = () => store.forbid();
-				store.copied(U32_MAX).then(copied, copied);
+				const copied = () => store.copied(U32_MAX).catch(() => {}); // its end tells why
+				begin(copied, () => store.forbid());
 				this.#storedChunks += await waitFor(() => store.ended(), undefined);
 			} else {
-				let forbidden = false;
-				forbid = () => {
-					forbidden = true;
-					return true;
-				};
+				let [forbidden, begun] = [false, false];
+				const end = new Promise<void>((resolve) => {
+					ended = resolve;
+				});
+				begin(
+					() => end,
+					() => {
+						forbidden = !begun;
+						return forbidden;
+					},
+				);
 				const store = await waitFor(() => worker.store(tokens, range, timeoutMs), undefined);
 				if (forbidden) {
 					await waitFor(() => worker.abandon(store, timeoutMs), undefined);
 					return;
 				}
-				forbid = () => false;
+				begun = true;
 				try {
 					wrap(() => worker.planStore(store, blocks, verify));
 					while (wrap(() => worker.copyOut(store, borrowed))) {
@@ -604,7 +616,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 					await worker.abandon(store, timeoutMs).catch(() => {}); // the first error tells more
 					throw error;
 				}
-				copied();
+				ended();
 				this.#storedChunks += await waitFor(() => worker.commit(store, timeoutMs), undefined);
 			}
 			this.#failure = undefined;
@@ -612,7 +624,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			this.#failure = error as KvferryError;
 		} finally {
 			clearTimeout(late);
-			copied();
+			this.#copying.delete(copying);
+			ended();
 		}
 	}
 }
@@ -649,14 +662,18 @@ function checkBatch(
 	cacheSalts: readonly string[] | undefined,
 	chunkSize: number,
 ): void {
-	const lists = { requestIds, ops, ...(cacheSalts === undefined ? {} : { cacheSalts }) };
-	for (const [name, list] of Object.entries(lists)) {
+	const check = (name: string, list: readonly unknown[]) => {
 		if (!Array.isArray(list) || list.length !== requestIds.length) {
 			throw invalid(
 				`${name} has ${list?.length ?? "no"} entries for ${requestIds?.length ?? "no"} request ids: ` +
 					"give arrays with one for each operation",
 			);
 		}
+	};
+	check("requestIds", requestIds);
+	check("ops", ops);
+	if (cacheSalts !== undefined) {
+		check("cacheSalts", cacheSalts);
 	}
 	requestIds.forEach((requestId, i) => {
 		checkText("a request id", requestId);
@@ -667,17 +684,19 @@ function checkBatch(
 				`the range ${op.start}..${op.end} of ${requestId} is not one of whole chunks of ${chunkSize}`,
 			);
 		}
-		saltOf({ cacheSalt: cacheSalts?.[i] });
+		if (cacheSalts !== undefined) {
+			saltOf({ cacheSalt: cacheSalts[i] });
+		}
 	});
 }
 
-/** Token ids as the wire has them. */
-function tokensOf(tokenIds: readonly number[] | Uint32Array): Uint32Array {
+/** The first `end` token ids as the wire has them. The addon copies them during its call. */
+function tokensOf(tokenIds: readonly number[] | Uint32Array, end: number): Uint32Array {
 	checkTokenIds("tokenIds", tokenIds);
 	if (tokenIds instanceof Uint32Array) {
-		return tokenIds;
+		return tokenIds.length === end ? tokenIds : tokenIds.subarray(0, end);
 	}
-	const tokens = Uint32Array.from(tokenIds);
+	const tokens = Uint32Array.from(tokenIds.slice(0, end));
 	const wrong = tokens.findIndex((token, i) => token !== tokenIds[i]);
 	if (wrong >= 0) {
 		throw new KvferryError(
@@ -693,7 +712,7 @@ function blocksOf(op: LoadStoreOp): Uint32Array {
 	if (groups.length !== 1) {
 		throw invalid(`an operation has blocks of ${groups.length} KV groups: only one can be copied`);
 	}
-	return Uint32Array.from(groups[0] as readonly number[]);
+	return new Uint32Array(groups[0] as readonly number[]);
 }
 
 /** A GPU, and the stream that its engine computes on. */

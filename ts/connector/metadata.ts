@@ -92,8 +92,12 @@ export function checkOperation(requestId: string, op: LoadStoreOp): void {
 	if (!Array.isArray(blockIds) || !blockIds.every((ids) => Array.isArray(ids))) {
 		throw invalid(`blockIds of ${requestId} must be an array of block ids for each KV group`);
 	}
-	for (const id of blockIds.flat()) {
-		checkInteger(`a block id of ${requestId}`, id, 0, U32_MAX - 1);
+	for (const ids of blockIds) {
+		for (const id of ids) {
+			if (!Number.isInteger(id) || id < 0 || id >= U32_MAX) {
+				checkInteger(`a block id of ${requestId}`, id, 0, U32_MAX - 1);
+			}
+		}
 	}
 }
 

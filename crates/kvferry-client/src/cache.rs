@@ -121,9 +121,10 @@ impl Cache for Client {
             let chunks = self.chunks(key)?;
             let object_bytes = self.object_bytes(instance)?;
             let session = self.session()?;
-            let request = Request::PrepareStore { key: key.clone().into(), instance_id: instance };
+            let wire = RequestKey::from(key.clone());
+            let request = Request::PrepareStore { key: wire.clone(), instance_id: instance };
             // Whoever gives up waiting must not leave a reservation that nobody fills.
-            let abandon = Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+            let abandon = Request::AbandonStore { key: wire.clone(), instance_id: instance };
             let undo = Undo::new(Arc::clone(&session), session.hello.is_some().then_some(abandon));
             let store = match session.request(&request, self.deadline(deadline)).await? {
                 Reply::StoreSlots(Some(store)) => store,
@@ -142,7 +143,7 @@ impl Cache for Client {
             let granted = store.slots.slots;
             let (slots, memory, staged) = place(&session, &granted).await?;
             if !granted.is_empty() {
-                let grant = Grant { slots: granted, staged, held_until: None };
+                let grant = Grant { key: wire, slots: granted, staged, held_until: None };
                 session.grant(Operation::PrepareStore, key, instance, grant);
             }
             undo.disarm();
@@ -160,19 +161,21 @@ impl Cache for Client {
     ) -> CacheFuture<'a, bool> {
         Box::pin(async move {
             let session = self.session()?;
-            if let Some(slots) = session.granted(Operation::PrepareStore, key, instance) {
+            if !checksums.is_empty()
+                && let Some(slots) = session.granted(Operation::PrepareStore, key, instance)
+            {
                 check_checksums(checksums, slots)?;
             }
             let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(false);
             };
-            let slots = grant.slots;
+            let slots = &grant.slots;
             if let Some((placed, memory)) = &grant.staged {
                 // However it fails: what is not written whole is never seen.
                 let abandon =
-                    Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+                    Request::AbandonStore { key: grant.key.clone(), instance_id: instance };
                 let undo = Undo::new(Arc::clone(&session), Some(abandon));
-                let (session, slots) = (&*session, &slots);
+                let session = &*session;
                 let transfer = Transfer {
                     client: self,
                     session,
@@ -188,7 +191,7 @@ impl Cache for Client {
                 undo.disarm();
             }
             let told = session.keeps_checksums && !checksums.is_empty();
-            if let Some((offsets, generations)) = uses(&slots).filter(|_| told) {
+            if let Some((offsets, generations)) = uses(slots).filter(|_| told) {
                 // Before the commit on the wire. Nobody waits for the answer: what cannot be kept, the
                 // commit goes without.
                 session.send_with_next(&Request::Checksums {
@@ -198,7 +201,7 @@ impl Cache for Client {
                     checksums: checksums.to_vec(),
                 });
             }
-            let request = Request::CommitStore { key: key.clone().into(), instance_id: instance };
+            let request = Request::CommitStore { key: grant.key, instance_id: instance };
             boolean(&session, &request, self.deadline(deadline)).await
         })
     }
@@ -213,10 +216,10 @@ impl Cache for Client {
             let session = self.session()?;
             let granted = session.take_grant(Operation::PrepareStore, key, instance);
             // LMCache has no such operation; there the reservation ends by its own deadline.
-            if granted.is_none() || session.hello.is_none() {
+            let Some(Grant { key, .. }) = granted.filter(|_| session.hello.is_some()) else {
                 return Ok(());
-            }
-            let request = Request::AbandonStore { key: key.clone().into(), instance_id: instance };
+            };
+            let request = Request::AbandonStore { key, instance_id: instance };
             session.request(&request, self.deadline(deadline)).await.map(drop)
         })
     }
@@ -231,10 +234,10 @@ impl Cache for Client {
             let chunks = self.chunks(key)?;
             let object_bytes = self.object_bytes(instance)?;
             let session = self.session()?;
-            let request =
-                Request::PrepareRetrieve { key: key.clone().into(), instance_id: instance };
+            let wire = RequestKey::from(key.clone());
+            let request = Request::PrepareRetrieve { key: wire.clone(), instance_id: instance };
             // Whoever gives up waiting must not leave slots that the server keeps for a reader.
-            let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
+            let commit = Request::CommitRetrieve { key: wire.clone(), instance_id: instance };
             let undo = Undo::new(Arc::clone(&session), Some(commit));
             let held_until = session.read_hold();
             let slots = match session.request(&request, self.deadline(deadline)).await? {
@@ -269,7 +272,7 @@ impl Cache for Client {
                     return Ok(None);
                 }
             }
-            let grant = Grant { slots: granted, staged, held_until };
+            let grant = Grant { key: wire, slots: granted, staged, held_until };
             session.grant(Operation::PrepareRetrieve, key, instance, grant);
             undo.disarm();
             Ok(Some(RetrieveGrant { slots, memory }))
@@ -317,7 +320,7 @@ impl Cache for Client {
                 return Ok(false);
             };
             let slots = if grant.staged.is_some() { &grant.slots } else { slots };
-            let commit = Request::CommitRetrieve { key: key.clone().into(), instance_id: instance };
+            let commit = Request::CommitRetrieve { key: grant.key, instance_id: instance };
             if grant.held_until.is_some_and(|until| Instant::now() < until) {
                 session.send(&commit);
                 return Ok(true);

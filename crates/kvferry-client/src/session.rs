@@ -10,7 +10,7 @@ use kvferry_core::cache::{Memory, Slot};
 use kvferry_core::key::Key;
 use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{Hello, Piece};
-use kvferry_wire::{Dialect, Header, Operation, Reply, Request};
+use kvferry_wire::{Dialect, Header, Operation, Reply, Request, RequestKey};
 use tokio::sync::oneshot;
 use tokio::time::sleep;
 
@@ -48,6 +48,8 @@ struct Granted {
 /// A grant's slots at the server, and where they are here when bytes go in frames.
 #[derive(Clone)]
 pub(crate) struct Grant {
+    /// For the request that ends it.
+    pub(crate) key: RequestKey,
     pub(crate) slots: Vec<Slot>,
     pub(crate) staged: Option<(Vec<Slot>, Arc<Staged>)>,
     /// Until when the slots are not used anew, whatever happens; as the server promised, for reading.

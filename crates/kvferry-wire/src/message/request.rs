@@ -9,18 +9,30 @@ use crate::messagepack::{Problem, Reader, Result, Writer, frame, once, required}
 use crate::operation::{Dialect, Operation};
 
 /// A key with what LMCache sends beside it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct RequestKey {
     /// The key.
     pub key: Key,
     /// LMCache's `request_configs`: opaque MessagePack (a map), not part of any identity. `None` is
     /// nil.
     pub configs: Option<Bytes>,
+    /// As it is sent, if it was made here: requests of the same key share it.
+    frame: Option<Bytes>,
 }
+
+impl PartialEq for RequestKey {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.key, &self.configs) == (&other.key, &other.configs)
+    }
+}
+
+impl Eq for RequestKey {}
 
 impl From<Key> for RequestKey {
     fn from(key: Key) -> Self {
-        Self { key, configs: None }
+        let mut this = Self { key, configs: None, frame: None };
+        this.frame = Some(this.encode());
+        this
     }
 }
 
@@ -67,11 +79,15 @@ impl RequestKey {
                     num_kv_readers: num_kv_readers.unwrap_or_default(),
                 },
                 configs: configs.flatten().map(|map| bytes.slice_ref(map)),
+                frame: None,
             })
         })
     }
 
     fn encode(&self) -> Bytes {
+        if let Some(frame) = &self.frame {
+            return frame.clone();
+        }
         let Key { model_name, world_size, worker_id, token_ids, start, end, .. } = &self.key;
         one(|w| {
             w.map(10);
