@@ -158,7 +158,7 @@ class NativeSchedulerAdapter implements CacheSchedulerAdapter {
 		if (this.#lookups.has(requestId)) {
 			return;
 		}
-		const tokens = tokensOf(tokenIds, tokenIds.length);
+		const tokens = tokensOf(tokenIds);
 		const end = tokens.length - (tokens.length % this.chunkSize);
 		const cacheSalt = saltOf(options ?? {});
 		const lookup: { found: number | null } = { found: null };
@@ -690,11 +690,11 @@ function checkBatch(
 	});
 }
 
-/** The first `end` token ids as the wire has them. The addon copies them during its call. */
-function tokensOf(tokenIds: readonly number[] | Uint32Array, end: number): Uint32Array {
+/** Token ids up to `end`, or all, as the wire has them; the addon copies them during its call. */
+function tokensOf(tokenIds: readonly number[] | Uint32Array, end?: number): Uint32Array {
 	checkTokenIds("tokenIds", tokenIds);
 	if (tokenIds instanceof Uint32Array) {
-		return tokenIds.length === end ? tokenIds : tokenIds.subarray(0, end);
+		return end === undefined || end === tokenIds.length ? tokenIds : tokenIds.subarray(0, end);
 	}
 	const tokens = Uint32Array.from(tokenIds.slice(0, end));
 	const wrong = tokens.findIndex((token, i) => token !== tokenIds[i]);

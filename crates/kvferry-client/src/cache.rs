@@ -143,7 +143,7 @@ impl Cache for Client {
             let granted = store.slots.slots;
             let (slots, memory, staged) = place(&session, &granted).await?;
             if !granted.is_empty() {
-                let grant = Grant { key: wire, slots: granted, staged, held_until: None };
+                let grant = Grant { key: wire, slots: granted, staged, held: None };
                 session.grant(Operation::PrepareStore, key, instance, grant);
             }
             undo.disarm();
@@ -239,7 +239,7 @@ impl Cache for Client {
             // Whoever gives up waiting must not leave slots that the server keeps for a reader.
             let commit = Request::CommitRetrieve { key: wire.clone(), instance_id: instance };
             let undo = Undo::new(Arc::clone(&session), Some(commit));
-            let held_until = session.read_hold();
+            let held = session.read_hold();
             let slots = match session.request(&request, self.deadline(deadline)).await? {
                 Reply::RetrieveSlots(Some(slots)) => slots,
                 Reply::RetrieveSlots(None) => {
@@ -272,7 +272,7 @@ impl Cache for Client {
                     return Ok(None);
                 }
             }
-            let grant = Grant { key: wire, slots: granted, staged, held_until };
+            let grant = Grant { key: wire, slots: granted, staged, held };
             session.grant(Operation::PrepareRetrieve, key, instance, grant);
             undo.disarm();
             Ok(Some(RetrieveGrant { slots, memory }))
@@ -320,9 +320,11 @@ impl Cache for Client {
                 return Ok(false);
             };
             let slots = if grant.staged.is_some() { &grant.slots } else { slots };
+            // The grant may be that of another load of the range: what was copied is what must have been held.
+            let held = grant.held.filter(|_| *slots == *grant.slots);
             let commit = Request::CommitRetrieve { key: grant.key, instance_id: instance };
-            if grant.held_until.is_some_and(|until| Instant::now() < until) {
-                session.send(&commit);
+            if held.is_some_and(|held| session.holds(held)) {
+                session.send(&commit)?;
                 return Ok(true);
             }
             let uses = uses(slots).filter(|_| session.hello.is_some());

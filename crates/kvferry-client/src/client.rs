@@ -372,6 +372,8 @@ struct InUse {
 
 impl Drop for InUse {
     fn drop(&mut self) {
+        // Who waits hears of it even where the runtime ends, which polls nobody any more.
+        self.session.end(&self.session.ended());
         let last = Last { session: Arc::clone(&self.session), _link: self.link.take() };
         // What a GPU writes takes as long as the GPU does. Nobody waits for it but the socket.
         if !last.session.shut()
@@ -435,6 +437,7 @@ async fn serve(shared: &Shared, in_use: &mut InUse) -> Result<std::convert::Infa
     // A sign of life was sent, and nothing has come since.
     let mut silent = false;
     loop {
+        tokio::task::consume_budget().await; // others, too, while a socket always has something
         while let Some(message) = link.next_message()? {
             silent = false;
             session.deliver(&message);
@@ -458,7 +461,7 @@ async fn serve(shared: &Shared, in_use: &mut InUse) -> Result<std::convert::Infa
                     ));
                 }
                 for (instance, _) in &*lock(&shared.registrations) {
-                    session.send(&Request::Ping { instance_id: Some(*instance) });
+                    let _ = session.send(&Request::Ping { instance_id: Some(*instance) });
                     silent = true;
                 }
             }

@@ -84,10 +84,19 @@ impl Outbox {
     /// Writes what waits, as far as that is little and the socket takes it now; the task does the rest. What is not
     /// `wanted` any more does not go.
     pub(crate) fn flush(&self, wanted: impl Fn(&Outgoing) -> bool) {
-        let little = lock(&self.sending).queued_bytes <= AT_ONCE;
+        let little = {
+            let sending = lock(&self.sending);
+            sending.queued_bytes + sending.output.remaining() <= AT_ONCE
+        };
         if !little || !matches!(self.write(wanted), Ok(true)) {
             self.nudge();
         }
+    }
+
+    /// Forgets what waits: nobody will write it.
+    pub(crate) fn clear(&self) {
+        let forgotten = std::mem::take(&mut *lock(&self.sending));
+        drop(forgotten); // outside of the lock
     }
 
     /// Lets the task write what waits, together with what comes until then.

@@ -52,8 +52,16 @@ pub(crate) struct Grant {
     pub(crate) key: RequestKey,
     pub(crate) slots: Vec<Slot>,
     pub(crate) staged: Option<(Vec<Slot>, Arc<Staged>)>,
-    /// Until when the slots are not used anew, whatever happens; as the server promised, for reading.
-    pub(crate) held_until: Option<Instant>,
+    /// For slots to read from.
+    pub(crate) held: Option<Held>,
+}
+
+/// Until when the server does not use anew what it granted for reading, whatever happens.
+#[derive(Clone, Copy)]
+pub(crate) struct Held {
+    until: Instant,
+    /// Retrievals that had been undone.
+    undone: u64,
 }
 
 impl Granted {
@@ -84,6 +92,8 @@ pub(crate) struct Session {
     in_frames: Mutex<Option<Error>>,
     pub(crate) stage: Arc<Stage>,
     gate: Arc<Gate>,
+    /// Retrievals that were undone: what the server ended for one of them may have been another's of the same range.
+    undone: AtomicU64,
 }
 
 impl Session {
@@ -110,6 +120,7 @@ impl Session {
             in_frames: Mutex::default(),
             stage: Arc::default(),
             gate: Arc::default(),
+            undone: AtomicU64::new(0),
         }
     }
 
@@ -144,12 +155,14 @@ impl Session {
         Ok(Pending { session: self, uid, operation, answered })
     }
 
-    /// Sends a request whose reply nobody waits for; dropped when the session has ended, for its
-    /// end undoes what such requests are for.
-    pub(crate) fn send(&self, request: &Request) {
-        if self.enqueue(request, None).is_ok() {
-            self.flush();
-        }
+    /// Sends a request whose reply nobody waits for. The end of the session undoes what such requests are for.
+    ///
+    /// # Errors
+    /// It is not sent: too much waits, or the connection has ended.
+    pub(crate) fn send(&self, request: &Request) -> Result<()> {
+        self.enqueue(request, None)?;
+        self.flush();
+        Ok(())
     }
 
     /// The same, together with what is sent next.
@@ -261,9 +274,10 @@ impl Session {
         for waiting in ended.into_iter().flat_map(HashMap::into_values) {
             let _ = waiting.answer.send(Err(error.clone()));
         }
+        self.outbox.clear();
     }
 
-    fn ended(&self) -> Error {
+    pub(crate) fn ended(&self) -> Error {
         let error = lock(&self.requests).as_ref().err().cloned();
         error.unwrap_or_else(|| {
             Error::new(
@@ -273,10 +287,15 @@ impl Session {
         })
     }
 
-    /// Until when the server holds what it grants for reading to a request that is sent now.
-    pub(crate) fn read_hold(&self) -> Option<Instant> {
+    /// How long the server holds what it grants for reading to a request that is sent after this.
+    pub(crate) fn read_hold(&self) -> Option<Held> {
         let hold = Duration::from_millis(self.hello.as_ref()?.read_hold_ms.into());
-        Some(Instant::now() + hold)
+        Some(Held { undone: self.undone.load(Ordering::Acquire), until: Instant::now() + hold })
+    }
+
+    /// Whether it still does, of a grant of this session.
+    pub(crate) fn holds(&self, held: Held) -> bool {
+        Instant::now() < held.until && self.undone.load(Ordering::Acquire) == held.undone
     }
 
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.
@@ -426,7 +445,10 @@ impl Undo {
 impl Drop for Undo {
     fn drop(&mut self) {
         if let Some(request) = &self.request {
-            self.session.send(request);
+            if matches!(request, Request::CommitRetrieve { .. }) {
+                self.session.undone.fetch_add(1, Ordering::AcqRel);
+            }
+            let _ = self.session.send(request); // its deadline at the server ends it at last
         }
     }
 }

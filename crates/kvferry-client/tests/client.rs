@@ -7,6 +7,7 @@ mod releases;
 mod router;
 
 use std::sync::Arc;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use kvferry_client::{Client, ConnectOptions};
@@ -19,7 +20,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 use kvferry_wire::message::{EXTENSION, StoreSlots, Value};
 use kvferry_wire::{Operation, Reply, Request};
 use router::{
-    Answer, CHUNK, OBJECT, POOL, Router, hello, honest, key, layout, shortly, slots, soon,
+    Answer, CHUNK, OBJECT, POOL, Router, hello, holding, honest, key, layout, shortly, slots, soon,
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
@@ -488,6 +489,97 @@ async fn what_is_loaded_is_confirmed_before_the_lease_ends() {
 }
 
 #[tokio::test]
+async fn what_is_loaded_within_the_time_that_the_server_holds_it_is_not_asked_about() {
+    const LONG: u32 = 60_000;
+    for hold in [LONG, 1] {
+        let (name, _region) = pool(&format!("hold_{hold}"));
+        let mut router = Router::start(&name, move |_, request| match request {
+            Request::Hello => Some(Answer::Reply(holding(1, hold))),
+            Request::CommitRetrieve { .. } if hold == LONG => Some(Answer::Silence),
+            _ => None,
+        })
+        .await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let grant = client.prepare_retrieve(&key(), instance, soon()).await.unwrap().unwrap();
+        if hold == 1 {
+            tokio::time::sleep(Duration::from_millis(2)).await; // the copy took longer
+        }
+        router.so_far();
+        let kept = client.commit_retrieve(&key(), instance, &grant.slots, soon()).await.unwrap();
+        assert!(kept, "nobody waits for an answer to the commit");
+        let (_, first) = router.received(|_| true).await;
+        let asked = matches!(first, Request::Confirm { .. });
+        assert_eq!(asked, hold == 1, "{first:?}");
+        if !asked {
+            let commit = Request::CommitRetrieve { key: key().into(), instance_id: instance };
+            assert_eq!(first, commit, "so that the server needs not hold it any longer");
+        }
+        let again = client.commit_retrieve(&key(), instance, &grant.slots, soon()).await.unwrap();
+        assert!(!again, "there is no such grant any more");
+    }
+}
+
+/// Two loads of one range, of which the server pairs prepares and commits in their order.
+#[tokio::test]
+async fn what_another_load_of_the_range_may_have_ended_is_asked_about() {
+    for undone in [false, true] {
+        let (name, _region) = pool(&format!("mixed_{undone}"));
+        let mut grants = 0;
+        let mut router = Router::start(&name, move |_, request| match request {
+            Request::Hello => Some(Answer::Reply(holding(1, 60_000))),
+            Request::PrepareRetrieve { .. } => {
+                grants += 1;
+                let mut granted = slots(2, OBJECT);
+                granted.slots[0].generation = Some(100 + grants);
+                match undone && grants == 2 {
+                    true => Some(Answer::Silence),
+                    false => Some(Answer::Reply(Reply::RetrieveSlots(Some(granted)))),
+                }
+            }
+            _ => None,
+        })
+        .await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let key = key();
+        let first = client.prepare_retrieve(&key, instance, soon()).await.unwrap().unwrap();
+        // The second is given up, or commits before the first.
+        let second = client.prepare_retrieve(&key, instance, shortly()).await;
+        if let Ok(Some(second)) = second {
+            assert!(!undone);
+            client.commit_retrieve(&key, instance, &second.slots, soon()).await.unwrap();
+        }
+        client.commit_retrieve(&key, instance, &first.slots, soon()).await.unwrap();
+        let asked = router.so_far().into_iter();
+        let confirmed = asked.filter(|request| matches!(request, Request::Confirm { .. }));
+        assert_eq!(confirmed.count(), if undone { 1 } else { 2 });
+    }
+}
+
+#[test]
+fn a_request_goes_out_while_the_clients_runtime_is_busy() {
+    // Nothing of these runs but while something of theirs is waited for.
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (servers, clients) = (runtime(), runtime());
+    let mut router = servers.block_on(Router::honest(""));
+    let options = router.options();
+    let client = std::thread::spawn(move || {
+        let client = clients.block_on(Client::connect(options)).unwrap();
+        let _context = clients.enter();
+        let (key, mut context) = (key(), Context::from_waker(Waker::noop()));
+        assert!(client.lookup(&key, soon()).as_mut().poll(&mut context).is_pending());
+        (client, clients)
+    });
+    let sent = async {
+        let lookup = |request: &Request| matches!(request, Request::Lookup { .. });
+        timeout(Duration::from_secs(5), router.received(lookup)).await.is_ok()
+    };
+    assert!(servers.block_on(sent), "the request waits for the connection's task");
+    drop(client.join().unwrap());
+}
+
+#[tokio::test]
 async fn a_miss_is_no_error() {
     let (name, _region) = pool("miss");
     let router = Router::start(&name, |_, request| {
@@ -585,7 +677,7 @@ async fn replies_that_nobody_asked_for_are_ignored() {
 #[tokio::test]
 async fn the_reply_of_another_operation_is_refused() {
     let router = Router::start("", |_, request| {
-        let wrong = Answer::As(Request::Clear { force: true }, Reply::Boolean(true));
+        let wrong = Answer::As(Box::new(Request::Clear { force: true }), Reply::Boolean(true));
         matches!(request, Request::Ping { .. }).then_some(wrong)
     })
     .await;

@@ -11,6 +11,7 @@ pub mod error;
 pub mod events;
 pub mod explain;
 pub mod hash;
+pub mod inline;
 pub mod key;
 pub mod kv_descriptors;
 pub mod kv_layout;

@@ -2,13 +2,10 @@
 
 use std::future::Future;
 use std::marker::PhantomData;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use kvferry_core::inline::run_inline;
 use kvferry_core::llama_state::Copy;
 use kvferry_core::{Error, ErrorCode};
 use napi::bindgen_prelude::{JsValue, PromiseRaw, ToNapiValue, within_runtime_if_available};
@@ -29,7 +26,7 @@ where
 }
 
 /// Runs `work` here and now as far as it needs not wait: what is begun in an order is asked for in that order. The rest
-/// runs as [`Inline`] does, and must not block.
+/// runs as [`run_inline`] does, and must not block.
 pub(crate) fn begin<'env, T>(
     env: &'env Env,
     work: impl Future<Output = kvferry_core::Result<T>> + Send + 'static,
@@ -63,48 +60,10 @@ where
 /// The same for work that no promise tells of.
 pub(crate) fn begin_detached(work: impl Future<Output = ()> + Send + 'static) {
     let runtime = within_runtime_if_available(Handle::current);
-    let work = Mutex::new(Some(Box::pin(work) as Work));
-    Arc::new(Inline { work, wakes: AtomicUsize::new(0), runtime }).wake();
-}
-
-type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// Work that goes on wherever it is woken: on the copy thread that ended its copy, on the task that received its answer.
-/// Another thread would have to be woken first, which takes longer than what there is to do.
-struct Inline {
-    work: Mutex<Option<Work>>,
-    /// Those that the thread has not seen that runs the work; the first of them runs it.
-    wakes: AtomicUsize,
-    runtime: Handle,
-}
-
-impl Wake for Inline {
-    fn wake(self: Arc<Self>) {
-        if self.wakes.fetch_add(1, Ordering::AcqRel) > 0 {
-            return;
-        }
-        loop {
-            let seen = self.wakes.load(Ordering::Acquire);
-            self.poll();
-            if self.wakes.fetch_sub(seen, Ordering::AcqRel) == seen {
-                return;
-            }
-        }
-    }
-}
-
-impl Inline {
-    fn poll(self: &Arc<Self>) {
-        let mut place = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(work) = &mut *place else { return };
-        let _runtime = self.runtime.enter();
-        let waker = Waker::from(Arc::clone(self));
-        let mut context = Context::from_waker(&waker);
-        let poll = || work.as_mut().poll(&mut context).is_ready();
-        if catch_unwind(AssertUnwindSafe(poll)).unwrap_or(true) {
-            *place = None;
-        }
-    }
+    run_inline(work, move |stretch| {
+        let _runtime = runtime.enter();
+        stretch();
+    });
 }
 
 /// Tells a result once; of work that is given up, that it was.

@@ -519,6 +519,16 @@ impl State {
         self.held.insert(age, retrieval.objects);
     }
 
+    /// Lets go of what readers that are gone had until now.
+    pub(crate) fn let_go(&mut self, now: Instant) {
+        while let Some(entry) = self.held.first_entry()
+            && entry.key().0 <= now
+        {
+            let read = entry.remove();
+            self.unpin(&read);
+        }
+    }
+
     /// Forgets an instance and takes back every slot that it was told of.
     pub(crate) fn unregister(&mut self, instance: u64) {
         let Some(gone) = self.instances.remove(&instance) else { return };
@@ -614,12 +624,7 @@ impl State {
             self.end_session(&request);
             self.counters.expired_sessions += 1;
         }
-        while let Some(entry) = self.held.first_entry()
-            && entry.key().0 <= now
-        {
-            let read = entry.remove();
-            self.unpin(&read);
-        }
+        self.let_go(now);
         while let Some(entry) = self.reservations_by_age.first_entry()
             && entry.key().0 <= now
         {

@@ -16,6 +16,7 @@ use kvferry_core::key::{Key, Layout, WORLD_SIZE_MAX, check_model_name, check_sal
 use kvferry_core::{Error, ErrorCode, Result};
 
 use crate::ages::Ages;
+use crate::clock::now;
 use crate::disk::{Disk, DiskOptions};
 use crate::events::Origin;
 use crate::eviction::Policy;
@@ -38,7 +39,9 @@ const SLOTS_MAX: usize = 65_536;
 /// For how long, from its grant on, a slot that was granted for reading is not used anew, unless its reader commits
 /// before: whoever has copied within this time needs not ask whether it was in time.
 pub const READ_HOLD: Duration = Duration::from_secs(1);
-/// Retrievals of one instance that are not committed, with those of readers that are gone, at most.
+/// Retrievals of readers that are gone, at most.
+const HELD_MAX: usize = 64 << 10;
+/// Retrievals of one instance that are not committed, at most.
 const RETRIEVALS_MAX: usize = 4_096;
 /// Begins the name of every segment of ours.
 #[cfg(target_os = "linux")]
@@ -688,8 +691,13 @@ impl Store {
         let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
         let Some(range) = range else { return Ok(Some(Vec::new())) };
         state.place_rank(key, range.rank, &registered);
-        let open = state.retrievals(instance) + state.held.len();
-        if chunks.len() > SLOTS_MAX || open >= RETRIEVALS_MAX {
+        if state.held.len() >= HELD_MAX {
+            return Err(Error::new(
+                ErrorCode::Timeout,
+                format!("{HELD_MAX} readers that are gone may still read for a moment; try again"),
+            ));
+        }
+        if chunks.len() > SLOTS_MAX || state.retrievals(instance) >= RETRIEVALS_MAX {
             return Err(Error::invalid(format!(
                 "instance {instance} retrieves more than {SLOTS_MAX} chunks at once, or commits none of {RETRIEVALS_MAX} retrievals"
             )));
@@ -812,10 +820,11 @@ impl Store {
         discarded.len() as u64
     }
 
-    /// Evicts everything that is neither leased nor reserved, and all that is on the disk and in the remote; says how many
+    /// Evicts everything that is neither leased, read nor reserved, and all that is on the disk and in the remote; says how many
     /// objects went from memory. What is on its way from below arrives all the same.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
+        state.let_go(now());
         let cleared = state.clear();
         // Under the lock: nobody may load anything in between.
         self.below().all().for_each(|tier| tier.clear());
@@ -826,6 +835,7 @@ impl Store {
     /// from the tiers below as well; what is there alone stays until it is evicted.
     pub fn clear_tenant(&self, cache_salt: &str) -> u64 {
         let mut state = self.lock();
+        state.let_go(now());
         let mut cleared = Vec::new();
         while let Some((id, grant)) = state.index.clear_one(cache_salt) {
             state.pool.give_back(grant);

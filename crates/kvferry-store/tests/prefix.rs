@@ -11,7 +11,7 @@ use kvferry_core::cache::{FileBuffer, Memory};
 use kvferry_core::llama_state::{self, Geometry, Layer, Plane, StateFile, Target};
 use kvferry_core::prefix::PrefixCache;
 use kvferry_core::{ErrorCode, Result};
-use kvferry_store::{Embedded, Limits, Policy, Store, StoreOptions};
+use kvferry_store::{Embedded, Limits, Policy, READ_HOLD, Store, StoreOptions};
 
 const CHUNK: u32 = 16;
 const PAYLOAD: u64 = 100_000;
@@ -159,7 +159,7 @@ fn an_engine_that_goes_without_a_word_leaves_nothing_held() {
     let reading = now(cache.load(&hit, deadline())).unwrap();
     let writing = now(cache.store(&tokens(3), "", deadline())).unwrap();
     drop((hit, reading, writing, cache));
-    let status = store.status(Instant::now());
+    let status = store.status(Instant::now() + READ_HOLD);
     for name in ["leases", "sessions", "slots_reading", "slots_writing", "slots_apart"] {
         assert_eq!(status.iter().find(|row| row.0 == name).unwrap().1, 0, "{name}");
     }

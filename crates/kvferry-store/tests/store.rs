@@ -355,6 +355,18 @@ fn a_peer_that_ended_leaves_nothing_held_but_for_a_moment_what_it_may_still_read
 }
 
 #[test]
+fn what_a_reader_that_went_long_ago_had_is_cleared_though_nothing_was_asked_since() {
+    let mut engine = engine(4);
+    engine.now -= 2 * READ_HOLD;
+    let key = key("r", 0, 1);
+    engine.put(&key);
+    engine.store.lookup(engine.owner, &key, 1, engine.now).unwrap();
+    engine.store.prepare_retrieve(engine.owner, &key, 1, engine.now).unwrap().unwrap();
+    engine.store.disconnect(engine.owner, Departure::Ended);
+    assert_eq!(engine.store.clear(), 1);
+}
+
+#[test]
 fn an_instance_goes_with_a_peer_that_would_register_it_anew_unless_another_uses_it() {
     for (departure, others, left) in [
         (Departure::Left, 0, 0),

@@ -28,7 +28,7 @@ pub(crate) enum Answer {
     /// Answered by another request's uid first, then by this.
     Stray(Reply),
     /// Answered as if it were this request.
-    As(Request, Reply),
+    As(Box<Request>, Reply),
     /// Answered by this when the next request is, and before it.
     Late(Reply),
     /// Answered by this once the sender is used.
@@ -187,12 +187,17 @@ pub(crate) fn honest(request: &Request, pool: &str) -> Reply {
 
 /// Who a server with this boot token is.
 pub(crate) fn hello(token: u8) -> Reply {
+    holding(token, 0)
+}
+
+/// The same, of one that holds what is read for so many milliseconds.
+pub(crate) fn holding(token: u8, read_hold_ms: u32) -> Reply {
     Reply::Hello(Hello {
         boot_token: [token; 16],
         version: "0.0.1".to_owned(),
         pid: 42,
         admin: true,
-        read_hold_ms: 0,
+        read_hold_ms,
         segment: None,
     })
 }

@@ -1,0 +1,191 @@
+//! Work that goes on wherever it is woken.
+
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Wake, Waker};
+
+/// Runs `work` here as far as it needs not wait, and the rest on whichever thread wakes it: the one that ended its copy,
+/// the one that received its answer. To wake another thread first would take longer than what there is to do, so `work`
+/// must not block, and nobody may wake it while holding what it needs. What panics has ended, and is dropped.
+///
+/// `around` is called with each stretch of the work, to run it within a runtime for example.
+pub fn run_inline(
+    work: impl Future<Output = ()> + Send + 'static,
+    around: impl Fn(&mut dyn FnMut()) + Send + Sync + 'static,
+) {
+    let work: Work = Box::pin(work);
+    let inline = Inline { work: Mutex::new(Some(work)), wakes: AtomicUsize::new(0), around };
+    Arc::new(inline).wake();
+}
+
+type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+struct Inline<F> {
+    work: Mutex<Option<Work>>,
+    /// Those that the thread has not seen that runs the work; whose is the first, it is that thread.
+    wakes: AtomicUsize,
+    around: F,
+}
+
+impl<F: Fn(&mut dyn FnMut()) + Send + Sync + 'static> Wake for Inline<F> {
+    fn wake(self: Arc<Self>) {
+        if self.wakes.fetch_add(1, Ordering::AcqRel) > 0 {
+            return;
+        }
+        loop {
+            let seen = self.wakes.load(Ordering::Acquire);
+            self.poll();
+            if self.wakes.fetch_sub(seen, Ordering::AcqRel) == seen {
+                return;
+            }
+        }
+    }
+}
+
+impl<F: Fn(&mut dyn FnMut()) + Send + Sync + 'static> Inline<F> {
+    fn poll(self: &Arc<Self>) {
+        let mut place = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let waker = Waker::from(Arc::clone(self));
+        let mut stretch = || {
+            let Some(work) = &mut *place else { return };
+            if work.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+                *place = None;
+            }
+        };
+        if catch_unwind(AssertUnwindSafe(|| (self.around)(&mut stretch))).is_err() {
+            let _ = catch_unwind(AssertUnwindSafe(|| *place = None));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::mpsc::{Sender, channel};
+    use std::task::Poll;
+    use std::thread::{self, ThreadId};
+
+    use super::*;
+
+    /// Ready when `done` says so; leaves the waker.
+    fn until<D: FnMut() -> bool + Send>(
+        waker: &Arc<Mutex<Option<Waker>>>,
+        mut done: D,
+    ) -> impl Future<Output = ()> + Send + use<D> {
+        let waker = Arc::clone(waker);
+        poll_fn(move |context| {
+            *waker.lock().unwrap() = Some(context.waker().clone());
+            if done() { Poll::Ready(()) } else { Poll::Pending }
+        })
+    }
+
+    fn left(waker: &Mutex<Option<Waker>>) -> Waker {
+        waker.lock().unwrap().clone().unwrap()
+    }
+
+    fn plain(stretch: &mut dyn FnMut()) {
+        stretch();
+    }
+
+    #[test]
+    fn the_rest_runs_on_the_thread_that_wakes_it() {
+        let (told, ran) = channel();
+        let waker = Arc::default();
+        let mut first = true;
+        let wait = until(&waker, move || !std::mem::take(&mut first));
+        let tell: Sender<ThreadId> = told;
+        run_inline(
+            async move {
+                tell.send(thread::current().id()).unwrap();
+                wait.await;
+                tell.send(thread::current().id()).unwrap();
+            },
+            plain,
+        );
+        assert_eq!(ran.try_recv(), Ok(thread::current().id()), "without a wait");
+        assert!(ran.try_recv().is_err());
+        let waker = left(&waker);
+        let waking = thread::spawn(move || {
+            waker.wake();
+            thread::current().id()
+        });
+        assert_eq!(ran.recv(), Ok(waking.join().unwrap()));
+    }
+
+    #[test]
+    fn what_is_woken_while_it_runs_runs_once_more_and_never_twice_at_once() {
+        const WAKES: usize = 1000;
+        let (polls, at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let waker = Arc::default();
+        let (counted, inside) = (Arc::clone(&polls), Arc::clone(&at_once));
+        let wait = until(&waker, move || {
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+            counted.fetch_add(1, Ordering::SeqCst);
+            thread::yield_now();
+            inside.fetch_sub(1, Ordering::SeqCst);
+            false
+        });
+        run_inline(wait, plain);
+        let waker = left(&waker);
+        for _ in 0..WAKES {
+            let before = polls.load(Ordering::SeqCst);
+            thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| waker.wake_by_ref());
+                }
+            });
+            // The wakes have returned: each of them was seen by a run that began after it.
+            assert!(polls.load(Ordering::SeqCst) > before);
+        }
+        assert_eq!(at_once.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn what_panics_ends_and_who_woke_it_goes_on() {
+        struct Dropped(Sender<()>);
+        impl Drop for Dropped {
+            fn drop(&mut self) {
+                self.0.send(()).unwrap();
+            }
+        }
+        let (told, dropped) = channel();
+        let waker = Arc::default();
+        let mut first = true;
+        let wait = until(&waker, move || !std::mem::take(&mut first));
+        run_inline(
+            async move {
+                let _held = Dropped(told);
+                wait.await;
+                panic!("deliberate");
+            },
+            plain,
+        );
+        assert!(dropped.try_recv().is_err());
+        left(&waker).wake();
+        assert_eq!(dropped.try_recv(), Ok(()));
+        left(&waker).wake(); // it has ended
+    }
+
+    #[test]
+    fn each_stretch_runs_within_what_is_around_it() {
+        thread_local!(static WITHIN: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
+        let (told, seen) = channel();
+        let waker = Arc::default();
+        let mut polls = 0;
+        let wait = until(&waker, move || {
+            told.send(WITHIN.get()).unwrap();
+            polls += 1;
+            polls == 2
+        });
+        run_inline(wait, |stretch| {
+            WITHIN.set(true);
+            stretch();
+            WITHIN.set(false);
+        });
+        left(&waker).wake();
+        assert_eq!(seen.try_iter().collect::<Vec<_>>(), [true, true]);
+    }
+}
