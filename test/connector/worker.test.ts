@@ -404,6 +404,27 @@ describe("a cache that is slow", () => {
 	});
 });
 
+describe("flush", () => {
+	it("resolves when others find what was stored", async () => {
+		await using process = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: process.url });
+		open.push(client);
+		const kv = { a: new Uint32Array(new SharedArrayBuffer(2 * 64 * 4)) };
+		const layout = { numBlocks: 64, blockSize: 1, numKvHeads: 1, headSize: 1, dtype: "int32" };
+		const adapter = createWorkerAdapter({ via: client, modelName: "m", saveTimeoutMs: 20_000 });
+		await adapter.registerKvCaches(kv, layout);
+		await adapter.flush(); // nothing was stored: at once
+		const end = CHUNK;
+		const blockIds = [range(0, CHUNK)];
+		const op = { tokenIds: TOKENS, start: 0, end, blockIds, skipFirstNTokens: 0 };
+		adapter.batchedSubmitStoreRequests(["r"], [op]);
+		await adapter.flush();
+		expect([adapter.pendingOperations, adapter.storedChunks]).toEqual([0, 1]);
+		expect(await lookup(client, "other")).toBe(CHUNK);
+		await adapter.shutdown();
+	});
+});
+
 describe("blocks of one token", () => {
 	it("are loaded though the block of the last token is missing", async () => {
 		const via = await server();
