@@ -112,15 +112,25 @@ export class Stack {
 		this.adapter = adapter;
 	}
 
-	/** An operation on some chunks of a prompt of its own, in blocks that do not follow each other. */
-	op(/** @type {number} */ chunks, prompt = ++this.#requests, shift = prompt) {
+	/**
+	 * An operation on some chunks of a prompt of its own, in blocks that do not follow each other, and that no operation
+	 * had for as long as there are others.
+	 */
+	op(
+		/** @type {number} */ chunks,
+		prompt = ++this.#requests,
+		first = (prompt * chunks * CHUNK) / BLOCK,
+	) {
 		const end = chunks * CHUNK;
 		const tokenIds = Uint32Array.from({ length: end }, (_, at) => prompt * 100_000 + at);
-		const blocks = Array.from(
-			{ length: end / BLOCK },
-			(_, n) => ((n + (shift * end) / BLOCK) * 97) % BLOCKS,
-		);
-		return { prompt, op: { tokenIds, start: 0, end, blockIds: [blocks], skipFirstNTokens: 0 } };
+		const blocks = Array.from({ length: end / BLOCK }, (_, n) => ((first + n) * 97) % BLOCKS);
+		const op = { tokenIds, start: 0, end, blockIds: [blocks], skipFirstNTokens: 0 };
+		return { prompt, first, op };
+	}
+
+	/** One on the same tokens, in none of its blocks. */
+	elsewhere(/** @type {ReturnType<Stack["op"]>} */ { prompt, first, op }) {
+		return this.op(op.end / CHUNK, prompt, first + BLOCKS / 2);
 	}
 
 	/** Stores, from its submission to its end. */
@@ -247,7 +257,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 			const operation = stack.op(chunks);
 			stack.fill(operation);
 			await stack.store(operation);
-			const other = stack.op(chunks, operation.prompt, operation.prompt + 40);
+			const other = stack.elsewhere(operation);
 			await stack.load(other);
 			if (!stack.fill(other, true)) {
 				throw new Error("what was loaded is not what was stored, so times mean nothing");
@@ -258,7 +268,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 		for (let round = 0; round < WARM_UP; round++) {
 			const operation = stack.op(chunks);
 			await stack.store(operation);
-			await stack.load(operation);
+			await stack.load(stack.elsewhere(operation));
 		}
 		/** @type {Record<"submit" | "store" | "load" | "gather", number[]>} */
 		const ms = { submit: [], store: [], load: [], gather: [] };
@@ -266,7 +276,7 @@ async function compare(/** @type {string} */ program, /** @type {number} */ chun
 			const operation = stack.op(chunks);
 			ms.gather.push(await plain.run("gather"));
 			ms.store.push(await stack.store(operation));
-			ms.load.push(await stack.load(operation));
+			ms.load.push(await stack.load(stack.elsewhere(operation)));
 			ms.submit.push(await submitted.run());
 		}
 		for (const what of /** @type {const} */ (["submit", "store", "load"])) {
@@ -318,7 +328,7 @@ export async function pauses() {
 		for (let gigabyte = 0; gigabyte < 2 ** 30 / OBJECT / 2 / 4; gigabyte++) {
 			const operation = stack.op(4);
 			await stack.store(operation);
-			await stack.load(operation);
+			await stack.load(stack.elsewhere(operation));
 		}
 		delay.disable();
 		longest.push(delay.max / 1e6 - 1); // the timer's own millisecond

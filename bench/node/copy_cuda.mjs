@@ -45,7 +45,7 @@ export default async function copyCuda() {
 			const operation = stack.op(chunks);
 			fill(operation);
 			await stack.store(operation);
-			const other = stack.op(chunks, operation.prompt, operation.prompt + 40);
+			const other = stack.elsewhere(operation);
 			await stack.load(other);
 			if (!fill(other, true)) {
 				throw new Error("what was loaded is not what was stored, so times mean nothing");
@@ -54,7 +54,7 @@ export default async function copyCuda() {
 		for (let pair = 0; pair < PAIRS; pair++) {
 			const operation = stack.op(chunks);
 			rates.store.push(bytes / (await stack.store(operation)) / 1e6);
-			rates.load.push(bytes / (await stack.load(operation)) / 1e6);
+			rates.load.push(bytes / (await stack.load(stack.elsewhere(operation))) / 1e6);
 			const start = performance.now();
 			addon.simulatorCudaRead(large.pointer, large.host);
 			const middle = performance.now();

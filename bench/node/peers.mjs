@@ -9,7 +9,7 @@ import { fileURLToPath } from "node:url";
 import { isDeepStrictEqual } from "node:util";
 import { installed, installLmcache, installVllm } from "../../scripts/peers.mjs";
 import { VllmEngine } from "../../test/peers/programs.mjs";
-import { BLOCKS, OBJECT, plainCopies, Stack, WARM_UP } from "./copy.mjs";
+import { OBJECT, plainCopies, Stack, WARM_UP } from "./copy.mjs";
 import { ConnectorLoad, measure, planned, REQUESTS, STEPS, TableLoad } from "./plan.mjs";
 import { buildProgram, load, median } from "./rows.mjs";
 import { Asked, hitCycles, inTurns, nameOf, paired, Served } from "./served.mjs";
@@ -286,7 +286,7 @@ async function copies() {
 			on.fill(stored);
 		}
 		const store = await on.store(stored);
-		const loaded = on.op(CHUNKS, stored.prompt, stored.prompt + BLOCKS / 2);
+		const loaded = on.elsewhere(stored);
 		const load = await on.load(loaded);
 		if (check && !on.fill(loaded, true)) {
 			throw wrong();

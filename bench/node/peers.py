@@ -197,8 +197,8 @@ def copies(url):
     if type(context.engine_driven_context).__name__ != "EngineDrivenContextShm":
         raise SystemExit("LMCache's client does not use shared memory")
 
-    def blocks(chunks, shift):
-        return [(at + shift) * 97 % BLOCKS for at in range(chunks * CHUNK_BLOCKS)]
+    def blocks(chunks, first):
+        return [(first + at) * 97 % BLOCKS for at in range(chunks * CHUNK_BLOCKS)]
 
     def answer(asked):
         prompt, chunks, what = asked["prompt"], asked["chunks"], asked["do"]
@@ -209,8 +209,9 @@ def copies(url):
         def key(worker):
             return IPCCacheServerKey("theirs", 1, worker, ids, 0, end, request, num_kv_readers=1)
 
-        source = blocks(chunks, prompt)
-        target = source if what == "store" else blocks(chunks, prompt + BLOCKS // 2)
+        first = prompt * chunks * CHUNK_BLOCKS
+        source = blocks(chunks, first)
+        target = source if what == "store" else blocks(chunks, first + BLOCKS // 2)
         if what == "load":
             client.lookup(key(None), 1).result(timeout)
             while (found := client.query_prefetch_status(request).result(timeout)) is None:

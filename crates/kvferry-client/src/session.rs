@@ -448,7 +448,7 @@ impl Drop for Undo {
             if matches!(request, Request::CommitRetrieve { .. }) {
                 self.session.undone.fetch_add(1, Ordering::AcqRel);
             }
-            let _ = self.session.send(request); // its deadline at the server ends it at last
+            let _ = self.session.send(request); // its deadline or the connection's end does it at last
         }
     }
 }
