@@ -143,7 +143,7 @@ impl Cache for Client {
             let granted = store.slots.slots;
             let (slots, memory, staged) = place(&session, &granted).await?;
             if !granted.is_empty() {
-                let grant = Grant { key: wire, slots: granted, staged, held: None };
+                let grant = Grant { key: wire, slots: granted, staged, held_until: None };
                 session.grant(Operation::PrepareStore, key, instance, grant);
             }
             undo.disarm();
@@ -236,10 +236,11 @@ impl Cache for Client {
             let session = self.session()?;
             let wire = RequestKey::from(key.clone());
             let request = Request::PrepareRetrieve { key: wire.clone(), instance_id: instance };
+            let reader = session.read(key, instance);
             // Whoever gives up waiting must not leave slots that the server keeps for a reader.
             let commit = Request::CommitRetrieve { key: wire.clone(), instance_id: instance };
             let undo = Undo::new(Arc::clone(&session), Some(commit));
-            let held = session.read_hold();
+            let held_until = session.read_hold();
             let slots = match session.request(&request, self.deadline(deadline)).await? {
                 Reply::RetrieveSlots(Some(slots)) => slots,
                 Reply::RetrieveSlots(None) => {
@@ -272,9 +273,10 @@ impl Cache for Client {
                     return Ok(None);
                 }
             }
-            let grant = Grant { key: wire, slots: granted, staged, held };
+            let grant = Grant { key: wire, slots: granted, staged, held_until };
             session.grant(Operation::PrepareRetrieve, key, instance, grant);
             undo.disarm();
+            reader.stay();
             Ok(Some(RetrieveGrant { slots, memory }))
         })
     }
@@ -320,10 +322,11 @@ impl Cache for Client {
                 return Ok(false);
             };
             let slots = if grant.staged.is_some() { &grant.slots } else { slots };
-            // The grant may be that of another load of the range: what was copied is what must have been held.
-            let held = grant.held.filter(|_| *slots == *grant.slots);
+            // What the server ended meanwhile for another load of the range may have been this one's.
+            let reader = session.reader(key, instance);
+            let held = grant.held_until.filter(|_| reader.is_alone() && *slots == *grant.slots);
             let commit = Request::CommitRetrieve { key: grant.key, instance_id: instance };
-            if held.is_some_and(|held| session.holds(held)) {
+            if held.is_some_and(|until| Instant::now() < until) {
                 session.send(&commit)?;
                 return Ok(true);
             }

@@ -172,8 +172,12 @@ impl Client {
         let task = Arc::clone(&shared);
         tokio::spawn(async move {
             let mut state = task.state.subscribe();
+            // The state is not borrowed while what the connection leaves is told.
+            let closed = async {
+                drop(state.wait_for(|state| matches!(state, State::Closed)).await);
+            };
             tokio::select! {
-                _ = state.wait_for(|state| matches!(state, State::Closed)) => {}
+                () = closed => {}
                 () = keep_connected(&task, opened.ok()) => {}
             }
         });

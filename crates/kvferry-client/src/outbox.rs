@@ -54,6 +54,8 @@ struct Sending {
     queued_bytes: usize,
     /// What the socket gets next: whole messages, and the rest of one.
     output: Output,
+    /// Nothing more is sent: what was would go on in the middle of a message.
+    ended: bool,
 }
 
 impl Outbox {
@@ -63,11 +65,11 @@ impl Outbox {
 
     /// Puts a request behind the others, which [`LIMITS`] lets pass.
     pub(crate) fn push(&self, request: Outgoing) -> std::result::Result<(), Refused> {
-        if self.stream.strong_count() == 0 {
-            return Err(Refused::Ended);
-        }
         let bytes = request.bytes();
         let mut sending = lock(&self.sending);
+        if sending.ended || self.stream.strong_count() == 0 {
+            return Err(Refused::Ended);
+        }
         if sending.queued_bytes + bytes > QUEUED_BYTES_MAX {
             return Err(Refused::TooMany);
         }
@@ -78,7 +80,10 @@ impl Outbox {
 
     /// Puts what answers the peer's commands behind what was made ready.
     pub(crate) fn reply(&self, bytes: &[u8]) {
-        lock(&self.sending).output.tail().extend_from_slice(bytes);
+        let mut sending = lock(&self.sending);
+        if !sending.ended {
+            sending.output.tail().extend_from_slice(bytes);
+        }
     }
 
     /// Writes what waits, as far as that is little and the socket takes it now; the task does the rest. What is not
@@ -93,9 +98,10 @@ impl Outbox {
         }
     }
 
-    /// Forgets what waits: nobody will write it.
-    pub(crate) fn clear(&self) {
-        let forgotten = std::mem::take(&mut *lock(&self.sending));
+    /// Forgets what waits, and takes no more.
+    pub(crate) fn end(&self) {
+        let ended = Sending { ended: true, ..Sending::default() };
+        let forgotten = std::mem::replace(&mut *lock(&self.sending), ended);
         drop(forgotten); // outside of the lock
     }
 
@@ -127,7 +133,7 @@ impl Outbox {
     fn write(&self, wanted: impl Fn(&Outgoing) -> bool) -> Result<bool> {
         let Some(stream) = self.stream.upgrade() else { return Ok(true) };
         let mut sending = lock(&self.sending);
-        let Sending { queue, queued_bytes, output } = &mut *sending;
+        let Sending { queue, queued_bytes, output, .. } = &mut *sending;
         loop {
             while output.remaining() < WRITE
                 && let Some(request) = queue.pop_front()

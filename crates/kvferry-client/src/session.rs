@@ -36,7 +36,7 @@ struct Waiting {
 type Requests = Result<HashMap<Bytes, Waiting>>;
 
 /// What a prepare granted and no commit has ended.
-#[derive(PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Granted {
     operation: Operation,
     instance: u64,
@@ -52,16 +52,48 @@ pub(crate) struct Grant {
     pub(crate) key: RequestKey,
     pub(crate) slots: Vec<Slot>,
     pub(crate) staged: Option<(Vec<Slot>, Arc<Staged>)>,
-    /// For slots to read from.
-    pub(crate) held: Option<Held>,
+    /// For slots to read from: until when the server does not use them anew, unless their retrieval is committed.
+    pub(crate) held_until: Option<Instant>,
 }
 
-/// Until when the server does not use anew what it granted for reading, whatever happens.
-#[derive(Clone, Copy)]
-pub(crate) struct Held {
-    until: Instant,
-    /// Retrievals that had been undone.
-    undone: u64,
+/// Loads of one range that have begun and not ended.
+struct Readers {
+    count: usize,
+    /// Whether there was more than one at a time: the server ends the oldest, whoever commits.
+    mixed: bool,
+}
+
+/// One of them, from before its prepare until after its commit.
+pub(crate) struct Reader<'a> {
+    session: &'a Session,
+    granted: Option<Granted>,
+}
+
+impl Reader<'_> {
+    /// It goes on after this, see [`Session::reader`].
+    pub(crate) fn stay(mut self) {
+        self.granted = None;
+    }
+
+    /// Whether there was no other all the time.
+    pub(crate) fn is_alone(&self) -> bool {
+        let readers = lock(&self.session.readers);
+        let known = self.granted.as_ref().and_then(|granted| readers.get(granted));
+        known.is_some_and(|readers| !readers.mixed)
+    }
+}
+
+impl Drop for Reader<'_> {
+    fn drop(&mut self) {
+        let Some(granted) = &self.granted else { return };
+        let mut readers = lock(&self.session.readers);
+        if let Some(known) = readers.get_mut(granted) {
+            known.count = known.count.saturating_sub(1);
+            if known.count == 0 {
+                readers.remove(granted);
+            }
+        }
+    }
 }
 
 impl Granted {
@@ -92,8 +124,7 @@ pub(crate) struct Session {
     in_frames: Mutex<Option<Error>>,
     pub(crate) stage: Arc<Stage>,
     gate: Arc<Gate>,
-    /// Retrievals that were undone: what the server ended for one of them may have been another's of the same range.
-    undone: AtomicU64,
+    readers: Mutex<HashMap<Granted, Readers>>,
 }
 
 impl Session {
@@ -120,7 +151,7 @@ impl Session {
             in_frames: Mutex::default(),
             stage: Arc::default(),
             gate: Arc::default(),
-            undone: AtomicU64::new(0),
+            readers: Mutex::default(),
         }
     }
 
@@ -274,7 +305,7 @@ impl Session {
         for waiting in ended.into_iter().flat_map(HashMap::into_values) {
             let _ = waiting.answer.send(Err(error.clone()));
         }
-        self.outbox.clear();
+        self.outbox.end();
     }
 
     pub(crate) fn ended(&self) -> Error {
@@ -282,20 +313,34 @@ impl Session {
         error.unwrap_or_else(|| {
             Error::new(
                 ErrorCode::Closed,
-                "the runtime of this client has ended; connect another one",
+                "this client's connection has ended for good; connect another one",
             )
         })
     }
 
     /// How long the server holds what it grants for reading to a request that is sent after this.
-    pub(crate) fn read_hold(&self) -> Option<Held> {
+    pub(crate) fn read_hold(&self) -> Option<Instant> {
         let hold = Duration::from_millis(self.hello.as_ref()?.read_hold_ms.into());
-        Some(Held { undone: self.undone.load(Ordering::Acquire), until: Instant::now() + hold })
+        Some(Instant::now() + hold)
     }
 
-    /// Whether it still does, of a grant of this session.
-    pub(crate) fn holds(&self, held: Held) -> bool {
-        Instant::now() < held.until && self.undone.load(Ordering::Acquire) == held.undone
+    /// A load of the key's range begins.
+    pub(crate) fn read(&self, key: &Key, instance: u64) -> Reader<'_> {
+        let reader = self.reader(key, instance);
+        if let Some(granted) = &reader.granted {
+            let mut readers = lock(&self.readers);
+            let known =
+                readers.entry(granted.clone()).or_insert(Readers { count: 0, mixed: false });
+            known.count += 1;
+            known.mixed |= known.count > 1;
+        }
+        reader
+    }
+
+    /// A load that began with [`Session::read`] and stayed.
+    pub(crate) fn reader(&self, key: &Key, instance: u64) -> Reader<'_> {
+        let granted = Granted::new(Operation::PrepareRetrieve, key, instance);
+        Reader { session: self, granted: Some(granted) }
     }
 
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.
@@ -307,10 +352,11 @@ impl Session {
     /// How many slots the grant has that [`Session::take_grant`] would forget; `None` for none.
     pub(crate) fn granted(&self, operation: Operation, key: &Key, instance: u64) -> Option<usize> {
         let granted = lock(&self.granted);
-        granted.get(&Granted::new(operation, key, instance))?.front().map(|grant| grant.slots.len())
+        let grants = granted.get(&Granted::new(operation, key, instance))?;
+        grants.iter().find(|grant| grant.key.key == *key).map(|grant| grant.slots.len())
     }
 
-    /// Forgets it again and gives it, of several the oldest. `None`: this session has not granted
+    /// Forgets it again and gives it, of several of this key the oldest. `None`: this session has not granted
     /// it. A commit must not go to the server then: what it would end is another's.
     pub(crate) fn take_grant(
         &self,
@@ -321,11 +367,12 @@ impl Session {
         let granted = Granted::new(operation, key, instance);
         let mut all = lock(&self.granted);
         let grants = all.get_mut(&granted)?;
-        let oldest = grants.pop_front();
+        let oldest = grants.iter().position(|grant| grant.key.key == *key)?;
+        let taken = grants.remove(oldest);
         if grants.is_empty() {
             all.remove(&granted);
         }
-        oldest
+        taken
     }
 
     /// The pool, once a registration was answered.
@@ -445,10 +492,7 @@ impl Undo {
 impl Drop for Undo {
     fn drop(&mut self) {
         if let Some(request) = &self.request {
-            if matches!(request, Request::CommitRetrieve { .. }) {
-                self.session.undone.fetch_add(1, Ordering::AcqRel);
-            }
-            let _ = self.session.send(request); // its deadline or the connection's end does it at last
+            let _ = self.session.send(request); // the connection's end does it at last
         }
     }
 }

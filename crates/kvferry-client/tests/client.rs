@@ -545,15 +545,54 @@ async fn what_another_load_of_the_range_may_have_ended_is_asked_about() {
         let key = key();
         let first = client.prepare_retrieve(&key, instance, soon()).await.unwrap().unwrap();
         // The second is given up, or commits before the first.
-        let second = client.prepare_retrieve(&key, instance, shortly()).await;
-        if let Ok(Some(second)) = second {
-            assert!(!undone);
-            client.commit_retrieve(&key, instance, &second.slots, soon()).await.unwrap();
+        let until = if undone { shortly() } else { soon() };
+        let second = client.prepare_retrieve(&key, instance, until).await;
+        assert_eq!(second.is_err(), undone);
+        if let Ok(second) = second {
+            client.commit_retrieve(&key, instance, &second.unwrap().slots, soon()).await.unwrap();
         }
         client.commit_retrieve(&key, instance, &first.slots, soon()).await.unwrap();
         let asked = router.so_far().into_iter();
         let confirmed = asked.filter(|request| matches!(request, Request::Confirm { .. }));
         assert_eq!(confirmed.count(), if undone { 1 } else { 2 });
+        let alone = client.prepare_retrieve(&key, instance, soon()).await.unwrap().unwrap();
+        client.commit_retrieve(&key, instance, &alone.slots, soon()).await.unwrap();
+        router.received(|request| matches!(request, Request::CommitRetrieve { .. })).await;
+        let confirm = |request: &Request| matches!(request, Request::Confirm { .. });
+        assert!(!router.so_far().iter().any(confirm), "the others have ended");
+    }
+}
+
+/// A request id that is used again while its first store is under way.
+#[tokio::test]
+async fn a_commit_or_abandonment_ends_the_store_of_its_own_tokens_and_salt() {
+    for abandoned in [false, true] {
+        let (name, _region) = pool(&format!("own_{abandoned}"));
+        let mut router = Router::honest(&name).await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let first = key();
+        let salted = Key { cache_salt: "anna".into(), ..key() };
+        let others = Key { token_ids: key().token_ids.iter().map(|id| id + 1).collect(), ..key() };
+        for key in [&first, &salted, &others] {
+            client.prepare_store(key, instance, soon()).await.unwrap();
+        }
+        router.so_far();
+        for key in [&others, &first, &salted] {
+            if abandoned {
+                client.abandon_store(key, instance, soon()).await.unwrap();
+            } else {
+                assert!(client.commit_store(key, instance, &[], soon()).await.unwrap());
+            }
+            let asked = router.so_far();
+            let (Request::CommitStore { key: ended, .. }
+            | Request::AbandonStore { key: ended, .. }) = &asked[0]
+            else {
+                panic!("{asked:?}")
+            };
+            assert_eq!(ended.key, *key);
+        }
+        assert!(!client.commit_store(&first, instance, &[], soon()).await.unwrap());
     }
 }
 

@@ -116,31 +116,30 @@ mod tests {
     }
 
     #[test]
-    fn what_is_woken_while_it_runs_runs_once_more_and_never_twice_at_once() {
-        const WAKES: usize = 1000;
-        let (polls, at_once) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    fn what_is_woken_while_it_runs_runs_once_more_where_it_runs() {
+        let (begun, begins) = channel();
+        let (leave, left_alone) = channel::<()>();
         let waker = Arc::default();
-        let (counted, inside) = (Arc::clone(&polls), Arc::clone(&at_once));
+        let mut polls = 0;
         let wait = until(&waker, move || {
-            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
-            counted.fetch_add(1, Ordering::SeqCst);
-            thread::yield_now();
-            inside.fetch_sub(1, Ordering::SeqCst);
+            begun.send(thread::current().id()).unwrap();
+            polls += 1;
+            if polls == 1 {
+                left_alone.recv().unwrap();
+            }
             false
         });
-        run_inline(wait, plain);
-        let waker = left(&waker);
-        for _ in 0..WAKES {
-            let before = polls.load(Ordering::SeqCst);
-            thread::scope(|scope| {
-                for _ in 0..3 {
-                    scope.spawn(|| waker.wake_by_ref());
-                }
-            });
-            // The wakes have returned: each of them was seen by a run that began after it.
-            assert!(polls.load(Ordering::SeqCst) > before);
+        let running = thread::spawn(move || run_inline(wait, plain));
+        let here = begins.recv().unwrap();
+        for _ in 0..3 {
+            left(&waker).wake(); // returns at once: another thread runs it
         }
-        assert_eq!(at_once.load(Ordering::SeqCst), 0);
+        assert!(begins.try_recv().is_err());
+        leave.send(()).unwrap();
+        running.join().unwrap();
+        assert_eq!(begins.try_iter().collect::<Vec<_>>(), [here], "once, for all of them");
+        left(&waker).wake();
+        assert_eq!(begins.try_iter().collect::<Vec<_>>(), [thread::current().id()]);
     }
 
     #[test]

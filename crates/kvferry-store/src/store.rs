@@ -39,7 +39,7 @@ const SLOTS_MAX: usize = 65_536;
 /// For how long, from its grant on, a slot that was granted for reading is not used anew, unless its reader commits
 /// before: whoever has copied within this time needs not ask whether it was in time.
 pub const READ_HOLD: Duration = Duration::from_secs(1);
-/// Retrievals of readers that are gone, at most.
+/// From so many retrievals of readers that are gone on, no more are granted.
 const HELD_MAX: usize = 64 << 10;
 /// Retrievals of one instance that are not committed, at most.
 const RETRIEVALS_MAX: usize = 4_096;
