@@ -253,7 +253,7 @@ impl Service {
                 Reply::RetrieveSlots(slots.map(|slots| self.slots(slots, instance_id)))
             }
             Request::CommitRetrieve { key, instance_id } => {
-                store.commit_retrieve(&key.key, instance_id)?;
+                store.commit_retrieve(owner, &key.key, instance_id)?;
                 if let Some(frames) = &mut peer.frames
                     && store.retrievals(instance_id) == 0
                 {

@@ -166,7 +166,7 @@ impl Cache for Embedded {
         _deadline: Instant,
     ) -> CacheFuture<'a, bool> {
         // What was granted stays until this very call: there are no generations to compare.
-        Box::pin(ready(self.store.commit_retrieve(key, instance)))
+        Box::pin(ready(self.store.commit_retrieve(self.owner, key, instance)))
     }
 
     fn events(&self, cursor: u64, max: u32, _deadline: Instant) -> CacheFuture<'_, Events> {

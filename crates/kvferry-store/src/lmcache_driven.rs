@@ -268,6 +268,7 @@ impl Drop for EndRead<'_> {
         if self.engine.memory.is_in_doubt() {
             return;
         }
-        let _ = self.engine.store.commit_retrieve(self.key, self.engine.instance);
+        let _ =
+            self.engine.store.commit_retrieve(self.engine.owner, self.key, self.engine.instance);
     }
 }

@@ -749,14 +749,18 @@ impl Store {
         Ok(chunks.map(id).all(|id| state.index.get_visible(&id).is_some()))
     }
 
-    /// Ends a retrieval of the range; `false` when there was none.
-    pub fn commit_retrieve(&self, key: &Key, instance: u64) -> Result<bool> {
+    /// Ends the owner's oldest retrieval of the range, or one of a reader that was given up and says that it is done; `false`
+    /// when there was none.
+    pub fn commit_retrieve(&self, owner: Owner, key: &Key, instance: u64) -> Result<bool> {
         let Some((mut state, range)) = self.reserved_range(key, instance)? else {
             return Ok(false);
         };
         let Some(known) = state.instances.get_mut(&instance) else { return Ok(false) };
         let Some(retrievals) = known.retrievals.get_mut(&range) else { return Ok(false) };
-        let ended = retrievals.pop_front();
+        // Another owner's is not this one's to end: it may still be reading.
+        let own = retrievals.iter().position(|retrieval| retrieval.owner == owner);
+        let oldest = own.or_else(|| retrievals.iter().position(|retrieval| retrieval.apart));
+        let ended = oldest.and_then(|oldest| retrievals.remove(oldest));
         if retrievals.is_empty() {
             known.retrievals.remove(&range);
         }

@@ -24,7 +24,7 @@ impl Engine {
     fn told(&self, key: &Key, instance: u64) -> Vec<Option<u64>> {
         assert_eq!(self.lookup(key), key.end / u64::from(CHUNK));
         let slots = self.store.prepare_retrieve(self.owner, key, instance, self.now).unwrap();
-        assert!(self.store.commit_retrieve(key, instance).unwrap());
+        assert!(self.store.commit_retrieve(self.owner, key, instance).unwrap());
         self.store.end_session(&key.request_id);
         slots.unwrap().iter().map(|slot| slot.checksum).collect()
     }

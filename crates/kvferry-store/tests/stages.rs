@@ -35,7 +35,7 @@ fn a_prefix_of_all_stages_is_found_and_given_back() {
             let slots =
                 engine.store.prepare_retrieve(engine.owner, &rest, instance, engine.now).unwrap();
             assert_eq!(slots.unwrap().len(), 2);
-            assert!(engine.store.commit_retrieve(&rest, instance).unwrap());
+            assert!(engine.store.commit_retrieve(engine.owner, &rest, instance).unwrap());
         }
         let status = engine.store.status(engine.now);
         assert!(status.contains(&("leases", 0)), "{status:?}");

@@ -97,7 +97,7 @@ impl Engine {
             self.store.memory().read(slot.offset, &mut bytes).unwrap();
             assert_eq!(bytes, content(key, chunk));
         }
-        assert_eq!(self.store.commit_retrieve(&range, 1).unwrap(), hit > 0);
+        assert_eq!(self.store.commit_retrieve(self.owner, &range, 1).unwrap(), hit > 0);
         self.store.end_session(&key.request_id);
         hit
     }
@@ -208,9 +208,9 @@ fn no_operation_with_another_salt_touches_what_a_tenant_holds() {
         assert_eq!(status("leases"), 0);
         assert_eq!(store.lookup(*owner, &mine, 1, *now).unwrap(), 2);
         store.prepare_retrieve(*owner, &mine, 1, *now).unwrap().unwrap();
-        assert!(!store.commit_retrieve(&other, 1).unwrap(), "a load's end");
+        assert!(!store.commit_retrieve(*owner, &other, 1).unwrap(), "a load's end");
         assert_eq!(status("slots_reading"), 2);
-        assert!(store.commit_retrieve(&mine, 1).unwrap());
+        assert!(store.commit_retrieve(*owner, &mine, 1).unwrap());
     }
 }
 
@@ -239,7 +239,7 @@ fn what_was_looked_up_is_there_when_it_is_retrieved() {
     assert_eq!(slots.map(|slots| slots.len()), Some(4));
     engine.store.end_session("a");
     assert_eq!(engine.put(&key("c", 100, 4)), 0, "still being read");
-    engine.store.commit_retrieve(&first, 1).unwrap();
+    engine.store.commit_retrieve(engine.owner, &first, 1).unwrap();
     assert_eq!(engine.put(&key("d", 100, 4)), 4);
 }
 
@@ -253,7 +253,7 @@ fn each_reader_has_a_lease_of_its_own() {
         let slots = engine.store.prepare_retrieve(engine.owner, &key, 1, engine.now).unwrap();
         assert_eq!(slots.is_some(), reader < 2, "reader {reader}");
         if slots.is_some() {
-            engine.store.commit_retrieve(&key, 1).unwrap();
+            engine.store.commit_retrieve(engine.owner, &key, 1).unwrap();
         }
     }
 }
@@ -293,8 +293,8 @@ fn leading_chunks_can_be_given_back_and_the_rest_retrieved() {
     assert_eq!(engine.status("leases"), 2);
     let slots = engine.store.prepare_retrieve(engine.owner, &tail, 1, engine.now).unwrap();
     assert_eq!(slots.map(|slots| slots.len()), Some(2));
-    assert!(engine.store.commit_retrieve(&tail, 1).unwrap());
-    assert!(!engine.store.commit_retrieve(&tail, 1).unwrap(), "once");
+    assert!(engine.store.commit_retrieve(engine.owner, &tail, 1).unwrap());
+    assert!(!engine.store.commit_retrieve(engine.owner, &tail, 1).unwrap(), "once");
 }
 
 #[test]
@@ -355,6 +355,21 @@ fn a_peer_that_ended_leaves_nothing_held_but_for_a_moment_what_it_may_still_read
 }
 
 #[test]
+fn a_load_is_ended_by_its_own_peer_or_if_that_was_given_up_by_another() {
+    let engine = engine(4);
+    let key = key("r", 0, 1);
+    engine.put(&key);
+    let reader = engine.store.connect();
+    engine.store.lookup(engine.owner, &key, 1, engine.now).unwrap();
+    engine.store.prepare_retrieve(reader, &key, 1, engine.now).unwrap().unwrap();
+    assert!(!engine.store.commit_retrieve(engine.owner, &key, 1).unwrap());
+    assert_eq!(engine.status("slots_reading"), 1);
+    engine.store.disconnect(reader, Departure::GivenUp);
+    assert!(engine.store.commit_retrieve(engine.owner, &key, 1).unwrap());
+    assert_eq!(engine.status("slots_reading"), 0);
+}
+
+#[test]
 fn what_a_reader_that_went_long_ago_had_is_cleared_though_nothing_was_asked_since() {
     let mut engine = engine(4);
     engine.now -= 2 * READ_HOLD;
@@ -405,7 +420,7 @@ fn slots_of_a_peer_that_was_given_up_are_never_reused_until_it_says_so() {
     assert_eq!(engine.put(&again), 1, "its chunks are free for others to store");
     assert!(!engine.store.commit_store(&writing, 1, &[]).unwrap(), "late: nothing becomes visible");
     assert_eq!(engine.status("slots_apart"), 1, "but its slots come back");
-    engine.store.commit_retrieve(&reading, 1).unwrap();
+    engine.store.commit_retrieve(engine.owner, &reading, 1).unwrap();
     assert_eq!(engine.status("slots_apart"), 0);
     assert_eq!(engine.put(&key("m", 300, 4)), 4);
 }
@@ -499,7 +514,7 @@ fn leases_and_reads_that_nobody_ends_are_bounded() {
     lease("b").unwrap();
     let more = (0..255).take_while(|_| read("b").is_ok()).count();
     assert_eq!(more, 16, "4,096 in all");
-    engine.store.commit_retrieve(&key("a", 0, 1), 1).unwrap();
+    engine.store.commit_retrieve(engine.owner, &key("a", 0, 1), 1).unwrap();
     read("b").unwrap().unwrap();
 }
 
@@ -787,7 +802,7 @@ fn many_threads_store_and_read_and_nothing_wrong_is_served() {
                         engine.store.memory().read(slot.offset, &mut bytes).unwrap();
                         assert_eq!(bytes, content(&key, chunk));
                     }
-                    engine.store.commit_retrieve(&range, 1).unwrap();
+                    engine.store.commit_retrieve(engine.owner, &range, 1).unwrap();
                     engine.store.end_session(&key.request_id);
                 }
             });
@@ -899,7 +914,8 @@ proptest! {
                     }
                 }
                 Step::CommitRetrieve { first, chunks, instance } => {
-                    let _ = engine.store.commit_retrieve(&key("x", first * 100, chunks), instance);
+                    let owner = owners[usize::try_from(instance).unwrap()];
+                    let _ = engine.store.commit_retrieve(owner, &key("x", first * 100, chunks), instance);
                 }
                 Step::Release { first, chunks, request } => {
                     engine.store.release(&key(&request.to_string(), first * 100, chunks), 1, engine.now).unwrap();

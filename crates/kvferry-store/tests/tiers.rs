@@ -156,7 +156,7 @@ impl Engine {
             assert!(checksum.is_none_or(|told| told == sum(&bytes)));
         }
         assert_eq!(slots.len() as u64, hit);
-        assert_eq!(self.store.commit_retrieve(&range, instance).unwrap(), hit > 0);
+        assert_eq!(self.store.commit_retrieve(self.owner, &range, instance).unwrap(), hit > 0);
     }
 
     fn disk(&self) -> DiskStatus {

@@ -270,7 +270,7 @@ fn attempt(store: &Store, figures: &Figures, meddle: impl FnOnce(&Slot)) -> Resu
     count("retrieved_bytes", slot.length);
     let mut read = [0; OBJECT as usize];
     memory.read(slot.offset, &mut read)?;
-    store.commit_retrieve(key, instance)?;
+    store.commit_retrieve(owner, key, instance)?;
     if read != bytes {
         return Err(broken("what was loaded is not what was stored"));
     }

@@ -310,7 +310,7 @@ impl Engine {
             self.store.memory().read(*offset, &mut bytes).unwrap();
             assert!(bytes == content(key, chunk), "wrong bytes of chunk {chunk}");
         }
-        self.store.commit_retrieve(&range, 1).unwrap();
+        self.store.commit_retrieve(self.owner, &range, 1).unwrap();
         self.store.end_session(&key.request_id);
         hit
     }
@@ -992,7 +992,7 @@ fn discard(engine: &Engine, prompt: &Key) -> u64 {
     let slots = engine.store.prepare_retrieve(engine.owner, prompt, 1, Instant::now());
     let slots = slots.unwrap().unwrap();
     let discarded = engine.store.discard(slots.iter().map(|slot| slot.generation.unwrap()));
-    engine.store.commit_retrieve(prompt, 1).unwrap();
+    engine.store.commit_retrieve(engine.owner, prompt, 1).unwrap();
     engine.store.end_session(&prompt.request_id);
     discarded
 }

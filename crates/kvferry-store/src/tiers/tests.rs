@@ -229,7 +229,7 @@ fn a_lookup_is_answered_when_all_that_the_disk_has_of_it_is_in_memory_and_leased
         assert_eq!(slot.checksum, Some(sum));
     }
     assert_eq!(slots.len(), 3);
-    assert!(slow.store.commit_retrieve(&range, 1).unwrap());
+    assert!(slow.store.commit_retrieve(slow.owner, &range, 1).unwrap());
     slow.store.end_session("a");
     assert_eq!((slow.status("hit_chunks"), slow.status("abandoned_chunks")), (3, 0));
     assert_eq!(slow.hits(&key("b", 0, 4)), 3, "from memory");

@@ -108,7 +108,7 @@ impl Engine {
         assert_eq!(self.lookup(key), key.end / u64::from(CHUNK));
         let slots = self.store.prepare_retrieve(self.owner, key, 1, self.now).unwrap().unwrap();
         let dropped = self.store.discard(slots.iter().map(|slot| slot.generation.unwrap()));
-        self.store.commit_retrieve(key, 1).unwrap();
+        self.store.commit_retrieve(self.owner, key, 1).unwrap();
         self.store.end_session(&key.request_id);
         dropped
     }
