@@ -174,7 +174,7 @@ impl Drop for PinUse {
 impl State {
     fn release(&mut self) {
         self.next = 0;
-        std::mem::take(&mut self.steps).into_values().for_each(|step| step.unregister());
+        std::mem::take(&mut self.steps).into_values().for_each(Step::give_back);
     }
 }
 
@@ -193,13 +193,17 @@ impl Step {
         let told =
             unsafe { check!(driver.cuMemHostGetDevicePointer_v2(&raw mut device, pages, 0)) };
         let step = Self { start: start.addr(), device, context: Arc::clone(context) };
-        told.inspect_err(|_| step.unregister())?;
+        told.inspect_err(|_| step.unregister(current))?;
         Ok(step)
     }
 
-    fn unregister(&self) {
+    fn give_back(self) {
         // A call may fail once for reasons of its own; where the device is lost, nothing is left to give back.
-        let Ok(current) = self.context.enter().or_else(|_| self.context.enter()) else { return };
+        let current = self.context.enter().or_else(|_| self.context.enter());
+        let _ = current.map(|current| self.unregister(&current));
+    }
+
+    fn unregister(&self, current: &Current<'_>) {
         let pages = std::ptr::without_provenance_mut(self.start);
         // SAFETY: registered before, and in no list of steps any more; no copy is under way: copies
         // hold their pool, and whoever copies its use of the pins.

@@ -1144,14 +1144,14 @@ fn calls_that_fail_at_random_hang_and_leak_nothing() {
     on("calls_that_fail_at_random_hang_and_leak_nothing", &ALL, true, || {
         cuda::check_available().unwrap();
         let fake = Fake::here().unwrap();
-        for seed in 0..60 {
+        for (seed, per_mille) in (0..60).flat_map(|seed| [(seed, 100), (seed, 400)]) {
             let mut engine = Engine::new(0);
             let pool = private(1 << 20);
             let shape = shape(&flat(3, 4, 4096));
             let bytes = shape.array_bytes();
             let arrays: Vec<_> = (0..3).map(|_| (engine.allocate(bytes), bytes)).collect();
             let memory = open(&engine, &shape, &arrays).unwrap();
-            fake.fail_at_random(seed, 100, if seed % 2 == 0 { 2 } else { 719 });
+            fake.fail_at_random(seed, per_mille, if seed % 2 == 0 { 2 } else { 719 });
             let copies: Vec<_> = [Direction::Gather, Direction::Scatter, Direction::Gather]
                 .into_iter()
                 .zip(0u32..)
@@ -1166,13 +1166,13 @@ fn calls_that_fail_at_random_hang_and_leak_nothing() {
                     assert_eq!(error.code, ErrorCode::CudaFailed, "{error}");
                 }
             }
-            assert_eq!(fake.violations(), 0, "{seed}");
+            assert_eq!(fake.violations(), 0, "{seed}, {per_mille}");
             fake.reset();
             drop(memory);
             drop(pool);
             drop(engine);
-            assert_eq!(fake.alive(), [0; 6], "{seed}");
-            assert_eq!(fake.violations(), 0, "{seed}");
+            assert_eq!(fake.alive(), [0; 6], "{seed}, {per_mille}");
+            assert_eq!(fake.violations(), 0, "{seed}, {per_mille}");
         }
     });
 }
