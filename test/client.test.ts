@@ -15,6 +15,36 @@ it("a client whose close was refused for its options is open, and closes later",
 	await expect(client.ping()).rejects.toMatchObject({ code: "CLOSED" });
 });
 
+it("calls that wait refuse an option that they do not have", async () => {
+	await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: 64 });
+	await using client = await Client.connect({ url: `tcp://${server.address}` });
+	await using cache = await PrefixCache.open({ via: client, identity: "m", bytesPerChunk: 1000 });
+	await cache.store(prompt, bytesOf);
+	await using hit = await cache.lookup(prompt);
+	const wrong = { timeout: 5 };
+	for (const [of, call] of Object.entries({
+		ping: () => client.ping(wrong as object),
+		status: () => client.status(wrong as object),
+		clear: () => client.clear(wrong as object),
+		events: () => client.events(wrong as object),
+		close: () => client.close(wrong as object),
+		load: () => hit.load(undefined, wrong as object),
+	})) {
+		await expect(call(), of).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: `${of} has no option "timeout": did you mean timeoutMs?`,
+		});
+	}
+	await expect(server.events({ cursr: 0 } as object)).rejects.toMatchObject({
+		message: 'events has no option "cursr": did you mean cursor?',
+	});
+	await expect(client.ping(null as unknown as object)).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+	});
+	expect(await hit.load()).toHaveLength(hit.chunks);
+	expect(hit.chunks).toBeGreaterThan(0);
+});
+
 it("a close that is aborted stops waiting and goes on", async () => {
 	await using server = await Server.start({ port: 0, memory: 2 ** 20 });
 	const client = await Client.connect({ url: `tcp://${server.address}` });

@@ -16,7 +16,14 @@ import type {
 	PrefixWriting,
 } from "./native-binding.js";
 import type { Server } from "./server.js";
-import { throwIfAborted, timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+import {
+	throwIfAborted,
+	timeoutOf,
+	timeoutOfCall,
+	WAIT_OPTIONS,
+	type WaitOptions,
+	waitFor,
+} from "./waiting.js";
 
 /** How a {@link PrefixCache} is set up. */
 export interface PrefixCacheOptions extends WaitOptions {
@@ -50,9 +57,8 @@ export interface RequestOptions extends WaitOptions {
 
 /** The names of {@link RequestOptions}. */
 export const REQUEST_OPTIONS = {
+	...WAIT_OPTIONS,
 	cacheSalt: true,
-	signal: true,
-	timeoutMs: true,
 } satisfies Record<keyof RequestOptions, true>;
 
 /** What became of a {@link PrefixCache.store}. */
@@ -230,7 +236,7 @@ export class PrefixCache implements AsyncDisposable {
 	 * nothing.
 	 */
 	async close(options: WaitOptions = {}): Promise<void> {
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("close", options);
 		this.#closing ??= this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
 		const closing = this.#closing;
 		await waitFor(() => closing, options.signal);
@@ -310,7 +316,7 @@ export class PrefixHit implements AsyncDisposable {
 		if (this.#ended) {
 			throw new KvferryError("CLOSED", "The hit was loaded or closed; look up again.");
 		}
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("load", options);
 		const hit = this.#hit;
 		if (options.signal?.aborted === true) {
 			await this.close();

@@ -13,7 +13,7 @@ import type {
 } from "./native-binding.js";
 import type { Status } from "./server.js";
 import { type TokenOptions, tokenOf } from "./token.js";
-import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+import { timeoutOf, timeoutOfCall, type WaitOptions, waitFor } from "./waiting.js";
 
 /** Where a {@link Client} connects to. */
 export interface ClientOptions extends WaitOptions, TokenOptions {
@@ -201,7 +201,7 @@ export class Client implements AsyncDisposable {
 	/** Asks the server for a sign of life; resolves to the milliseconds that it took. */
 	async ping(options: WaitOptions = {}): Promise<number> {
 		this.#checkOpen();
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("ping", options);
 		return await waitFor(() => this.#native.ping(timeoutMs), options.signal);
 	}
 
@@ -213,7 +213,7 @@ export class Client implements AsyncDisposable {
 	 */
 	async status(options: WaitOptions = {}): Promise<Status> {
 		this.#checkOpen();
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("status", options);
 		const figures = await waitFor(() => this.#native.status(timeoutMs), options.signal);
 		return Object.fromEntries(figures);
 	}
@@ -225,7 +225,7 @@ export class Client implements AsyncDisposable {
 	 */
 	async clear(options: WaitOptions = {}): Promise<void> {
 		this.#checkOpen();
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("clear", options);
 		await waitFor(() => this.#native.clear(timeoutMs), options.signal);
 	}
 
@@ -245,7 +245,7 @@ export class Client implements AsyncDisposable {
 
 	/** Ends the connection. Calling it again does nothing. */
 	async close(options: WaitOptions = {}): Promise<void> {
-		const timeoutMs = timeoutOf(options);
+		const timeoutMs = timeoutOfCall("close", options);
 		this.#closing ??= this.#native.close(timeoutMs).catch(() => {}); // the server notices by itself
 		const closing = this.#closing;
 		await waitFor(() => closing, options.signal);

@@ -1,6 +1,6 @@
-import { checkInteger } from "./arguments.js";
+import { checkInteger, checkOptions } from "./arguments.js";
 import type { KvEvents as NativeKvEvents } from "./native-binding.js";
-import { timeoutOf, type WaitOptions, waitFor } from "./waiting.js";
+import { timeoutOf, WAIT_OPTIONS, type WaitOptions, waitFor } from "./waiting.js";
 
 /** Which events {@link Client.events} and {@link Server.events} tell. */
 export interface EventsOptions extends WaitOptions {
@@ -47,6 +47,12 @@ export interface KvEvent {
 	readonly atMs: number;
 }
 
+const OPTIONS = {
+	...WAIT_OPTIONS,
+	cursor: true,
+	maxEvents: true,
+} satisfies Record<keyof EventsOptions, true>;
+
 const MAX_EVENTS = 1024;
 
 /** @internal */
@@ -54,6 +60,7 @@ export async function askEvents(
 	ask: (cursor: number, max: number, timeoutMs: number) => Promise<NativeKvEvents>,
 	options: EventsOptions,
 ): Promise<KvEvents> {
+	checkOptions("events", options, OPTIONS);
 	const { cursor = 0, maxEvents = MAX_EVENTS, signal } = options;
 	checkInteger("cursor", cursor, 0, Number.MAX_SAFE_INTEGER);
 	checkInteger("maxEvents", maxEvents, 1, 16_384);

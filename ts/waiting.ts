@@ -1,4 +1,4 @@
-import { checkInteger, invalid } from "./arguments.js";
+import { checkInteger, checkOptions, invalid } from "./arguments.js";
 import { fromNative, KvferryError } from "./errors.js";
 
 /** Options of every call that waits. */
@@ -15,6 +15,12 @@ export interface WaitOptions {
 	readonly timeoutMs?: number | undefined;
 }
 
+/** The names of {@link WaitOptions}. */
+export const WAIT_OPTIONS = {
+	signal: true,
+	timeoutMs: true,
+} satisfies Record<keyof WaitOptions, true>;
+
 const TIMEOUT_MS = 5_000;
 
 /** The timeout to use, checked. */
@@ -22,6 +28,12 @@ export function timeoutOf(options: WaitOptions): number {
 	const { timeoutMs = TIMEOUT_MS } = options;
 	checkInteger("timeoutMs", timeoutMs, 1, 2 ** 31 - 1);
 	return timeoutMs;
+}
+
+/** The same, of a call that takes nothing else. */
+export function timeoutOfCall(of: string, options: WaitOptions): number {
+	checkOptions(of, options, WAIT_OPTIONS);
+	return timeoutOf(options);
 }
 
 /**
