@@ -817,7 +817,7 @@ enum Step {
     Abandon { first: u32, chunks: u64, instance: u64 },
     Lookup { first: u32, chunks: u64, request: u32 },
     Retrieve { first: u32, chunks: u64, request: u32, instance: u64 },
-    CommitRetrieve { first: u32, chunks: u64, instance: u64 },
+    CommitRetrieve { first: u32, chunks: u64, request: u32, instance: u64 },
     Release { first: u32, chunks: u64, request: u32 },
     End { request: u32 },
     Disconnect { instance: u64, ended: bool },
@@ -835,7 +835,7 @@ fn step() -> impl Strategy<Value = Step> {
             16..18 => Step::Abandon { first, chunks, instance },
             18..25 => Step::Lookup { first, chunks, request },
             25..30 => Step::Retrieve { first, chunks, request, instance },
-            30..33 => Step::CommitRetrieve { first, chunks, instance },
+            30..33 => Step::CommitRetrieve { first, chunks, request, instance },
             33..35 => Step::Release { first, chunks, request },
             35 => Step::End { request },
             36 | 37 => Step::Disconnect { instance, ended },
@@ -851,6 +851,25 @@ struct Told {
     owner: Owner,
     range: (u32, u64),
     offsets: Vec<u64>,
+}
+
+/// Slots that an instance was told of for reading.
+struct Read {
+    instance: u64,
+    owner: Owner,
+    range: (u32, u64, u32),
+    offsets: Vec<u64>,
+    /// Its reader may commit it yet.
+    open: bool,
+    /// Its owner was given up, so that another may.
+    apart: bool,
+    until: Instant,
+}
+
+impl Read {
+    fn holds(&self, offset: u64, now: Instant) -> bool {
+        (self.open || self.until > now) && self.offsets.contains(&offset)
+    }
 }
 
 /// A commit or an abandonment ends the oldest prepare of its range.
@@ -874,8 +893,7 @@ proptest! {
             engine.store.register(*owner, instance, layout("m", 1)).unwrap();
         }
         let mut told: Vec<Told> = Vec::new();
-        // Slots granted for reading, which nobody here gives back, and until when they must be left alone.
-        let mut read: Vec<(u64, Instant)> = Vec::new();
+        let mut read: Vec<Read> = Vec::new();
         for step in steps {
             match step {
                 Step::Prepare { first, chunks, instance } => {
@@ -885,7 +903,7 @@ proptest! {
                     let offsets: Vec<u64> = reserved.slots.iter().map(|slot| slot.offset).collect();
                     for offset in &offsets {
                         prop_assert!(told.iter().all(|held| !held.offsets.contains(offset)), "granted twice");
-                        prop_assert!(!read.iter().any(|(held, until)| held == offset && *until > engine.now), "written while read");
+                        prop_assert!(!read.iter().any(|held| held.holds(*offset, engine.now)), "written while read");
                     }
                     if !offsets.is_empty() {
                         told.push(Told { instance, owner, range: (first, chunks), offsets });
@@ -907,15 +925,23 @@ proptest! {
                     let key = key(&request.to_string(), first * 100, chunks);
                     let owner = owners[usize::try_from(instance).unwrap()];
                     if let Ok(Some(slots)) = engine.store.prepare_retrieve(owner, &key, instance, engine.now) {
-                        for slot in slots {
-                            prop_assert!(told.iter().all(|held| !held.offsets.contains(&slot.offset)), "read while written");
-                            read.push((slot.offset, engine.now + READ_HOLD));
+                        let offsets: Vec<u64> = slots.iter().map(|slot| slot.offset).collect();
+                        for offset in &offsets {
+                            prop_assert!(told.iter().all(|held| !held.offsets.contains(offset)), "read while written");
                         }
+                        let (range, until) = ((first, chunks, request), engine.now + READ_HOLD);
+                        read.push(Read { instance, owner, range, offsets, open: true, apart: false, until });
                     }
                 }
-                Step::CommitRetrieve { first, chunks, instance } => {
+                Step::CommitRetrieve { first, chunks, request, instance } => {
                     let owner = owners[usize::try_from(instance).unwrap()];
-                    let _ = engine.store.commit_retrieve(owner, &key("x", first * 100, chunks), instance);
+                    let key = key(&request.to_string(), first * 100, chunks);
+                    let mine = |held: &Read| held.open && (held.instance, held.range) == (instance, (first, chunks, request));
+                    let own = read.iter().position(|held| mine(held) && held.owner == owner);
+                    let ended = own.or_else(|| read.iter().position(|held| mine(held) && held.apart));
+                    let committed = engine.store.commit_retrieve(owner, &key, instance).unwrap_or_default();
+                    prop_assert_eq!(committed, ended.is_some());
+                    ended.map(|ended| read.remove(ended));
                 }
                 Step::Release { first, chunks, request } => {
                     engine.store.release(&key(&request.to_string(), first * 100, chunks), 1, engine.now).unwrap();
@@ -928,12 +954,16 @@ proptest! {
                     if ended {
                         told.retain(|held| held.owner != owners[index]);
                     }
+                    for held in read.iter_mut().filter(|held| held.owner == owners[index]) {
+                        (held.open, held.apart) = (held.open && !ended, !ended);
+                    }
                     owners[index] = engine.store.connect();
                     let _ = engine.store.register(owners[index], instance, layout("m", 1));
                 }
                 Step::Unregister { instance } => {
                     engine.store.unregister(instance);
                     told.retain(|held| held.instance != instance);
+                    read.iter_mut().filter(|held| held.instance == instance).for_each(|held| held.open = false);
                     let owner = owners[usize::try_from(instance).unwrap()];
                     engine.store.register(owner, instance, layout("m", 1)).unwrap();
                 }
