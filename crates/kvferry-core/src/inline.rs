@@ -1,5 +1,7 @@
 //! Work that goes on wherever it is woken.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -9,7 +11,8 @@ use std::task::{Context, Wake, Waker};
 
 /// Runs `work` here as far as it needs not wait, and the rest on whichever thread wakes it: the one that ended its copy,
 /// the one that received its answer. To wake another thread first would take longer than what there is to do, so `work`
-/// must not block, and nobody may wake it while holding what it needs. What panics has ended, and is dropped.
+/// must not block, and nobody may wake it while holding what it needs. What panics has ended, and is dropped. What is woken by
+/// such work goes on behind it, on its thread: a chain of any length needs no more of the stack than one.
 ///
 /// `around` is called with each stretch of the work, to run it within a runtime for example.
 pub fn run_inline(
@@ -30,11 +33,45 @@ struct Inline<F> {
     around: F,
 }
 
+thread_local! {
+    /// What goes on when the work has come to its end or a wait that runs on this thread; `None` while none does.
+    static BEHIND: RefCell<Option<VecDeque<Arc<dyn GoOn>>>> = const { RefCell::new(None) };
+}
+
+trait GoOn: Send + Sync {
+    /// Runs the work until it has seen all its wakes.
+    fn go_on(self: Arc<Self>);
+}
+
 impl<F: Fn(&mut dyn FnMut()) + Send + Sync + 'static> Wake for Inline<F> {
     fn wake(self: Arc<Self>) {
         if self.wakes.fetch_add(1, Ordering::AcqRel) > 0 {
             return;
         }
+        let mut next: Option<Arc<dyn GoOn>> = Some(self);
+        let queue = |behind: &RefCell<Option<VecDeque<_>>>| match &mut *behind.borrow_mut() {
+            Some(queue) => queue.extend(next.take()),
+            none => *none = Some(VecDeque::new()),
+        };
+        let _ = BEHIND.try_with(queue); // a thread that ends has none
+        while let Some(work) = next {
+            work.go_on();
+            next = BEHIND.try_with(take_next).ok().flatten();
+        }
+    }
+}
+
+fn take_next(behind: &RefCell<Option<VecDeque<Arc<dyn GoOn>>>>) -> Option<Arc<dyn GoOn>> {
+    let mut behind = behind.borrow_mut();
+    let next = behind.as_mut().and_then(VecDeque::pop_front);
+    if next.is_none() {
+        *behind = None;
+    }
+    next
+}
+
+impl<F: Fn(&mut dyn FnMut()) + Send + Sync + 'static> GoOn for Inline<F> {
+    fn go_on(self: Arc<Self>) {
         loop {
             let seen = self.wakes.load(Ordering::Acquire);
             self.poll();
@@ -140,6 +177,32 @@ mod tests {
         assert_eq!(begins.try_iter().collect::<Vec<_>>(), [here], "once, for all of them");
         left(&waker).wake();
         assert_eq!(begins.try_iter().collect::<Vec<_>>(), [thread::current().id()]);
+    }
+
+    #[test]
+    fn a_long_chain_of_which_each_wakes_the_next_needs_no_more_stack_than_one() {
+        const LINKS: usize = 100_000;
+        let wakers: Arc<Vec<Arc<Mutex<Option<Waker>>>>> =
+            Arc::new((0..LINKS).map(|_| Arc::default()).collect());
+        let (told, ended) = channel();
+        for link in 0..LINKS {
+            let (wakers, told) = (Arc::clone(&wakers), told.clone());
+            let mut first = true;
+            let wait = until(&wakers[link], move || !std::mem::take(&mut first));
+            let work = async move {
+                wait.await;
+                if let Some(next) = wakers.get(link + 1) {
+                    left(next).wake();
+                }
+                told.send(link).unwrap();
+            };
+            run_inline(work, plain);
+        }
+        left(&wakers[0]).wake();
+        assert!(
+            ended.try_iter().eq(0..LINKS),
+            "all of them, in their order, when the wake returns"
+        );
     }
 
     #[test]
