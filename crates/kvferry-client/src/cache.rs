@@ -121,6 +121,11 @@ impl Cache for Client {
             let chunks = self.chunks(key)?;
             let object_bytes = self.object_bytes(instance)?;
             let session = self.session()?;
+            let Some(writer) = session.write(key, instance) else {
+                let (slots, memory, _) = place(&session, &[]).await?;
+                let (chunk_indices, refused) = (Vec::new(), Some(0));
+                return Ok(StoreGrant { slots, chunk_indices, refused, memory });
+            };
             let wire = RequestKey::from(key.clone());
             let request = Request::PrepareStore { key: wire.clone(), instance_id: instance };
             // Whoever gives up waiting must not leave a reservation that nobody fills.
@@ -145,6 +150,7 @@ impl Cache for Client {
             if !granted.is_empty() {
                 let grant = Grant { key: wire, slots: granted, staged, held_until: None };
                 session.grant(Operation::PrepareStore, key, instance, grant);
+                writer.stay();
             }
             undo.disarm();
             let StoreSlots { chunk_indices, refused, .. } = store;
@@ -169,6 +175,7 @@ impl Cache for Client {
             let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(false);
             };
+            let _writer = session.writer(key, instance);
             let slots = &grant.slots;
             if let Some((placed, memory)) = &grant.staged {
                 // However it fails: what is not written whole is never seen.
@@ -214,12 +221,14 @@ impl Cache for Client {
     ) -> CacheFuture<'a, ()> {
         Box::pin(async move {
             let session = self.session()?;
-            let granted = session.take_grant(Operation::PrepareStore, key, instance);
-            // LMCache has no such operation; there the reservation ends by its own deadline.
-            let Some(Grant { key, .. }) = granted.filter(|_| session.hello.is_some()) else {
+            let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(());
             };
-            let request = Request::AbandonStore { key, instance_id: instance };
+            let _writer = session.writer(key, instance);
+            if session.hello.is_none() {
+                return Ok(()); // LMCache has no such operation: the reservation ends by its own deadline
+            }
+            let request = Request::AbandonStore { key: grant.key, instance_id: instance };
             session.request(&request, self.deadline(deadline)).await.map(drop)
         })
     }

@@ -125,6 +125,36 @@ pub(crate) struct Session {
     pub(crate) stage: Arc<Stage>,
     gate: Arc<Gate>,
     readers: Mutex<HashMap<Granted, Readers>>,
+    /// Whole keys of stores that have begun and not ended.
+    writers: Mutex<HashMap<Granted, Vec<Key>>>,
+}
+
+/// A store, from before its prepare until after its commit or its end without one. The server ends the oldest store of a
+/// range, whoever commits or abandons: so there is one at a time.
+pub(crate) struct Writer<'a> {
+    session: &'a Session,
+    key: &'a Key,
+    granted: Option<Granted>,
+}
+
+impl Writer<'_> {
+    /// It goes on after this, see [`Session::writer`].
+    pub(crate) fn stay(mut self) {
+        self.granted = None;
+    }
+}
+
+impl Drop for Writer<'_> {
+    fn drop(&mut self) {
+        let Some(granted) = &self.granted else { return };
+        let mut writers = lock(&self.session.writers);
+        if let Some(keys) = writers.get_mut(granted) {
+            keys.retain(|key| key != self.key);
+            if keys.is_empty() {
+                writers.remove(granted);
+            }
+        }
+    }
 }
 
 impl Session {
@@ -152,6 +182,7 @@ impl Session {
             stage: Arc::default(),
             gate: Arc::default(),
             readers: Mutex::default(),
+            writers: Mutex::default(),
         }
     }
 
@@ -221,7 +252,7 @@ impl Session {
         self.outbox.reply(bytes);
     }
 
-    /// Whether somebody waits for the reply, or it is sent for what it does.
+    /// Whether somebody waits for the reply, or it is sent for what it does, see [`ends`].
     fn wants(&self, request: &Outgoing) -> bool {
         !request.awaited
             || lock(&self.requests).as_ref().is_ok_and(|all| all.contains_key(&request.frames[0]))
@@ -230,7 +261,7 @@ impl Session {
     fn enqueue(&self, request: &Request, waiting: Option<Waiting>) -> Result<Bytes> {
         let frames = request.encode(self.uids.fetch_add(1, Ordering::Relaxed), self.dialect);
         let uid = frames[0].clone();
-        let awaited = waiting.is_some();
+        let awaited = waiting.is_some() && !ends(request.operation());
         LIMITS
             .check(&frames)
             .map_err(|error| Error::invalid(format!("the request cannot be sent: {error}")))?;
@@ -343,6 +374,31 @@ impl Session {
         Reader { session: self, granted: Some(granted) }
     }
 
+    /// A store of the key begins; `None` while another one of the same is under way, which writes what this one would.
+    pub(crate) fn write<'a>(&'a self, key: &'a Key, instance: u64) -> Option<Writer<'a>> {
+        let writer = self.writer(key, instance);
+        let begins = writer.granted.as_ref().is_some_and(|granted| {
+            let mut writers = lock(&self.writers);
+            let keys = writers.entry(granted.clone()).or_default();
+            let begins = !keys.contains(key);
+            if begins {
+                keys.push(key.clone());
+            }
+            begins
+        });
+        if begins {
+            return Some(writer);
+        }
+        writer.stay();
+        None
+    }
+
+    /// A store that began with [`Session::write`] and stayed.
+    pub(crate) fn writer<'a>(&'a self, key: &'a Key, instance: u64) -> Writer<'a> {
+        let granted = Granted::new(Operation::PrepareStore, key, instance);
+        Writer { session: self, key, granted: Some(granted) }
+    }
+
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.
     pub(crate) fn grant(&self, operation: Operation, key: &Key, instance: u64, grant: Grant) {
         let granted = Granted::new(operation, key, instance);
@@ -437,6 +493,20 @@ impl Session {
     pub(crate) fn in_frames(&self) -> Option<Error> {
         lock(&self.in_frames).clone()
     }
+}
+
+/// Whether it ends what the server keeps for us: it is sent even if nobody waits for its answer any more, or that would be
+/// kept for as long as the connection lives.
+fn ends(operation: Operation) -> bool {
+    matches!(
+        operation,
+        Operation::CommitStore
+            | Operation::AbandonStore
+            | Operation::CommitRetrieve
+            | Operation::FreeLookupLocks
+            | Operation::EndSession
+            | Operation::Unregister
+    )
 }
 
 /// A request that was sent. Dropped, its reply is, too.

@@ -301,35 +301,82 @@ async fn checksums_go_just_before_the_commit_which_does_not_wait_for_their_answe
 }
 
 #[tokio::test]
-async fn two_grants_of_a_range_are_committed_each_with_the_checksums_of_its_own_slots() {
+async fn a_store_of_what_is_being_stored_asks_for_nothing_until_that_has_ended() {
     let (name, _region) = pool("twice");
-    let mut places = 0..;
-    let mut router = Router::start(&name, move |_, request| match request {
+    let mut router = Router::honest(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let others = Key { token_ids: key().token_ids.iter().map(|id| id + 1).collect(), ..key() };
+    for end in ["commit", "abandon", "commit"] {
+        let first = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        assert!(!first.slots.is_empty(), "before {end}");
+        router.so_far();
+        // The server would end the first one with the second's commit, abandonment or undoing.
+        let second = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        assert_eq!((second.slots, second.chunk_indices, second.refused), (vec![], vec![], Some(0)));
+        assert_eq!(router.so_far(), []);
+        assert!(!client.prepare_store(&others, instance, soon()).await.unwrap().slots.is_empty());
+        client.abandon_store(&others, instance, soon()).await.unwrap();
+        if end == "commit" {
+            assert!(client.commit_store(&key(), instance, &[], soon()).await.unwrap());
+        } else {
+            client.abandon_store(&key(), instance, soon()).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_was_granted_nothing_or_not_answered_keeps_nobody_from_the_next() {
+    let (name, _region) = pool("nothing");
+    let mut prepares = 0;
+    let router = Router::start(&name, move |_, request| match request {
         Request::PrepareStore { .. } => {
-            let mut slots = slots(1, OBJECT);
-            let place = places.next().unwrap();
-            slots.slots[0].offset = u64::from(place) * 4096;
-            let slots = StoreSlots { slots, chunk_indices: vec![place], refused: Some(0) };
-            Some(Answer::Reply(Reply::StoreSlots(Some(slots))))
+            prepares += 1;
+            match prepares {
+                1 => Some(Answer::Reply(Reply::StoreSlots(Some(StoreSlots::default())))),
+                2 => Some(Answer::Silence),
+                _ => None,
+            }
         }
         _ => None,
     })
     .await;
     let client = Client::connect(router.options()).await.unwrap();
     let instance = client.register(layout(), soon()).await.unwrap();
+    assert!(client.prepare_store(&key(), instance, soon()).await.unwrap().slots.is_empty());
+    let unanswered = client.prepare_store(&key(), instance, shortly()).await;
+    assert_eq!(code(unanswered), Some(ErrorCode::Timeout));
+    assert!(!client.prepare_store(&key(), instance, soon()).await.unwrap().slots.is_empty());
+}
+
+#[tokio::test]
+async fn what_ends_something_at_the_server_goes_though_nobody_waits_for_its_answer_any_more() {
+    let (name, _region) = pool("goes");
+    let (go_on, stalled) = oneshot::channel();
+    let mut stalled = Some(stalled);
+    let mut router = Router::start(&name, move |_, request| match request {
+        Request::Ping { .. } => {
+            stalled.take().map(|stalled| Answer::After(stalled, Reply::Boolean(true)))
+        }
+        _ => None,
+    })
+    .await;
+    let client = Arc::new(Client::connect(router.options()).await.unwrap());
+    let instance = client.register(layout(), soon()).await.unwrap();
     client.prepare_store(&key(), instance, soon()).await.unwrap();
-    client.prepare_store(&key(), instance, soon()).await.unwrap();
-    for (offset, checksum) in [(0, 5), (4096, 6)] {
-        router.so_far();
-        assert!(client.commit_store(&key(), instance, &[checksum], soon()).await.unwrap());
-        let checksums = Request::Checksums {
-            instance_id: instance,
-            offsets: vec![offset],
-            generations: vec![7],
-            checksums: vec![checksum],
-        };
-        assert_eq!(router.so_far()[0], checksums, "the oldest first, as the server commits them");
+    let pinging = Arc::clone(&client);
+    let ping = tokio::spawn(async move { pinging.ping().await.map(drop) });
+    router.received(|it| matches!(it, Request::Ping { .. })).await;
+    // More than the sockets take, so that what follows waits in the client.
+    let large = Key { token_ids: vec![u32::MAX; (7 << 20) / 5].into(), end: 0, ..key() };
+    for _ in 0..4 {
+        assert_eq!(code(client.lookup(&large, shortly()).await), Some(ErrorCode::Timeout));
     }
+    let late = client.commit_store(&key(), instance, &[], shortly()).await;
+    assert_eq!(code(late), Some(ErrorCode::Timeout));
+    go_on.send(()).unwrap();
+    router.received(|it| matches!(it, Request::CommitStore { .. })).await;
+    ping.await.unwrap().unwrap();
 }
 
 #[tokio::test]
