@@ -203,6 +203,17 @@ describe("kvferry doctor at a server with tenants and a disk", () => {
 			rmSync(disk, { recursive: true, force: true });
 		}
 	});
+
+	it("tells of a remote that never answered", async () => {
+		const remote = "redis://127.0.0.1:1/0";
+		await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: CHUNK, remote });
+		const url = `tcp://${server.address}`;
+		await using client = await Client.connect({ url });
+		await expect.poll(async () => (await client.status()).remote_failure).toMatch(/./);
+		const { code, out } = await doctor("", "--server", url);
+		expect(out).toMatch(/^finding +remote +The remote tier failed and takes nothing just now: /m);
+		expect(code).toBe(1);
+	});
 });
 
 describe("kvferry doctor at LMCache's server", () => {

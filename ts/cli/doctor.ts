@@ -10,7 +10,15 @@ import { readTokens } from "./tokens.js";
 
 /** What one step of the examination came to. */
 export interface Check {
-	readonly check: "server" | "bytes" | "chunk size" | "hashing" | "memory" | "disk" | "prompt";
+	readonly check:
+		| "server"
+		| "bytes"
+		| "chunk size"
+		| "hashing"
+		| "memory"
+		| "disk"
+		| "remote"
+		| "prompt";
 	/** `finding`: a reason for misses. `note`: worth knowing, or cannot be known. */
 	readonly result: "ok" | "note" | "finding";
 	readonly message: string;
@@ -58,6 +66,7 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 			checkHashing(status, options),
 			...checkMemory(status),
 			...checkDisk(status),
+			...checkRemote(status),
 		];
 		if (options.prompt === undefined || tokens === undefined) {
 			return { checks };
@@ -66,14 +75,14 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 		const { checks: more, ...told } = await examinePrompt(client, question, status, options);
 		return { checks: [...checks, ...more], ...told };
 	} finally {
-		await client.close(options);
+		await client.close({ timeoutMs: options.timeoutMs });
 	}
 }
 
 /** Undefined for a server that is not kvferry's. */
 async function statusOf(client: Client, options: DoctorOptions): Promise<Status | undefined> {
 	try {
-		return await client.status(options);
+		return await client.status({ timeoutMs: options.timeoutMs });
 	} catch (error) {
 		if (error instanceof KvferryError && error.code === "UNSUPPORTED_OPTION") {
 			return undefined;
@@ -193,23 +202,46 @@ function checkDisk(status: Status | undefined): Check[] {
 	if (status?.disk_bytes === undefined) {
 		return [];
 	}
-	const figure = (name: string) => Number(status[name] ?? 0);
-	const check = "disk";
-	if (status.disk_failure) {
-		const message = `The disk tier failed and takes nothing just now: ${status.disk_failure}.`;
-		return [{ check, result: "finding", message }];
-	}
-	const failures = [
+	return checkTier("disk", status, `It works, with ${status.disk_objects} objects`, [
 		["disk_damaged", "files were not what was written (misses)"],
 		["disk_load_failures", "loads failed"],
 		["disk_save_failures", "saves failed"],
 		["disk_dropped_failed", "saves came while it had failed"],
 		["disk_dropped_full", "saves were dropped because too many waited"],
-	] as const;
+	]);
+}
+
+/** The same. */
+function checkRemote(status: Status | undefined): Check[] {
+	if (status?.remote_failure === undefined) {
+		return [];
+	}
+	const { remote_saves: saves, remote_loads: loads } = status;
+	return checkTier("remote", status, `It works: ${saves} objects written, ${loads} loaded`, [
+		["remote_damaged", "objects were not what was written (misses)"],
+		["remote_outages", "times it did not answer or took nothing"],
+		["remote_load_failures", "loads failed"],
+		["remote_save_failures", "saves failed"],
+		["remote_dropped_failed", "saves came while it had failed"],
+		["remote_dropped_full", "saves were dropped because too many waited"],
+	]);
+}
+
+function checkTier(
+	check: "disk" | "remote",
+	status: Status,
+	message: string,
+	failures: readonly (readonly [name: string, what: string])[],
+): Check[] {
+	const failure = status[`${check}_failure`];
+	if (failure) {
+		const message = `The ${check} tier failed and takes nothing just now: ${failure}.`;
+		return [{ check, result: "finding", message }];
+	}
 	const told = failures
-		.filter(([name]) => figure(name) > 0)
-		.map(([name, what]) => `${figure(name)} ${what}`);
-	const message = `It works, with ${figure("disk_objects")} objects`;
+		.map(([name, what]) => [Number(status[name] ?? 0), what] as const)
+		.filter(([count]) => count > 0)
+		.map(([count, what]) => `${count} ${what}`);
 	return told.length === 0
 		? [{ check, result: "ok", message: `${message}.` }]
 		: [{ check, result: "note", message: `${message}; since the start: ${told.join(", ")}.` }];

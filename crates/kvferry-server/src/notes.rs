@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvferry_store::disk::DiskStatus;
+use kvferry_store::remote::RemoteStatus;
 
 /// Notes between two looks at them; what is more is counted together.
 const NOTES_MAX: usize = 64;
@@ -123,6 +124,7 @@ impl Notes {
         &self,
         store: &[(&'static str, u64)],
         disk: Option<DiskStatus>,
+        remote: Option<RemoteStatus>,
     ) -> Vec<Note> {
         let mut kept = self.lock();
         let of_disk = disk.iter().flat_map(DiskStatus::figures);
@@ -147,6 +149,9 @@ impl Notes {
         if let Some(disk) = disk {
             kept.tier("disk", disk.failed);
         }
+        if let Some(remote) = remote {
+            kept.tier("remote", remote.failed);
+        }
         std::mem::take(&mut kept.notes).into_values().collect()
     }
 
@@ -170,13 +175,13 @@ mod tests {
             notes.add(Level::Warn, "dropped", "a", "a".into());
             notes.add(Level::Warn, "dropped", "b", "b".into());
         }
-        assert_eq!(events(&notes.take(&[], None)), [("dropped", 1000), ("dropped", 1000)]);
-        assert_eq!(notes.take(&[], None), []);
+        assert_eq!(events(&notes.take(&[], None, None)), [("dropped", 1000), ("dropped", 1000)]);
+        assert_eq!(notes.take(&[], None, None), []);
         for number in 0..100 {
             let subject: &'static str = Box::leak(format!("{number}").into_boxed_str());
             notes.add(Level::Info, "dropped", subject, String::new());
         }
-        let taken = notes.take(&[], None);
+        let taken = notes.take(&[], None, None);
         assert_eq!(taken.len(), NOTES_MAX + 1);
         assert_eq!(taken.iter().map(|note| note.count).sum::<u64>(), 100);
     }
@@ -184,8 +189,9 @@ mod tests {
     #[test]
     fn figures_are_noted_as_they_grow() {
         let notes = Notes::default();
-        let at =
-            |value| events(&notes.take(&[("refused_chunks", value), ("lookups", value)], None));
+        let at = |value| {
+            events(&notes.take(&[("refused_chunks", value), ("lookups", value)], None, None))
+        };
         assert_eq!(at(0), []);
         assert_eq!(at(3), [("chunks_refused", 3)]);
         assert_eq!(at(3), []);
@@ -195,15 +201,25 @@ mod tests {
     #[test]
     fn a_tier_that_fails_is_noted_once_and_so_is_its_recovery() {
         let notes = Notes::default();
-        let disk = |failed: Option<&str>| {
-            let status = DiskStatus { failed: failed.map(str::to_owned), ..Default::default() };
-            events(&notes.take(&[], Some(status)))
+        let disk = |failed: Option<String>| {
+            let status = DiskStatus { failed, ..Default::default() };
+            notes.take(&[], Some(status), None)
         };
-        assert_eq!(disk(None), []);
-        assert_eq!(disk(Some("no room")), [("tier_failed", 1)]);
-        assert_eq!(disk(Some("still")), []);
-        assert_eq!(disk(None), [("tier_recovered", 1)]);
-        let grown = |value| events(&notes.take(&[("growth_failed", value)], None));
+        let remote = |failed: Option<String>| {
+            let status = RemoteStatus { failed, ..Default::default() };
+            notes.take(&[], None, Some(status))
+        };
+        type Tier<'a> = &'a dyn Fn(Option<String>) -> Vec<Note>;
+        let tiers: [(&str, Tier<'_>); 2] = [("disk", &disk), ("remote", &remote)];
+        for (name, tier) in tiers {
+            assert_eq!(tier(None), []);
+            let failed = tier(Some("no room".into()));
+            assert_eq!(events(&failed), [("tier_failed", 1)]);
+            assert_eq!(failed[0].detail, format!("{name}: no room"));
+            assert_eq!(tier(Some("still".into())), []);
+            assert_eq!(events(&tier(None)), [("tier_recovered", 1)]);
+        }
+        let grown = |value| events(&notes.take(&[("growth_failed", value)], None, None));
         assert_eq!((grown(1), grown(0)), (vec![("tier_failed", 1)], vec![("tier_recovered", 1)]));
     }
 }

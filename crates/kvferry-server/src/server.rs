@@ -175,7 +175,8 @@ impl Server {
 
     /// What happened since this was asked last, for a log.
     pub fn take_notes(&self, now: Instant) -> Vec<Note> {
-        self.figures.notes.take(&self.figures(now), self.store.disk_status())
+        let (disk, remote) = (self.store.disk_status(), self.store.remote_status());
+        self.figures.notes.take(&self.figures(now), disk, remote)
     }
 
     /// The store's figures, without what the server's own probes of it have added.
