@@ -198,6 +198,7 @@ describe("resolveOffloading", () => {
 	it("refuses other values by name", () => {
 		for (const [options, message] of [
 			[{ kvOffloadingSize: Number.NaN }, /kvOffloadingSize is NaN/],
+			[{ kvOffloadingSiz: 1 }, /did you mean kvOffloadingSize/],
 			[{ kvOffloadingBackend: "mooncake" }, /"mooncake": it must be native or lmcache/],
 			[{ kvOffloadingBackend: null }, /kvOffloadingBackend/],
 			[{ tensorParallelSize: 0 }, /tensorParallelSize is 0/],

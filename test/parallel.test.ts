@@ -75,6 +75,7 @@ describe("a parallel strategy", () => {
 		expect(of({ tensorParallelSize: 1.5 })).toMatch(/tensorParallelSize is 1.5/);
 		expect(of({ tensorParallelSize: 256 })).toMatch(/255/);
 		expect(of({ useMla: 1 })).toMatch(/useMla must be true or false/);
+		expect(of({ tensorParallelSiz: 2 })).toMatch(/did you mean tensorParallelSize/);
 	});
 });
 

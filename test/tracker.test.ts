@@ -104,6 +104,7 @@ describe("a tracker table", () => {
 		structuredClone(detached, { transfer: [detached.buffer] });
 		const refused: [() => unknown, RegExp][] = [
 			[() => new TrackerTable({ chunkSize: 100, blockSize: 16 }), /100.*16/],
+			[() => new TrackerTable({ chunkSise: 64 } as object), /did you mean chunkSize/],
 			[() => new TrackerTable({ chunkSize: -1 }), /chunkSize is -1/],
 			[() => new TrackerTable({ chunkSize: Number.NaN }), /chunkSize is NaN/],
 			[() => new TrackerTable({ chunkSize: 0 }), /chunkSize is 0/],

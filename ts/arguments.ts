@@ -1,6 +1,6 @@
 import { types } from "node:util";
 import { KvferryError } from "./errors.js";
-import { otherName } from "./nearest.js";
+import { distance, otherName } from "./nearest.js";
 
 /** An `INVALID_ARGUMENT`. */
 export function invalid(message: string): KvferryError {
@@ -53,6 +53,13 @@ export function shown(value: unknown): string {
 	return typeof value === "string"
 		? JSON.stringify(value.replace(/\/\/.*@/s, "//…@").slice(0, 100))
 		: named(value);
+}
+
+/** Whether a name is `cacheSalt` as somebody else writes it, or misspelt: left alone, all tenants would share what has it. */
+export function meansSalt(name: string): boolean {
+	const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
+	const near = Math.abs(plain.length - 9) <= 2 && distance(plain, "cachesalt") <= 2;
+	return name !== "cacheSalt" && (plain === "salt" || near);
 }
 
 /** Checks for an object of options that has no others than these: one that is misspelt would be left alone. */

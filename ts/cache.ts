@@ -1,3 +1,4 @@
+import { types } from "node:util";
 import {
 	checkBytes,
 	checkInteger,
@@ -6,6 +7,7 @@ import {
 	checkTokens,
 	checkVia,
 	invalid,
+	shown,
 } from "./arguments.js";
 import type { Client } from "./client.js";
 import { KvferryError, wrap } from "./errors.js";
@@ -144,6 +146,9 @@ export class PrefixCache implements AsyncDisposable {
 		checkVia(via, "openPrefixCache");
 		checkInteger("bytesPerChunk", bytesPerChunk, 1, BYTES_PER_CHUNK_MAX);
 		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
+		if (!types.isUint8Array(bytes)) {
+			throw invalid(`identity is ${shown(bytes)}: give a text, or a Uint8Array`);
+		}
 		checkBytes("identity", bytes);
 		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), options);
 	}

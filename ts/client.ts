@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
+import { checkInteger, checkOptions, checkText, invalid, named, shown } from "./arguments.js";
 import { fromNative, KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -115,7 +115,7 @@ export class Client implements AsyncDisposable {
 		checkText("url", url);
 		checkInteger("chunkSize", chunkSize, 1, 2 ** 32 - 1);
 		if (whenUnreachable !== "throw" && whenUnreachable !== "warn") {
-			throw invalid(`whenUnreachable is ${named(whenUnreachable)}: it must be "throw" or "warn"`);
+			throw invalid(`whenUnreachable is ${shown(whenUnreachable)}: it must be "throw" or "warn"`);
 		}
 		if (typeof sharedMemory !== "boolean") {
 			throw invalid(`sharedMemory is ${named(sharedMemory)}: it must be true or false`);

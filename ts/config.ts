@@ -1,4 +1,4 @@
-import { checkInteger, checkObject, checkText, invalid, shown } from "./arguments.js";
+import { checkInteger, checkObject, checkOptions, checkText, invalid, shown } from "./arguments.js";
 import type { KvConnectors, PagedEngine } from "./connector/offloading.js";
 import { KvferryError } from "./errors.js";
 import type { KvLoadFailurePolicy } from "./recovery.js";
@@ -56,6 +56,15 @@ export interface OffloadingOptions {
 	readonly env?: Readonly<Record<string, string | null | undefined>> | undefined;
 }
 
+const OPTIONS = {
+	kvOffloadingSize: true,
+	kvOffloadingBackend: true,
+	tensorParallelSize: true,
+	enableChunkedPrefill: true,
+	kvTransferConfig: true,
+	env: true,
+} satisfies Record<keyof OffloadingOptions, true>;
+
 /** What {@link resolveOffloading} found: plain data. */
 export interface ResolvedOffloading {
 	/** GiB; null when off. */
@@ -104,6 +113,7 @@ export type ConnectorRegistry<Engine, Connector> = Readonly<
  * ```
  */
 export function resolveOffloading(options: OffloadingOptions = {}): ResolvedOffloading {
+	checkOptions("resolveOffloading", options, OPTIONS);
 	const { kvOffloadingBackend = "native", tensorParallelSize = 1, env = {} } = options;
 	const { enableChunkedPrefill = false } = options;
 	checkOneOf("kvOffloadingBackend", kvOffloadingBackend, BACKENDS);

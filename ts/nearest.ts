@@ -24,7 +24,7 @@ export function otherName(name: string, known: readonly string[], before = ""): 
 }
 
 /** Levenshtein's: letters added, left out or replaced. */
-function distance(from: string, to: string): number {
+export function distance(from: string, to: string): number {
 	let row = Array.from({ length: to.length + 1 }, (_, at) => at);
 	for (const [above, letter] of [...from].entries()) {
 		const next = [above + 1];

@@ -1,4 +1,4 @@
-import { checkInteger, invalid } from "./arguments.js";
+import { checkInteger, checkOptions, invalid } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
 import type { NativeStrategy } from "./native-binding.js";
@@ -24,6 +24,16 @@ export interface ParallelStrategyOptions {
 	 */
 	readonly decodeContextParallelSize?: number | undefined;
 }
+
+const OPTIONS = {
+	tensorParallelSize: true,
+	pipelineParallelSize: true,
+	rank: true,
+	useMla: true,
+	isHybrid: true,
+	numServers: true,
+	decodeContextParallelSize: true,
+} satisfies Record<keyof ParallelStrategyOptions, true>;
 
 type Worker = {
 	readonly [Name in keyof Omit<ParallelStrategyOptions, "isHybrid">]-?: NonNullable<
@@ -114,6 +124,7 @@ export class ParallelStrategy {
 	 * and more than 255 pieces.
 	 */
 	static of(options: ParallelStrategyOptions): ParallelStrategy {
+		checkOptions("ParallelStrategy.of", options, OPTIONS);
 		const { useMla = false, isHybrid = false } = options;
 		for (const [name, value] of Object.entries({ useMla, isHybrid })) {
 			if (typeof value !== "boolean") {

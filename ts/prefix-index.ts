@@ -1,5 +1,12 @@
 import { types } from "node:util";
-import { checkAttached, checkBytes, checkInteger, invalid, named } from "./arguments.js";
+import {
+	checkAttached,
+	checkBytes,
+	checkInteger,
+	checkOptions,
+	invalid,
+	named,
+} from "./arguments.js";
 import { wrap } from "./errors.js";
 import { Hashes } from "./hash.js";
 import { native } from "./native.js";
@@ -52,6 +59,7 @@ export class PrefixIndex {
 	 * memory for the capacity.
 	 */
 	constructor(options: PrefixIndexOptions) {
+		checkOptions("PrefixIndex", options, { capacity: true, hashBytes: true });
 		const { capacity, hashBytes = 32 } = options;
 		checkInteger("capacity", capacity, 1, 2 ** 28);
 		checkInteger("hashBytes", hashBytes, 8, 32);

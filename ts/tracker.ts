@@ -1,5 +1,12 @@
 import { types } from "node:util";
-import { checkAttached, checkInteger, checkSalt, checkText, invalid } from "./arguments.js";
+import {
+	checkAttached,
+	checkInteger,
+	checkOptions,
+	checkSalt,
+	checkText,
+	invalid,
+} from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
 import type { Trackers } from "./native-binding.js";
@@ -36,6 +43,13 @@ export interface TrackerTableOptions {
 	 */
 	readonly relocationWindow?: number | undefined;
 }
+
+const OPTIONS = {
+	chunkSize: true,
+	blockSize: true,
+	numBlocks: true,
+	relocationWindow: true,
+} satisfies Record<keyof TrackerTableOptions, true>;
 
 /** A request to track: new, or as it was known elsewhere. Counts are tokens. */
 export interface TrackedRequest {
@@ -270,6 +284,7 @@ export class TrackerTable {
 
 	/** @throws `INVALID_ARGUMENT` for sizes that are no integers, or blocks that do not divide the chunk. */
 	constructor(options: TrackerTableOptions = {}) {
+		checkOptions("TrackerTable", options, OPTIONS);
 		const { chunkSize = 256, blockSize = 16, numBlocks = U32_MAX, relocationWindow = 0 } = options;
 		checkInteger("chunkSize", chunkSize, 1, U32_MAX);
 		checkInteger("numBlocks", numBlocks, 1, U32_MAX);

@@ -236,6 +236,23 @@ describe("the salt of a request", () => {
 		}
 	});
 
+	it("is refused where a request has it by another name, which would make it everybody's", () => {
+		for (const name of ["cache_salt", "cacheSlat", "salt", "cachesalt"]) {
+			const { connector, calls } = open(() => 64);
+			const misspelt = { ...request("a", 150), cacheSalt: undefined, [name]: "tenant" };
+			expect(() => connector.getNumNewMatchedTokens(misspelt, 0)).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringContaining(`request a has a ${name}, and no cacheSalt`),
+				}),
+			);
+			expect(calls).toEqual([]);
+			// An engine's own request may have both.
+			const both = { ...request("a", 150, { cacheSalt: "tenant" }), [name]: "tenant" };
+			expect(connector.getNumNewMatchedTokens(both, 0)).toEqual([64, true]);
+		}
+	});
+
 	it("never reaches an adapter that does not say that it carries salts: such requests are computed", () => {
 		const { adapter, calls } = cache(() => 64);
 		const warnings: string[] = [];

@@ -471,7 +471,15 @@ describe("memory that does not fit", () => {
 		["arrays of another size", good.kv, { numBlocks: 17 }, /layer\.0 has an array of \d+ bytes/],
 		["a negative count", good.kv, { numBlocks: -1 }, /numBlocks is -1/],
 		["a type that is not known", good.kv, { dtype: "float17" }, /float17/],
-		["a shape that is not known", good.kv, { planes: "two" as "fused" }, /planes must be/],
+		[
+			"a shape that is not known",
+			good.kv,
+			{ planes: "two" as "fused" },
+			/planes is "two": it must/,
+		],
+		["an order that is not known", good.kv, { kvLayout: "hnd" as "HND" }, /kvLayout is "hnd"/],
+		["a misspelt order", good.kv, { kvLayot: "HND" } as object, /"kvLayot": did you mean kvLayout/],
+		["a misspelt shape", good.kv, { plane: "fused" } as object, /"plane": did you mean planes/],
 		["heads in a latent plane", good.kv, { planes: "latent" }, /one head, not 3/],
 		["no array", { a: 7 as unknown as LayerKv }, {}, /layer a must be a typed array/],
 		[

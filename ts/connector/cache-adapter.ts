@@ -7,6 +7,7 @@ import {
 	checkTokenIds,
 	checkVia,
 	invalid,
+	shown,
 } from "../arguments.js";
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
@@ -71,6 +72,20 @@ const OPTIONS = {
 	saveTimeoutMs: true,
 	verify: true,
 } satisfies Record<keyof CacheAdapterOptions, true>;
+
+/** The names of {@link KvCacheLayout}: one that is misspelt would be its default, and blocks be read otherwise than they lie. */
+const LAYOUT = {
+	numBlocks: true,
+	blockSize: true,
+	numKvHeads: true,
+	headSize: true,
+	dtype: true,
+	planes: true,
+	kvLayout: true,
+	blockStride: true,
+	device: true,
+	stream: true,
+} satisfies Record<keyof KvCacheLayout, true>;
 
 /** A {@link SchedulerAdapter} of {@link createSchedulerAdapter}. */
 export interface CacheSchedulerAdapter extends SchedulerAdapter {
@@ -338,6 +353,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		if (this.#registering) {
 			throw invalid("KV caches are registered already: shut down, and create another adapter");
 		}
+		checkOptions("registerKvCaches", layout, LAYOUT);
 		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
 		const { planes = "separate", kvLayout = "NHD", blockStride } = layout;
 		const gpu = gpuOf(layout);
@@ -356,10 +372,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		}
 		checkText("dtype", dtype);
 		if (planes !== "separate" && planes !== "fused" && planes !== "latent") {
-			throw invalid('planes must be "separate", "fused" or "latent"');
+			throw invalid(`planes is ${shown(planes)}: it must be "separate", "fused" or "latent"`);
 		}
 		if (kvLayout !== "NHD" && kvLayout !== "HND") {
-			throw invalid('kvLayout must be "NHD" or "HND"');
+			throw invalid(`kvLayout is ${shown(kvLayout)}: it must be "NHD" or "HND"`);
 		}
 		const layers = Object.entries(kvCaches);
 		const arrays = layers.flatMap(([name, kv]) => arraysOf(name, kv, planes === "separate"));

@@ -7,6 +7,7 @@ import {
 	checkText,
 	checkTokenIds,
 	invalid,
+	meansSalt,
 } from "../arguments.js";
 import type { KvEvents } from "../events.js";
 import {
@@ -465,6 +466,12 @@ export class SchedulerConnector {
 			if (request.status !== "PREEMPTED" || known.state === "PREFETCHING") {
 				return known;
 			}
+		}
+		const misspelt = cacheSalt === undefined && Object.keys(request).find(meansSalt);
+		if (misspelt) {
+			throw invalid(
+				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's`,
+			);
 		}
 		const { maxOffloadTokens = Infinity } = request;
 		const { firstTokens = request.allTokenIds.length } = this.#requests.get(requestId) ?? {};
