@@ -10,6 +10,7 @@ import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
 import { noRoom, storeWhole } from "../../ts/cli/bench.js";
 import { Client, PrefixCache, Server } from "../../ts/index.js";
+import { ServerProcess } from "../server-process.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 
@@ -93,6 +94,33 @@ describe("kvferry bench", () => {
 		expect(code).toBe(1);
 		expect(err).toMatch(/^UNREACHABLE: .*--http/);
 		expect(server.status().stored_chunks).toBe(0);
+	});
+
+	it("touches no server when it is told another one's HTTP, which it would clear instead", async () => {
+		await using server = await ServerProcess.start("--memory", "8MiB");
+		await using other = await Server.start({ port: 0, httpPort: 0, memory: 2 ** 23 });
+		const url = `tcp://127.0.0.1:${server.port}`;
+		const { code, err } = await bench(
+			"--url",
+			url,
+			"--http",
+			`http://${other.httpAddress}`,
+			...SMALL,
+		);
+		expect(code).toBe(1);
+		expect(err).toMatch(
+			/^INVALID_ARGUMENT: --http http:.* is process \d+, and --url tcp:.* process \d+/,
+		);
+		await using client = await Client.connect({ url });
+		expect((await client.status()).stored_chunks).toBe(0);
+	});
+
+	it("refuses chunks of which there would be too many to wait for", async () => {
+		const { code, err } = await bench("--size", "32MiB", "--chunk-bytes", "7");
+		expect([code, err]).toEqual([
+			1,
+			expect.stringMatching(/^INVALID_ARGUMENT: --chunk-bytes 7: .*give 32 at least/),
+		]);
 	});
 });
 

@@ -181,6 +181,8 @@ describe("kvferry doctor", () => {
 		["--identity", ["--tokens=f", "--model=m", "--identity=i"]],
 		["--world-size", ["--tokens=f", "--identity=i", "--world-size=2"]],
 		["--world-size", ["--tokens=f", "--model=m", "--world-size=256"]],
+		["--identity is empty", ["--tokens=f", "--identity="]],
+		["--model is empty", ["--tokens=f", "--model="]],
 		["--chunk-size", ["--chunk-size=0"]],
 		["--timeout-ms", ["--timeout-ms=x"]],
 	])("refuses a %s that has no use", (flag, args) => {

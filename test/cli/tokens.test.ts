@@ -12,19 +12,20 @@ describe("a file of token ids", () => {
 	});
 
 	it.each([
-		["[1, -2]", 1],
-		["[1.5]", 0],
-		['["1"]', 0],
-		["[1, [2]]", 1],
-		["1 2 x", 2],
-		["1 4294967296", 1],
-		["0x10", 0],
-		["1,2", 0],
-	])("names the token that is none: %j", (text, position) => {
+		["[1, -2]", "1 is -2"],
+		["[1.5]", "0 is 1.5"],
+		['["1"]', "0 is of type string"],
+		["[1, [2]]", "1 is of type object"],
+		["1 2 x", '2 is "x"'],
+		["1 4294967296", '1 is "4294967296"'],
+		["0x10", '0 is "0x10"'],
+		["1,2", '0 is "1,2"'],
+		['{"a":1}', '0 is "{\\"a\\":1}"'],
+	])("names the token that is none: %j", (text, wrong) => {
 		expect(() => parseTokens(text, "f")).toThrow(
 			expect.objectContaining({
 				code: "INVALID_TOKEN",
-				message: expect.stringContaining(`--tokens f: token ${position} `),
+				message: expect.stringContaining(`--tokens f: token ${wrong}, no integer`),
 			}),
 		);
 	});

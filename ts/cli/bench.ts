@@ -87,6 +87,13 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 	const token = tokenOf(options, ["admin", "data"]);
 	await using client = await Client.connect({ url, timeoutMs, token });
 	const status = await client.status({ timeoutMs });
+	const { pid } = await askHttp(options, "/status", undefined, "pid");
+	if (pid !== status.pid) {
+		throw invalid(
+			`--http ${options.http.origin} is process ${pid}, and --url ${url} process ${status.pid}: what is stored could not be ` +
+				"cleared; give the --http of that server.",
+		);
+	}
 	const free = Number(status.pool_bytes) - Number(status.used_bytes);
 	if (free < 2 * bytes) {
 		throw invalid(

@@ -17,6 +17,8 @@ import { bytes, bytesOrNone, checkHost, flag, httpUrl, integer, policy } from ".
 
 /** Bytes that a benchmark may store. */
 const BENCH_MAX = 4 * 2 ** 30;
+/** Prompts that `kvferry bench` stores at most: more tell no more, and take minutes. */
+const BENCH_PROMPTS_MAX = 65_536;
 
 /** What `kvferry serve` was asked for. */
 export interface ServeOptions {
@@ -176,6 +178,12 @@ export function benchOptions(args: string[]): BenchOptions {
 	if (chunkBytes > total / 16) {
 		throw invalid(`${chunk.says}: 16 of them make a prompt, and have room in --size.`);
 	}
+	const least = Math.ceil(total / 16 / BENCH_PROMPTS_MAX);
+	if (chunkBytes < least) {
+		throw invalid(
+			`${chunk.says}: 16 of them make a prompt, and ${size.says} has more than ${BENCH_PROMPTS_MAX}; give ${least} at least.`,
+		);
+	}
 	return {
 		...(values.url === undefined ? {} : { url: values.url }),
 		...fileOf(values["token-file"]),
@@ -303,6 +311,13 @@ export function doctorOptions(args: string[]): DoctorOptions {
 			`--tokens ${file}: say whose prompt it is, with --model NAME, or for a PrefixCache with ` +
 				"--identity TEXT.",
 		);
+	}
+	for (const [name, text] of Object.entries({ model, identity })) {
+		if (text === "") {
+			throw invalid(
+				`--${name} is empty: give the text that the engine gives; is a file missing that it is read from?`,
+			);
+		}
 	}
 	const idle = { model, identity, salt, "world-size": worldSize };
 	for (const [flag, value] of Object.entries(idle)) {

@@ -5,7 +5,7 @@ import { type ClientOptions, clientOptions } from "./options.js";
 /** `kvferry ping`: tells how long the server takes to answer. */
 export async function ping(args: string[]): Promise<void> {
 	const options = clientOptions(args);
-	const ms = await query(options, (client) => client.ping(options));
+	const ms = await query(options, (client) => client.ping({ timeoutMs: options.timeoutMs }));
 	const { url } = options;
 	process.stdout.write(
 		options.json ? `${JSON.stringify({ url, ms })}\n` : `${url} answered in ${ms.toFixed(2)} ms\n`,
@@ -15,7 +15,7 @@ export async function ping(args: string[]): Promise<void> {
 /** `kvferry clear`: empties the cache. */
 export async function clear(args: string[]): Promise<void> {
 	const options = clientOptions(args);
-	await query(options, (client) => client.clear(options));
+	await query(options, (client) => client.clear({ timeoutMs: options.timeoutMs }));
 	const { url } = options;
 	process.stdout.write(
 		options.json
@@ -34,6 +34,6 @@ async function query<T>(options: ClientOptions, ask: (client: Client) => Promise
 	try {
 		return await ask(client);
 	} finally {
-		await client.close(options);
+		await client.close({ timeoutMs });
 	}
 }

@@ -20,7 +20,7 @@ export async function status(args: string[]): Promise<void> {
 		return;
 	}
 	await using client = await Client.connect(connection(options));
-	const fields = await client.status(options);
+	const fields = await client.status({ timeoutMs: options.timeoutMs });
 	if (options.json) {
 		process.stdout.write(`${JSON.stringify(fields)}\n`);
 		return;

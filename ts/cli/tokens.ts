@@ -1,6 +1,6 @@
 import { readFile } from "node:fs/promises";
 import { text } from "node:stream/consumers";
-import { invalid, named } from "../arguments.js";
+import { invalid, named, shown } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 
 /**
@@ -24,12 +24,15 @@ export async function readTokens(file: string): Promise<Uint32Array> {
 /** The same of the file's text. */
 export function parseTokens(text: string, file: string): Uint32Array {
 	const trimmed = text.trim();
-	const ids = trimmed.startsWith("[") ? fromJson(trimmed, file) : fromWords(trimmed);
+	const isJson = trimmed.startsWith("[");
+	const words = trimmed === "" ? [] : trimmed.split(/\s+/);
+	const ids = isJson ? fromJson(trimmed, file) : words.map(toInteger);
 	const wrong = ids.findIndex((id) => !Number.isInteger(id) || id < 0 || id > 0xffff_ffff);
 	if (wrong >= 0) {
 		throw new KvferryError(
 			"INVALID_TOKEN",
-			`--tokens ${file}: token ${wrong} is ${named(ids[wrong])}, no integer from 0 to 2^32 - 1.`,
+			`--tokens ${file}: token ${wrong} is ${isJson ? named(ids[wrong]) : shown(words[wrong])}, no integer from 0 to 2^32 - 1; ` +
+				"the file has a JSON array of them, or integers between white space.",
 		);
 	}
 	return Uint32Array.from(ids);
@@ -43,8 +46,6 @@ function fromJson(text: string, file: string): number[] {
 	}
 }
 
-function fromWords(text: string): number[] {
-	return text === ""
-		? []
-		: text.split(/\s+/).map((word) => (/^\d+$/.test(word) ? Number(word) : Number.NaN));
+function toInteger(word: string): number {
+	return /^\d+$/.test(word) ? Number(word) : Number.NaN;
 }
