@@ -8,7 +8,7 @@ export default defineConfig([
 			"engines/onnx": "ts/engines/onnx.ts",
 		},
 		format: ["esm", "cjs"],
-		dts: true,
+		dts: { banner: '/// <reference lib="esnext.disposable" />' }, // for targets that do not have it
 		shims: true, // import.meta.url in the CommonJS build
 		splitting: true,
 		clean: true,

@@ -18,8 +18,8 @@ export interface Platform {
 
 const REMEDY =
 	"Install kvferry on that platform with optional dependencies enabled " +
-	"(npm install --include=optional kvferry), or build it from source: npm run build, " +
-	"which needs Rust from https://rustup.rs.";
+	"(npm install --include=optional), or the tarball of its binary beside it; or, in a clone, " +
+	"npm run build, which needs Rust from https://rustup.rs.";
 
 let binding: NativeBinding | undefined;
 
