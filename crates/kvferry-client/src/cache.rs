@@ -121,7 +121,7 @@ impl Cache for Client {
             let chunks = self.chunks(key)?;
             let object_bytes = self.object_bytes(instance)?;
             let session = self.session()?;
-            let Some(writer) = session.write(key, instance) else {
+            let Some(writer) = self.writers().begin(key, instance) else {
                 let (slots, memory, _) = place(&session, &[]).await?;
                 let (chunk_indices, refused) = (Vec::new(), Some(0));
                 return Ok(StoreGrant { slots, chunk_indices, refused, memory });
@@ -166,16 +166,19 @@ impl Cache for Client {
         deadline: Instant,
     ) -> CacheFuture<'a, bool> {
         Box::pin(async move {
+            // Whatever comes of it, unless it may be tried again.
+            let writer = self.writers().ends(key, instance);
             let session = self.session()?;
             if !checksums.is_empty()
                 && let Some(slots) = session.granted(Operation::PrepareStore, key, instance)
+                && let Err(error) = check_checksums(checksums, slots)
             {
-                check_checksums(checksums, slots)?;
+                writer.stay();
+                return Err(error);
             }
             let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(false);
             };
-            let _writer = session.writer(key, instance);
             let slots = &grant.slots;
             if let Some((placed, memory)) = &grant.staged {
                 // However it fails: what is not written whole is never seen.
@@ -220,11 +223,11 @@ impl Cache for Client {
         deadline: Instant,
     ) -> CacheFuture<'a, ()> {
         Box::pin(async move {
+            let _writer = self.writers().ends(key, instance);
             let session = self.session()?;
             let Some(grant) = session.take_grant(Operation::PrepareStore, key, instance) else {
                 return Ok(());
             };
-            let _writer = session.writer(key, instance);
             if session.hello.is_none() {
                 return Ok(()); // LMCache has no such operation: the reservation ends by its own deadline
             }

@@ -19,6 +19,7 @@ use crate::gate::LOOK;
 use crate::link::{Link, unreachable};
 use crate::release::{self, Release};
 use crate::session::{Session, lock};
+use crate::writers::Writers;
 
 /// Between the end of a connection and the first try to have another.
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
@@ -110,6 +111,7 @@ pub(crate) struct Shared {
     state: watch::Sender<State>,
     info: Mutex<ServerInfo>,
     registrations: Mutex<Vec<(u64, Layout)>>,
+    writers: Writers,
 }
 
 /// A connection to a server: kvferry's, or LMCache's in engine-driven mode with shared memory.
@@ -168,6 +170,7 @@ impl Client {
             state: watch::Sender::new(state),
             info: Mutex::new(info),
             registrations: Mutex::default(),
+            writers: Writers::default(),
         });
         let task = Arc::clone(&shared);
         tokio::spawn(async move {
@@ -323,6 +326,11 @@ impl Client {
     /// Forgets it.
     pub(crate) fn forget(&self, instance: u64) {
         lock(&self.shared.registrations).retain(|(known, _)| *known != instance);
+        self.shared.writers.forget(instance);
+    }
+
+    pub(crate) fn writers(&self) -> &Writers {
+        &self.shared.writers
     }
 
     /// Bytes of one object of the instance.

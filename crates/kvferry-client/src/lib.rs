@@ -13,6 +13,7 @@ mod outbox;
 mod pool;
 mod release;
 mod session;
+mod writers;
 
 pub use address::Token;
 pub use client::{Client, ConnectOptions, ServerInfo};

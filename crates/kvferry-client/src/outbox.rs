@@ -70,7 +70,9 @@ impl Outbox {
         if sending.ended || self.stream.strong_count() == 0 {
             return Err(Refused::Ended);
         }
-        if sending.queued_bytes + bytes > QUEUED_BYTES_MAX {
+        // What ends something has room of its own: nothing else would end it.
+        let most = if request.awaited { QUEUED_BYTES_MAX } else { 2 * QUEUED_BYTES_MAX };
+        if sending.queued_bytes + bytes > most {
             return Err(Refused::TooMany);
         }
         sending.queued_bytes += bytes;

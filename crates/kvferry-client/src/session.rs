@@ -125,36 +125,6 @@ pub(crate) struct Session {
     pub(crate) stage: Arc<Stage>,
     gate: Arc<Gate>,
     readers: Mutex<HashMap<Granted, Readers>>,
-    /// Whole keys of stores that have begun and not ended.
-    writers: Mutex<HashMap<Granted, Vec<Key>>>,
-}
-
-/// A store, from before its prepare until after its commit or its end without one. The server ends the oldest store of a
-/// range, whoever commits or abandons: so there is one at a time.
-pub(crate) struct Writer<'a> {
-    session: &'a Session,
-    key: &'a Key,
-    granted: Option<Granted>,
-}
-
-impl Writer<'_> {
-    /// It goes on after this, see [`Session::writer`].
-    pub(crate) fn stay(mut self) {
-        self.granted = None;
-    }
-}
-
-impl Drop for Writer<'_> {
-    fn drop(&mut self) {
-        let Some(granted) = &self.granted else { return };
-        let mut writers = lock(&self.session.writers);
-        if let Some(keys) = writers.get_mut(granted) {
-            keys.retain(|key| key != self.key);
-            if keys.is_empty() {
-                writers.remove(granted);
-            }
-        }
-    }
 }
 
 impl Session {
@@ -182,7 +152,6 @@ impl Session {
             stage: Arc::default(),
             gate: Arc::default(),
             readers: Mutex::default(),
-            writers: Mutex::default(),
         }
     }
 
@@ -372,31 +341,6 @@ impl Session {
     pub(crate) fn reader(&self, key: &Key, instance: u64) -> Reader<'_> {
         let granted = Granted::new(Operation::PrepareRetrieve, key, instance);
         Reader { session: self, granted: Some(granted) }
-    }
-
-    /// A store of the key begins; `None` while another one of the same is under way, which writes what this one would.
-    pub(crate) fn write<'a>(&'a self, key: &'a Key, instance: u64) -> Option<Writer<'a>> {
-        let writer = self.writer(key, instance);
-        let begins = writer.granted.as_ref().is_some_and(|granted| {
-            let mut writers = lock(&self.writers);
-            let keys = writers.entry(granted.clone()).or_default();
-            let begins = !keys.contains(key);
-            if begins {
-                keys.push(key.clone());
-            }
-            begins
-        });
-        if begins {
-            return Some(writer);
-        }
-        writer.stay();
-        None
-    }
-
-    /// A store that began with [`Session::write`] and stayed.
-    pub(crate) fn writer<'a>(&'a self, key: &'a Key, instance: u64) -> Writer<'a> {
-        let granted = Granted::new(Operation::PrepareStore, key, instance);
-        Writer { session: self, key, granted: Some(granted) }
     }
 
     /// Remembers that a prepare was granted, with the slots that its commit tells the server of.

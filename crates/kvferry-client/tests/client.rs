@@ -326,6 +326,36 @@ async fn a_store_of_what_is_being_stored_asks_for_nothing_until_that_has_ended()
 }
 
 #[tokio::test]
+async fn what_a_store_leaves_of_a_connection_that_ended_ends_no_store_of_the_next() {
+    for abandoned in [false, true] {
+        let (name, _region) = pool(&format!("across_{abandoned}"));
+        let mut router = Router::start(&name, |connection, request| {
+            (connection == 0 && matches!(request, Request::Ping { .. })).then_some(Answer::Close)
+        })
+        .await;
+        let client = Client::connect(router.options()).await.unwrap();
+        let instance = client.register(layout(), soon()).await.unwrap();
+        let first = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        assert!(!first.slots.is_empty());
+        assert!(client.ping().await.is_err());
+        client.connected(soon()).await.unwrap();
+        while router.received(|it| matches!(it, Request::Register { .. })).await.0 == 0 {}
+        // Its copy goes on, and its end is still to come: that must not be taken for this one's.
+        let second = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        assert!(second.slots.is_empty());
+        if abandoned {
+            client.abandon_store(&key(), instance, soon()).await.unwrap();
+        } else {
+            assert!(!client.commit_store(&key(), instance, &[], soon()).await.unwrap());
+        }
+        assert_eq!(router.so_far(), []);
+        let third = client.prepare_store(&key(), instance, soon()).await.unwrap();
+        assert!(!third.slots.is_empty());
+        assert!(client.commit_store(&key(), instance, &[], soon()).await.unwrap());
+    }
+}
+
+#[tokio::test]
 async fn a_store_that_was_granted_nothing_or_not_answered_keeps_nobody_from_the_next() {
     let (name, _region) = pool("nothing");
     let mut prepares = 0;
