@@ -469,6 +469,12 @@ impl State {
         }
     }
 
+    /// Whether a store of the range has begun that was neither committed nor abandoned.
+    pub(crate) fn is_reserved(&self, instance: u64, range: &Range) -> bool {
+        let known = self.instances.get(&instance);
+        known.is_some_and(|it| it.stores.contains_key(range) || it.apart.contains_key(range))
+    }
+
     /// Takes the range's oldest reservation out to end it. If it was set apart, its slots come back
     /// now, since the writer says that it is done, and nothing else does.
     pub(crate) fn take_reservation(&mut self, instance: u64, range: Range) -> Option<Reservation> {

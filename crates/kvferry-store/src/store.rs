@@ -525,7 +525,8 @@ impl Store {
     }
 
     /// Reserves slots for the range's chunks that are neither stored nor being written; leading chunks
-    /// first, as many as there is room for, and 65,536 at most. Others make room as the policy says.
+    /// first, as many as there is room for, and 65,536 at most. Others make room as the policy says. None as long as the
+    /// instance has an earlier store of the range that was neither committed nor abandoned.
     pub fn prepare_store(
         &self,
         owner: Owner,
@@ -547,6 +548,10 @@ impl Store {
         };
         let Some(range) = range else { return Ok(reserved) };
         state.place_rank(key, range.rank, &registered);
+        // A commit names no more than the range, and could be meant for either.
+        if state.is_reserved(instance, &range) {
+            return Ok(reserved);
+        }
         let id = |chunk: usize| ObjectId {
             chunk: prompt.hashes[chunk],
             space: range.space,

@@ -665,6 +665,26 @@ fn chunks_that_others_are_writing_are_not_refused() {
 }
 
 #[test]
+fn a_range_that_is_being_stored_is_granted_no_second_time_whose_commit_could_be_meant_for_either() {
+    let engine = engine(4);
+    let other = key("b", 50, 2);
+    engine.store.prepare_store(engine.owner, &other, 1, engine.now).unwrap();
+    let whole = key("a", 0, 4);
+    let prepare = || engine.store.prepare_store(engine.owner, &whole, 1, engine.now).unwrap();
+    let first = prepare();
+    assert_eq!((first.slots.len(), first.refused), (2, 2));
+    engine.store.abandon_store(&other, 1).unwrap(); // there is room for the rest now
+    let second = prepare();
+    assert_eq!((second.slots.len(), second.refused), (0, 0));
+    assert_eq!(engine.hits(&key("c", 0, 4)), 0, "nothing of the first is seen");
+    assert!(engine.store.commit_store(&whole, 1, &[]).unwrap());
+    assert_eq!(engine.hits(&key("c", 0, 4)), 2);
+    assert_eq!(prepare().chunk_indices, [2, 3]);
+    assert!(engine.store.commit_store(&whole, 1, &[]).unwrap());
+    assert_eq!(engine.hits(&key("c", 0, 4)), 4);
+}
+
+#[test]
 fn one_answer_has_a_bounded_number_of_slots() {
     const MOST: u64 = 65_536;
     let engine = engine(MOST + 4);
