@@ -55,7 +55,8 @@ impl<F: Fn(&mut dyn FnMut()) + Send + Sync + 'static> Wake for Inline<F> {
         };
         let _ = BEHIND.try_with(queue); // a thread that ends has none
         while let Some(work) = next {
-            work.go_on();
+            // It has caught what panicked; what its drop threw must not keep the others from their turn.
+            let _ = catch_unwind(AssertUnwindSafe(|| work.go_on())).map_err(std::mem::forget);
             next = BEHIND.try_with(take_next).ok().flatten();
         }
     }
