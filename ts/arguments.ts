@@ -55,8 +55,16 @@ export function shown(value: unknown): string {
 		: named(value);
 }
 
-/** Whether a name is `cacheSalt` as somebody else writes it, or misspelt: left alone, all tenants would share what has it. */
-export function meansSalt(name: string): boolean {
+/** What an object has for a salt under another name than `cacheSalt`, or misspelt: left alone, all tenants would share it. */
+export function misnamedSalt(of: object): string | undefined {
+	const [name] =
+		Object.entries(of).find(
+			([name, value]) => typeof value === "string" && value !== "" && meansSalt(name),
+		) ?? [];
+	return name;
+}
+
+function meansSalt(name: string): boolean {
 	const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
 	const near = Math.abs(plain.length - 9) <= 2 && distance(plain, "cachesalt") <= 2;
 	return name !== "cacheSalt" && (plain === "salt" || near);

@@ -108,11 +108,20 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 		);
 	}
 	const salt = `kvferry-bench-${randomBytes(8).toString("hex")}`;
+	let rows: Row[] | undefined;
+	let cleared = 0;
 	try {
-		return await run(client, salt, options, signal);
+		rows = await run(client, salt, options, signal);
 	} finally {
-		await clear(client, salt, options);
+		cleared = await clear(client, salt, options);
 	}
+	if (cleared === 0) {
+		throw new KvferryError(
+			"PROTOCOL",
+			`${options.http.origin} had nothing of it to clear: it is another server's HTTP, and what was stored is left at ${url}`,
+		);
+	}
+	return rows;
 }
 
 async function run(
@@ -237,7 +246,7 @@ export function noRoom(missing: number, status: Status, timeoutMs: number): Kvfe
 }
 
 /** What is being saved stays until it is. */
-async function clear(client: Client, salt: string, options: BenchOptions): Promise<void> {
+async function clear(client: Client, salt: string, options: BenchOptions): Promise<number> {
 	const { timeoutMs } = options;
 	const until = performance.now() + SAVED_MS;
 	while (performance.now() < until) {
@@ -249,5 +258,6 @@ async function clear(client: Client, salt: string, options: BenchOptions): Promi
 		await setTimeout(50);
 	}
 	const body = { confirm: true, salt };
-	await askHttp(options, "/clear", { method: "POST", body }, "cleared");
+	const { cleared } = await askHttp(options, "/clear", { method: "POST", body }, "cleared");
+	return Number(cleared);
 }

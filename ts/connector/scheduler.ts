@@ -7,7 +7,7 @@ import {
 	checkText,
 	checkTokenIds,
 	invalid,
-	meansSalt,
+	misnamedSalt,
 } from "../arguments.js";
 import type { KvEvents } from "../events.js";
 import {
@@ -467,8 +467,8 @@ export class SchedulerConnector {
 				return known;
 			}
 		}
-		const misspelt = cacheSalt === undefined && Object.keys(request).find(meansSalt);
-		if (misspelt) {
+		const misspelt = cacheSalt === undefined ? misnamedSalt(request) : undefined;
+		if (misspelt !== undefined) {
 			throw invalid(
 				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's`,
 			);

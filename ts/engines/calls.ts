@@ -1,4 +1,4 @@
-import { checkOptions, checkSalt, invalid, meansSalt, shown } from "../arguments.js";
+import { checkOptions, checkSalt, invalid, misnamedSalt, shown } from "../arguments.js";
 import { REQUEST_OPTIONS, type RequestOptions } from "../cache.js";
 import { type ErrorCode, fromNative, KvferryError } from "../errors.js";
 import { timeoutOf } from "../waiting.js";
@@ -57,11 +57,14 @@ export class Calls {
 export function checkSpelling(of: string, options: object): void {
 	for (const name of Object.keys(options)) {
 		const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
-		const same = Object.keys(REQUEST_OPTIONS).find((known) => known.toLowerCase() === plain);
-		const meant = same ?? (meansSalt(name) ? "cacheSalt" : undefined);
+		const meant = Object.keys(REQUEST_OPTIONS).find((known) => known.toLowerCase() === plain);
 		if (meant !== undefined && meant !== name) {
 			throw invalid(`${of} has no option ${JSON.stringify(name)}: did you mean ${meant}?`);
 		}
+	}
+	const salt = misnamedSalt(options);
+	if (salt !== undefined) {
+		throw invalid(`${of} has no option ${JSON.stringify(salt)}: did you mean cacheSalt?`);
 	}
 }
 
