@@ -27,9 +27,15 @@ describe("a name that means cacheSalt", () => {
 	});
 
 	it("has a salt: an engine's own fields, and no salt at all, are let alone", () => {
-		for (const of of [{ cachedAt: 5 }, { cache_slot: 3 }, { cache_salt: null }, { salt: "" }]) {
+		for (const of of [
+			{ cachedAt: "2026-11-27" },
+			{ cache_slot: 3 },
+			{ cache_salt: null },
+			{ salt: "" },
+		]) {
 			expect(misnamedSalt(of)).toBeUndefined();
 		}
 		expect(misnamedSalt({ cache_salt: undefined, cacheSalt: undefined })).toBeUndefined();
+		expect(misnamedSalt({ cache_salt: 42 })).toBe("cache_salt");
 	});
 });

@@ -57,17 +57,25 @@ export function shown(value: unknown): string {
 
 /** What an object has for a salt under another name than `cacheSalt`, or misspelt: left alone, all tenants would share it. */
 export function misnamedSalt(of: object): string | undefined {
-	const [name] =
-		Object.entries(of).find(
-			([name, value]) => typeof value === "string" && value !== "" && meansSalt(name),
-		) ?? [];
-	return name;
+	const means = ([name, value]: [string, unknown]) => {
+		if (name === "cacheSalt" || value === undefined || value === null || value === "") {
+			return false;
+		}
+		const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
+		return plain === "salt" || plain === SALT || (typeof value === "string" && isNear(plain));
+	};
+	return Object.entries(of).find(means)?.[0];
 }
 
-function meansSalt(name: string): boolean {
-	const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
-	const near = Math.abs(plain.length - 9) <= 2 && distance(plain, "cachesalt") <= 2;
-	return name !== "cacheSalt" && (plain === "salt" || near);
+const SALT = "cachesalt";
+
+/** One letter more, less or another, or two that changed places: an engine has fields of its own that are further away. */
+function isNear(name: string): boolean {
+	const sorted = (text: string) => [...text].sort().join("");
+	return (
+		Math.abs(name.length - SALT.length) <= 1 &&
+		(distance(name, SALT) === 1 || sorted(name) === sorted(SALT))
+	);
 }
 
 /** Checks for an object of options that has no others than these: one that is misspelt would be left alone. */
