@@ -45,7 +45,7 @@ describe("kvferry bench", () => {
 			const { code, out, err } = await bench(...where, ...SMALL, "--json");
 			expect([code, err]).toEqual([0, ""]);
 			const told = JSON.parse(out);
-			expect(told).toMatchObject({ url, bytes: 2 ** 21, chunkBytes: 2 ** 14 });
+			expect(told).toMatchObject({ url, bytes: 2 ** 21, chunkBytes: 2 ** 14, cleared: true });
 			expect(told.rows.find((row: { operation: string }) => row.operation === "store")).toEqual({
 				operation: "store",
 				count: 8,

@@ -47,7 +47,7 @@ export async function bench(args: string[]): Promise<void> {
 				: { url: options.url, ...(await measure(options.url, options, stop.signal)) };
 		const { bytes, chunkBytes } = options;
 		if (options.json) {
-			process.stdout.write(`${JSON.stringify({ url, bytes, chunkBytes, rows })}\n`);
+			process.stdout.write(`${JSON.stringify({ url, bytes, chunkBytes, rows, cleared: !left })}\n`);
 			return;
 		}
 		const shown = rows.map(({ operation, count, p50Ms, p99Ms, bytesPerSecond }) => [

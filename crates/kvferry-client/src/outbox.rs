@@ -14,7 +14,7 @@ use crate::session::lock;
 
 /// What a message may have.
 pub(crate) const LIMITS: Limits = Limits::DEFAULT;
-/// Bytes of requests that may wait to be sent.
+/// Bytes of requests that may wait to be sent; twice as many with those for which nobody waits.
 pub(crate) const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// Bytes that may wait for the socket before no more messages are made ready for it.
 const WRITE: usize = 256 << 10;

@@ -131,7 +131,8 @@ pub trait Cache: Send + Sync {
     /// Ends the session: leases that no worker was handed are given back.
     fn end_session<'a>(&'a self, request_id: &'a str, deadline: Instant) -> CacheFuture<'a, ()>;
 
-    /// Reserves slots for the range's chunks that are neither stored nor being written.
+    /// Reserves slots for the range's chunks that are neither stored nor being written; none as long as the instance
+    /// is storing this very range for the request, which it has not committed or abandoned.
     fn prepare_store<'a>(
         &'a self,
         key: &'a Key,
