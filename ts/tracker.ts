@@ -194,6 +194,14 @@ export interface StepArrays {
 	readonly blockIds: Uint32Array;
 }
 
+const STEP_ARRAYS = [
+	"handles",
+	"scheduledTokens",
+	"numTokens",
+	"blockOffsets",
+	"blockIds",
+] as const satisfies readonly (keyof StepArrays)[];
+
 /** One operation of a plan. */
 export interface PlannedOperation {
 	/** {@link RequestTracker.handle}. */
@@ -411,14 +419,8 @@ export class TrackerTable {
 	 */
 	plan(step: StepArrays): StepPlan {
 		const { handles, scheduledTokens, numTokens, blockOffsets, blockIds } = step;
-		for (const [name, array] of Object.entries({
-			handles,
-			scheduledTokens,
-			numTokens,
-			blockOffsets,
-			blockIds,
-		})) {
-			if (!types.isUint32Array(array)) {
+		for (const name of STEP_ARRAYS) {
+			if (!types.isUint32Array(step[name])) {
 				throw invalid(`${name} must be a Uint32Array`);
 			}
 		}
