@@ -72,3 +72,11 @@ it("says that what is to be a directory is a file", async () => {
 		message: expect.stringContaining(`disk ${disk} is a file: give a directory`),
 	});
 });
+
+it("refuses the size of a disk without the disk", async () => {
+	const starting = Server.start({ listen: false, memory, diskSize: 2 ** 20 });
+	await expect(starting).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+		message: expect.stringMatching(/^diskSize 1048576 .* disk, too/),
+	});
+});

@@ -69,7 +69,7 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 * process at a time has it. Default: none.
 	 */
 	readonly disk?: string;
-	/** Bytes that the files in {@link ServerOptions.disk} may take, 8192 to 2^53 - 1. Default 20 GiB. */
+	/** Bytes that the files in {@link ServerOptions.disk} may take, 8192 to 2^53 - 1; refused without it. Default 20 GiB. */
 	readonly diskSize?: number;
 	/**
 	 * URL of a Redis or S3 that several servers share: what one stored, the others find. `redis://host:6379/0`,
@@ -181,6 +181,8 @@ export class Server implements AsyncDisposable {
 		checkInteger("diskSize", diskSize, 8192, Number.MAX_SAFE_INTEGER);
 		if (disk !== undefined) {
 			checkText("disk", disk);
+		} else if (options.diskSize !== undefined) {
+			throw invalid(`diskSize ${diskSize} has no use here: give the directory, disk, too`);
 		}
 		if (remote !== undefined) {
 			checkText("remote", remote);

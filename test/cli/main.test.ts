@@ -36,13 +36,27 @@ describe("kvferry", () => {
 	});
 
 	it("explains every command", () => {
-		for (const args of [[], ["help"], ["--help"], ["-h"], ["serve", "--help"], ["serve", "-h"]]) {
+		for (const args of [[], ["help"], ["--help"], ["-h"]]) {
 			const { status, stdout } = kvferry(...args);
 			expect(status).toBe(0);
 			expect(stdout).toMatch(
 				/serve[\s\S]*--memory[\s\S]*ping[\s\S]*status[\s\S]*doctor[\s\S]*--tokens/,
 			);
 		}
+	});
+
+	it("explains one command", () => {
+		for (const args of [
+			["quota", "--help"],
+			["quota", "set", "-h"],
+			["help", "quota"],
+		]) {
+			const { status, stdout } = kvferry(...args);
+			expect(status).toBe(0);
+			expect(stdout).toMatch(/^Usage: kvferry quota [\s\S]*--guarantee[\s\S]*--json/);
+			expect(stdout).not.toMatch(/--memory|--tokens/);
+		}
+		expect(kvferry("ping", "--help").stdout).toMatch(/^Usage: kvferry ping [\s\S]*--timeout-ms/);
 	});
 
 	it("ends quietly when nobody reads any further", () => {

@@ -91,10 +91,14 @@ describe("kvferry serve", () => {
 	it("says of a size that has no unit how small it is", () => {
 		expect(() => settings("--memory", "4")).toThrow(/--memory 4 is 4 bytes: .*4096.*GiB/);
 		expect(() => settings("--disk-size", "20")).toThrow(/--disk-size 20 is 20 bytes: .*8192/);
-		expect(settings("--memory", "4096", "--disk-size", "8192")).toMatchObject({
+		expect(settings("--memory", "4096", "--disk", "d", "--disk-size", "8192")).toMatchObject({
 			memory: 4096,
 			diskSize: 8192,
 		});
+	});
+
+	it("refuses the size of a disk that is not given", () => {
+		expect(() => settings("--disk-size", "1GiB")).toThrow(/^--disk-size 1GiB .*--disk DIR/);
 	});
 
 	it.each([

@@ -7,20 +7,29 @@ import { SERVE, settingsHelp } from "./settings.js";
 /** A command: what it does with the arguments after its name. */
 type Command = (args: string[]) => Promise<void>;
 
-const USAGE = `Usage: kvferry COMMAND [OPTIONS]
-
-Commands
-  serve    run a cache server until SIGINT or SIGTERM
+/** Commands, and the lines of the help that are theirs. */
+const HELP: readonly (readonly [names: string, lines: string])[] = [
+	[
+		"serve",
+		`  serve    run a cache server until SIGINT or SIGTERM
 ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON object, with these names without --
              --print-config     print each setting with its source, and start nothing
              A flag goes before a variable, KVFERRY_SERVE_HTTP_PORT say, and that before the file.
-  ping     tell how long a server takes to answer
+`,
+	],
+	[
+		"ping status clear",
+		`  ping     tell how long a server takes to answer
   status   tell what a server holds; on a terminal again and again, until Ctrl-C
   clear    empty a server's cache, but for what is leased or being written
              --url URL          the server (tcp://127.0.0.1:5555)
              --token-file FILE  its token, else KVFERRY_TOKEN of the environment; clear and status take the admin's
              --timeout-ms N     wait for it at most that long (3000)
-  quota    list what tenants may have of the memory, and have; quota set changes it, quota unset takes it back
+`,
+	],
+	[
+		"quota",
+		`  quota    list what tenants may have of the memory, and have; quota set changes it, quota unset takes it back
              --salt SALT        the tenant; "" for requests without a salt
              --default          instead: each tenant without a quota of its own
              --cap SIZE         it has that much at most (no bound)
@@ -28,7 +37,11 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --http URL         where the server answers HTTP (http://127.0.0.1:8080)
              --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for it at most that long (3000)
-  doctor   tell why a prompt misses; exits with 1 when anything is found
+`,
+	],
+	[
+		"doctor",
+		`  doctor   tell why a prompt misses; exits with 1 when anything is found
              --server URL       the server (tcp://127.0.0.1:5555)
              --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for each answer at most that long (3000)
@@ -40,22 +53,41 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
              --chunk-size N     tokens in a chunk, as the engine takes it
              --hash-algorithm NAME, --hash-seed SEED
                                 how the engine hashes chunks
-  bench    store, look up and load through a server, and tell how long it takes
+`,
+	],
+	[
+		"bench",
+		`  bench    store, look up and load through a server, and tell how long it takes
              --url URL          the server; unless given, one of its own
              --http URL         where that answers HTTP (http://127.0.0.1:8080)
              --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --size SIZE        of all that is stored (256MiB); the server must have twice that free
              --chunk-bytes SIZE of one chunk; a prompt has 16 (1MiB)
              --timeout-ms N     wait for each answer, and for room, at most that long (3000)
-  replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
+`,
+	],
+	[
+		"replay",
+		`  replay FILE  tell how often recorded requests would have hit: one JSON object a line with timestamp
              (ms) and hash_ids; - is stdin
              --capacity BLOCKS  room for so many
              --policy NAME      as for serve (default)
+`,
+	],
+];
 
-Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
-  --help     print this
+const ALL = `Every command takes --json: one JSON object on stdout, errors as JSON on stderr.
+  --help     print this, or after a command what that takes
   --version  print the version
 `;
+
+/** The help of a command, or of all. */
+function usage(command: string | undefined): string {
+	const own = HELP.filter(([names]) => command !== undefined && names.split(" ").includes(command));
+	const [name, found] = own.length > 0 ? [command, own] : ["COMMAND", HELP];
+	const lines = found.map(([, lines]) => lines).join("");
+	return `Usage: kvferry ${name} [OPTIONS]\n\nCommands\n${lines}\n${ALL}`;
+}
 
 /** Each command is loaded when it is asked for: `--version` needs no addon. */
 const COMMANDS: ReadonlyMap<string, () => Promise<Command>> = new Map([
@@ -75,7 +107,7 @@ async function main([name, ...args]: string[]): Promise<void> {
 		name === "help" ||
 		[name, ...args].some((arg) => arg === "--help" || arg === "-h")
 	) {
-		process.stdout.write(USAGE);
+		process.stdout.write(usage(name === "help" ? args[0] : name));
 		return;
 	}
 	if (name === "--version" || name === "-v") {

@@ -120,6 +120,12 @@ export function serveOptions(
 	const { config, "print-config": printConfig, json, ...given } = values;
 	const found = findSettings(SERVE, given, env, config as string | undefined);
 	const settings = valuesOf<typeof SERVE>(found);
+	const size = found.get("disk-size");
+	if (settings.disk === undefined && size?.source !== "default") {
+		throw invalid(
+			`${size?.place} ${size?.text} has no use here: give the directory, --disk DIR, too.`,
+		);
+	}
 	checkHost(found.get("host"), settings.listenPublic === true && settings.tokenFile !== undefined);
 	return {
 		found,

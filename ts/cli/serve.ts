@@ -12,8 +12,9 @@ export async function serve(args: string[]): Promise<void> {
 		);
 		return;
 	}
-	const { log: format = "text", ...options } = settings;
-	const server = await Server.start(options);
+	const { log: format = "text", diskSize, ...options } = settings;
+	const ofDisk = options.disk === undefined || diskSize === undefined ? {} : { diskSize };
+	const server = await Server.start({ ...options, ...ofDisk });
 	const log = new Log(format);
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
