@@ -1,6 +1,14 @@
 import { describe, expect, it } from "vitest";
 import { misnamedSalt } from "../ts/arguments.js";
+import { createConnector } from "../ts/config.js";
 import { checkSpelling } from "../ts/engines/calls.js";
+import { blockHashes, chunkHashes, objectKey } from "../ts/hash.js";
+import {
+	handleFailedRecving,
+	handleInvalidBlocks,
+	updateWaitingForRemoteKv,
+} from "../ts/recovery.js";
+import { TrackerTable } from "../ts/tracker.js";
 
 describe("a name that means cacheSalt", () => {
 	it.each(["cache_salt", "cachesalt", "CACHE-SALT", "cacheSlat", "cacheSal", "cachSalt", "salt"])(
@@ -37,5 +45,43 @@ describe("a name that means cacheSalt", () => {
 		}
 		expect(misnamedSalt({ cache_salt: undefined, cacheSalt: undefined })).toBeUndefined();
 		expect(misnamedSalt({ cache_salt: 42 })).toBe("cache_salt");
+	});
+});
+
+describe("options", () => {
+	const tokens = Uint32Array.from({ length: 512 }, (_, at) => at);
+	const table = new TrackerTable();
+	const refused: [of: string, misspelt: string, meant: string, call: (object: never) => unknown][] =
+		[
+			["BlockHasher", "cache_salt", "cacheSalt", (options) => blockHashes(tokens, options)],
+			["ChunkHasher", "chunksize", "chunkSize", (options) => chunkHashes(tokens, options)],
+			["objectKey", "cache_salt", "cacheSalt", objectKey],
+			["TrackerTable.add", "cache_salt", "cacheSalt", (request) => table.add(request)],
+			["handleInvalidBlocks", "blocksize", "blockSize", handleInvalidBlocks],
+			["handleFailedRecving", "policy", "", handleFailedRecving],
+			["updateWaitingForRemoteKv", "failedReceiving", "failedRecving", updateWaitingForRemoteKv],
+		];
+
+	it.each(refused)("of %s are refused when misspelt, or none", (of, misspelt, meant, call) => {
+		expect(() => call({ [misspelt]: 1 } as never)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringContaining(
+					`${of} has no option "${misspelt}": ${meant === "" ? "there are " : `did you mean ${meant}?`}`,
+				),
+			}),
+		);
+		expect(() => call(null as never)).toThrow(
+			expect.objectContaining({ message: `the options of ${of} must be an object` }),
+		);
+	});
+
+	it("that nobody has resolved make no connector", async () => {
+		await expect(
+			createConnector({ kvOffloadingSize: 8 } as never, { modelName: "m" }),
+		).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringMatching(/^offloading .* resolveOffloading returned/),
+		});
 	});
 });

@@ -1,4 +1,12 @@
-import { checkInteger, checkObject, checkOptions, checkText, invalid, shown } from "./arguments.js";
+import {
+	checkHandle,
+	checkInteger,
+	checkObject,
+	checkOptions,
+	checkText,
+	invalid,
+	shown,
+} from "./arguments.js";
 import type { KvConnectors, PagedEngine } from "./connector/offloading.js";
 import { KvferryError } from "./errors.js";
 import type { KvLoadFailurePolicy } from "./recovery.js";
@@ -197,6 +205,7 @@ export async function createConnector(
 	engine: unknown,
 	registry: ConnectorRegistry<never, unknown> = CONNECTORS,
 ): Promise<unknown> {
+	checkHandle("offloading", offloading, "kvTransferConfig", "give what resolveOffloading returned");
 	const name = offloading.kvTransferConfig?.kvConnector ?? null;
 	if (name === null) {
 		return undefined;

@@ -4,6 +4,7 @@ import {
 	checkBytes,
 	checkInteger,
 	checkObject,
+	checkOptions,
 	checkText,
 	invalid,
 	named,
@@ -41,6 +42,12 @@ export interface ChunkHasherOptions {
 	/** Start after the chunk that has this hash, instead of at the prompt's first token. */
 	parent?: Uint8Array | undefined;
 }
+
+const CHUNK_OPTIONS = {
+	chunkSize: true,
+	algorithm: true,
+	parent: true,
+} satisfies Record<keyof ChunkHasherOptions, true>;
 
 /** A LoRA adapter by vLLM's names for it; both are part of every block's hash. */
 export interface Lora {
@@ -117,6 +124,18 @@ export interface BlockHasherOptions {
 	/** Start after the block that has this hash, instead of at the request's first token. */
 	parent?: Uint8Array | undefined;
 }
+
+const BLOCK_OPTIONS = {
+	blockSize: true,
+	algorithm: true,
+	seed: true,
+	cacheSalt: true,
+	lora: true,
+	mmFeatures: true,
+	promptEmbeds: true,
+	numHashLookaheadTokens: true,
+	parent: true,
+} satisfies Record<keyof BlockHasherOptions, true>;
 
 /** Hashes of equal length, one after the other in one array. */
 export class Hashes implements Iterable<Uint8Array> {
@@ -235,6 +254,7 @@ class Hasher {
 export class ChunkHasher extends Hasher {
 	/** @throws {@link KvferryError} `INVALID_ARGUMENT` for an option out of its range. */
 	constructor(options: ChunkHasherOptions = {}) {
+		checkOptions("ChunkHasher", options, CHUNK_OPTIONS);
 		const { chunkSize = 256, algorithm = "blake3", parent } = options;
 		checkInteger("chunkSize", chunkSize, 1, U32_MAX);
 		checkText("algorithm", algorithm);
@@ -254,6 +274,7 @@ export class BlockHasher extends Hasher {
 	 * algorithm without a seed.
 	 */
 	constructor(options: BlockHasherOptions = {}) {
+		checkOptions("BlockHasher", options, BLOCK_OPTIONS);
 		const { blockSize = 16, algorithm = "sha256", seed, cacheSalt = "", lora, parent } = options;
 		const { mmFeatures = [], promptEmbeds, numHashLookaheadTokens = 0 } = options;
 		checkInteger("blockSize", blockSize, 1, U32_MAX);
@@ -320,12 +341,22 @@ export interface ObjectKeyFields {
 	group?: number | undefined;
 }
 
+const KEY_FIELDS = {
+	modelName: true,
+	worldSize: true,
+	rank: true,
+	chunkHash: true,
+	cacheSalt: true,
+	group: true,
+} satisfies Record<keyof ObjectKeyFields, true>;
+
 /**
  * LMCache's text form of an object's key: `model@kvrank@group@hash`, then `@salt` if there is one.
  *
  * @throws {@link KvferryError} `INVALID_SALT` or `INVALID_ARGUMENT`.
  */
 export function objectKey(fields: ObjectKeyFields): string {
+	checkOptions("objectKey", fields, KEY_FIELDS);
 	const { modelName, worldSize, rank, chunkHash, cacheSalt = "", group = 0 } = fields;
 	checkText("modelName", modelName);
 	checkText("cacheSalt", cacheSalt);

@@ -4,6 +4,7 @@ import {
 	checkInteger,
 	checkIterable,
 	checkObject,
+	checkOptions,
 	checkText,
 	invalid,
 } from "./arguments.js";
@@ -46,6 +47,16 @@ export interface InvalidBlocksStep {
 	/** KV groups of the model. Default 1; blocks of more cannot be told apart. */
 	readonly numKvCacheGroups?: number | undefined;
 }
+
+const STEP = {
+	running: true,
+	waiting: true,
+	numScheduledTokens: true,
+	invalidBlockIds: true,
+	blockSize: true,
+	kvLoadFailurePolicy: true,
+	numKvCacheGroups: true,
+} satisfies Record<keyof InvalidBlocksStep, true>;
 
 /** What a scheduler does about failed loads. */
 export interface LoadFailures {
@@ -90,6 +101,7 @@ export interface InvalidBlocksRecovery extends LoadFailures {
  * computed tokens.
  */
 export function handleInvalidBlocks(step: InvalidBlocksStep): InvalidBlocksRecovery {
+	checkOptions("handleInvalidBlocks", step, STEP);
 	const { running, waiting = [], numScheduledTokens, invalidBlockIds } = step;
 	const { blockSize = 16, kvLoadFailurePolicy = "fail", numKvCacheGroups = 1 } = step;
 	checkInteger("blockSize", blockSize, 1, U32_MAX);
@@ -169,6 +181,12 @@ export interface FailedRecving {
 	readonly kvLoadFailurePolicy?: KvLoadFailurePolicy | undefined;
 }
 
+const FAILURES = {
+	requests: true,
+	failedRequestIds: true,
+	kvLoadFailurePolicy: true,
+} satisfies Record<keyof FailedRecving, true>;
+
 /**
  * What a scheduler does when requests' loads failed as a whole, in any number of KV groups (vLLM:
  * `_handle_failed_recving`). Under `"recompute"`, such a request has no computed tokens.
@@ -176,6 +194,7 @@ export interface FailedRecving {
  * @throws {@link KvferryError} `INVALID_ARGUMENT` for ids that are no strings, and for an unknown policy.
  */
 export function handleFailedRecving(failures: FailedRecving): LoadFailures {
+	checkOptions("handleFailedRecving", failures, FAILURES);
 	const { requests, failedRequestIds, kvLoadFailurePolicy = "fail" } = failures;
 	const fails = failsRequests(kvLoadFailurePolicy);
 	checkRequests("requests", requests);
@@ -204,6 +223,12 @@ export interface EndedLoad {
 	readonly failedRecving?: boolean | undefined;
 }
 
+const LOAD = {
+	numComputedTokens: true,
+	numTokens: true,
+	failedRecving: true,
+} satisfies Record<keyof EndedLoad, true>;
+
 /** What a scheduler does after {@link updateWaitingForRemoteKv}. */
 export interface LoadedRequest {
 	/** The request's new count. A model needs one token to go on from, so it is below `numTokens`. */
@@ -221,6 +246,7 @@ export interface LoadedRequest {
  * there are.
  */
 export function updateWaitingForRemoteKv(load: EndedLoad): LoadedRequest {
+	checkOptions("updateWaitingForRemoteKv", load, LOAD);
 	const { numComputedTokens, numTokens, failedRecving = false } = load;
 	checkInteger("numTokens", numTokens, 1, U32_MAX);
 	checkInteger("numComputedTokens", numComputedTokens, 0, numTokens);

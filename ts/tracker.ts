@@ -2,6 +2,7 @@ import { types } from "node:util";
 import {
 	checkAttached,
 	checkInteger,
+	checkObject,
 	checkOptions,
 	checkSalt,
 	checkText,
@@ -73,6 +74,19 @@ export interface TrackedRequest {
 	/** The blocks that it has. Default none. */
 	readonly blockIds?: BlockIds | undefined;
 }
+
+const REQUEST = {
+	requestId: true,
+	numTokens: true,
+	cacheSalt: true,
+	maxStoredTokens: true,
+	numScheduledTokens: true,
+	numLocalHitTokens: true,
+	numExternalHitTokens: true,
+	numStoredTokens: true,
+	state: true,
+	blockIds: true,
+} satisfies Record<keyof TrackedRequest, true>;
 
 /** Block ids of one group, or of each. */
 export type BlockIds = readonly number[] | Uint32Array | readonly (readonly number[])[];
@@ -335,6 +349,7 @@ export class TrackerTable {
 	 * 2³² − 1, or more than 2²⁰ requests; `INVALID_SALT`.
 	 */
 	add(request: TrackedRequest): RequestTracker {
+		checkOptions("TrackerTable.add", request, REQUEST);
 		const { requestId, numTokens, maxStoredTokens = U32_MAX, state = "PREFETCHING" } = request;
 		checkText("requestId", requestId);
 		if (this.#requests.has(requestId)) {
@@ -418,6 +433,7 @@ export class TrackerTable {
 	 * and arrays that do not fit together.
 	 */
 	plan(step: StepArrays): StepPlan {
+		checkObject("step", step);
 		const { handles, scheduledTokens, numTokens, blockOffsets, blockIds } = step;
 		for (const name of STEP_ARRAYS) {
 			if (!types.isUint32Array(step[name])) {
