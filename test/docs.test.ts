@@ -8,21 +8,25 @@ import { describe, expect, it } from "vitest";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
-describe("docs/paged-engines.md", () => {
-	it("has an engine that does what the guide says", () => {
-		const guide = readFileSync(join(root, "docs", "paged-engines.md"), "utf8");
-		const [, code = "", output = ""] =
-			/```js\n([\s\S]*?)```\n\n```text\n([\s\S]*?)```/.exec(guide) ?? [];
-		const home = mkdtempSync(join(root, "target", "guide-")); // inside, so that "kvferry" is this package
-		try {
-			writeFileSync(join(home, "engine.mjs"), code);
-			const printed = execFileSync(process.execPath, [join(home, "engine.mjs")], {
-				encoding: "utf8",
-			});
-			expect(printed).toBe(output);
-			expect(printed).not.toBe("");
-		} finally {
-			rmSync(home, { recursive: true, force: true });
-		}
-	}, 60_000);
+describe("docs", () => {
+	it.each(["paged-engines.md", "prefix-cache.md"])(
+		"have an engine that does what the guide says: %s",
+		(name) => {
+			const guide = readFileSync(join(root, "docs", name), "utf8");
+			const [, code = "", output = ""] =
+				/```js\n([\s\S]*?)```\n\n```text\n([\s\S]*?)```/.exec(guide) ?? [];
+			const home = mkdtempSync(join(root, "target", "guide-")); // inside, so that "kvferry" is this package
+			try {
+				writeFileSync(join(home, "engine.mjs"), code);
+				const printed = execFileSync(process.execPath, [join(home, "engine.mjs")], {
+					encoding: "utf8",
+				});
+				expect(printed).toBe(output);
+				expect(printed).not.toBe("");
+			} finally {
+				rmSync(home, { recursive: true, force: true });
+			}
+		},
+		60_000,
+	);
 });
