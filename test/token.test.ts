@@ -132,6 +132,31 @@ describe("Client.connect", () => {
 		expect(await admin.status()).toMatchObject({ objects: 0 });
 	});
 
+	it("is no reason to stop where a server comes back with other tokens: its caches miss", async () => {
+		const server = await start();
+		const port = Number(server.address?.split(":").pop());
+		await using client = await Client.connect({ url: server.url, token: DATA });
+		const cache = await PrefixCache.open({ via: client, identity: "i", bytesPerChunk: 8 });
+		const tokens = Uint32Array.from({ length: 16 }, (_, i) => i);
+		const bytes = () => Buffer.from("by a way");
+		await cache.store(tokens, bytes);
+		const held = await cache.lookup(tokens);
+		await server.close();
+		const others = join(directory, "others");
+		const lines = readFileSync(tokenFile, "utf8").replaceAll("token-of", "other-token-of");
+		writeFileSync(others, lines, { mode: 0o600 });
+		await using _again = await start({ port, tokenFile: others });
+		const deadline = performance.now() + 20_000;
+		let hit = await cache.lookup(tokens);
+		while (hit.failure?.code !== "UNAUTHORIZED" && performance.now() < deadline) {
+			hit = await cache.lookup(tokens);
+		}
+		expect(hit).toMatchObject({ chunks: 0, failure: { code: "UNAUTHORIZED" } });
+		const refused = { storedChunks: 0, failure: { code: "UNAUTHORIZED" } };
+		expect(await cache.store(tokens, bytes)).toMatchObject(refused);
+		expect(await held.load()).toEqual([]);
+	}, 30_000);
+
 	it("reaches a server's Unix socket, without a token", async () => {
 		const ipc = join(directory, "sockets", "server");
 		await using _server = await start({ ipc });

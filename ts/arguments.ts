@@ -19,6 +19,31 @@ export function named(value: unknown): string {
 	return typeof value === "number" ? String(value) : `of type ${typeof value}`;
 }
 
+/** Checks for true or false. */
+export function checkBoolean(name: string, value: unknown): asserts value is boolean {
+	if (typeof value !== "boolean") {
+		throw invalid(`${name} is ${shown(value)}: it must be true or false`);
+	}
+}
+
+/** Checks for a function. */
+export function checkFunction(name: string, value: unknown): void {
+	if (typeof value !== "function") {
+		throw invalid(`${name} is ${shown(value)}: it must be a function`);
+	}
+}
+
+/** Where warnings go: to `onWarning`, or to the process. */
+export function warningsTo(
+	onWarning: ((message: string) => void) | undefined,
+): (message: string) => void {
+	if (onWarning === undefined) {
+		return (message) => process.emitWarning(message, "KvferryWarning");
+	}
+	checkFunction("onWarning", onWarning);
+	return onWarning;
+}
+
 /** Checks for an object. */
 export function checkObject(name: string, value: unknown): void {
 	if (typeof value !== "object" || value === null || Array.isArray(value)) {
@@ -61,13 +86,19 @@ export function misnamedSalt(of: object): string | undefined {
 		if (name === "cacheSalt" || value === undefined || value === null || value === "") {
 			return false;
 		}
+		if (typeof value === "function") {
+			return false;
+		}
 		const plain = name.replaceAll(/[-_]/g, "").toLowerCase();
 		return plain === "salt" || plain === SALT || (typeof value === "string" && isNear(plain));
 	};
-	return Object.entries(of).find(means)?.[0];
+	// Of an instance's class, too, by the names that it has elsewhere.
+	const inherited = ELSEWHERE.map((name): [string, unknown] => [name, Reflect.get(of, name)]);
+	return [...Object.entries(of), ...inherited].find(means)?.[0];
 }
 
 const SALT = "cachesalt";
+const ELSEWHERE = ["cache_salt", "salt"];
 
 /** One letter more, less or another, or two that changed places: an engine has fields of its own that are further away. */
 function isNear(name: string): boolean {

@@ -1,6 +1,7 @@
 import { types } from "node:util";
 import {
 	checkBytes,
+	checkFunction,
 	checkInteger,
 	checkOptions,
 	checkSalt,
@@ -81,13 +82,14 @@ const BYTES_PER_CHUNK_MAX = 2 ** 40 - 2 ** 24;
 
 /**
  * Failures of the cache, as opposed to mistakes of the caller: they end as "compute it". Closed is the client or the
- * server, for the cache's own end is thrown before; unsupported is a server without shared memory, that came after the
- * cache was opened.
+ * server, for the cache's own end is thrown before; unsupported is a server without shared memory, unauthorized one with
+ * other tokens, that came after the cache was opened.
  */
 const FAILURES: ReadonlySet<string> = new Set([
 	"CLOSED",
 	"TIMEOUT",
 	"UNREACHABLE",
+	"UNAUTHORIZED",
 	"PROTOCOL",
 	"SYSTEM",
 	"UNSUPPORTED_OPTION",
@@ -197,6 +199,7 @@ export class PrefixCache implements AsyncDisposable {
 	): Promise<StoreResult> {
 		this.#checkOpen();
 		checkTokens(tokens);
+		checkFunction("bytesOf", bytesOf);
 		checkOptions("store", options, REQUEST_OPTIONS);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
 		try {
@@ -321,6 +324,7 @@ export class PrefixHit implements AsyncDisposable {
 		if (this.#ended) {
 			throw new KvferryError("CLOSED", "The hit was loaded or closed; look up again.");
 		}
+		checkFunction("into", into);
 		const timeoutMs = timeoutOfCall("load", options);
 		const hit = this.#hit;
 		if (options.signal?.aborted === true) {

@@ -1,4 +1,12 @@
-import { checkInteger, checkOptions, checkText, invalid, named, shown } from "./arguments.js";
+import {
+	checkBoolean,
+	checkInteger,
+	checkOptions,
+	checkText,
+	invalid,
+	shown,
+	warningsTo,
+} from "./arguments.js";
 import { fromNative, KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -111,18 +119,13 @@ export class Client implements AsyncDisposable {
 		checkOptions("Client.connect", options, OPTIONS);
 		const { url = "tcp://127.0.0.1:5555", whenUnreachable = "throw", chunkSize = 256 } = options;
 		const { sharedMemory = true } = options;
-		const { onWarning = (message) => process.emitWarning(message, "KvferryWarning") } = options;
+		const onWarning = warningsTo(options.onWarning);
 		checkText("url", url);
 		checkInteger("chunkSize", chunkSize, 1, 2 ** 32 - 1);
 		if (whenUnreachable !== "throw" && whenUnreachable !== "warn") {
 			throw invalid(`whenUnreachable is ${shown(whenUnreachable)}: it must be "throw" or "warn"`);
 		}
-		if (typeof sharedMemory !== "boolean") {
-			throw invalid(`sharedMemory is ${named(sharedMemory)}: it must be true or false`);
-		}
-		if (typeof onWarning !== "function") {
-			throw invalid("onWarning must be a function");
-		}
+		checkBoolean("sharedMemory", sharedMemory);
 		const token = tokenOf(options);
 		const timeoutMs = timeoutOf(options);
 		const warn = whenUnreachable === "warn";

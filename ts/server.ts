@@ -1,5 +1,5 @@
 import { stat } from "node:fs/promises";
-import { checkInteger, checkOptions, checkText, invalid, named } from "./arguments.js";
+import { checkBoolean, checkInteger, checkOptions, checkText, invalid } from "./arguments.js";
 import { KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -195,9 +195,7 @@ export class Server implements AsyncDisposable {
 		if (shmName !== undefined) {
 			checkText("shmName", shmName);
 		}
-		if (typeof listenPublic !== "boolean") {
-			throw invalid(`listenPublic is ${named(listenPublic)}: it must be true or false`);
-		}
+		checkBoolean("listenPublic", listenPublic);
 		for (const [name, path] of Object.entries({ tokenFile, ipc })) {
 			if (path !== undefined) {
 				checkText(name, path);

@@ -239,18 +239,37 @@ describe("the salt of a request", () => {
 	it("is refused where a request has it by another name, which would make it everybody's", () => {
 		for (const name of ["cache_salt", "cacheSlat", "salt", "cachesalt"]) {
 			const { connector, calls } = open(() => 64);
-			const misspelt = { ...request("a", 150), cacheSalt: undefined, [name]: "tenant" };
-			expect(() => connector.getNumNewMatchedTokens(misspelt, 0)).toThrow(
-				expect.objectContaining({
-					code: "INVALID_ARGUMENT",
-					message: expect.stringContaining(`request a has a ${name}, and no cacheSalt`),
-				}),
-			);
+			for (const cacheSalt of [undefined, null, ""]) {
+				const misspelt = { ...request("a", 150), cacheSalt, [name]: "tenant" };
+				expect(() => connector.getNumNewMatchedTokens(misspelt, 0)).toThrow(
+					expect.objectContaining({
+						code: "INVALID_ARGUMENT",
+						message: expect.stringContaining(`request a has a ${name}, and no cacheSalt`),
+					}),
+				);
+			}
 			expect(calls).toEqual([]);
 			// An engine's own request may have both.
 			const both = { ...request("a", 150, { cacheSalt: "tenant" }), [name]: "tenant" };
 			expect(connector.getNumNewMatchedTokens(both, 0)).toEqual([64, true]);
 		}
+	});
+
+	it("is seen where the engine's class has it", () => {
+		class Sequence {
+			requestId = "a";
+			allTokenIds = range(0, 150);
+			get cache_salt() {
+				return "tenant";
+			}
+			salt() {}
+		}
+		const { connector } = open(() => 64);
+		expect(() => connector.getNumNewMatchedTokens(new Sequence(), 0)).toThrow(/has a cache_salt/);
+		class Salted extends Sequence {
+			cacheSalt = "tenant";
+		}
+		expect(connector.getNumNewMatchedTokens(new Salted(), 0)).toEqual([64, true]);
 	});
 
 	it("never reaches an adapter that does not say that it carries salts: such requests are computed", () => {
@@ -346,6 +365,40 @@ describe("the tokens of an operation", () => {
 			const next = decode(() => tokens);
 			expect(next().tokenIds).toEqual(tokens);
 		}
+	});
+});
+
+describe("a load of a request whose tokens have gone", () => {
+	it.each<[message: string, change: (tokens: Uint32Array) => Uint32Array]>([
+		[
+			"was detached",
+			(tokens) => {
+				structuredClone(tokens, { transfer: [tokens.buffer as ArrayBuffer] });
+				return tokens;
+			},
+		],
+		["has 100 tokens, and 128 were found", (tokens) => tokens.subarray(0, 100)],
+	])("is refused, and takes no other load along: %s", (message, change) => {
+		const { connector } = open(() => 128);
+		const a = { requestId: "a", allTokenIds: Uint32Array.from(range(0, 150)) };
+		const b = request("b", 150);
+		for (const [each, first] of [
+			[a, 0],
+			[b, 20],
+		] as const) {
+			connector.getNumNewMatchedTokens(each, 0);
+			connector.updateStateAfterAlloc(each, range(first, first + 8), 128);
+		}
+		a.allTokenIds = change(a.allTokenIds) as typeof a.allTokenIds;
+		expect(() => connector.buildConnectorMeta(idle)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(new RegExp(`allTokenIds of a ${message}`)),
+			}),
+		);
+		connector.requestFinished(a);
+		const { requests } = connector.buildConnectorMeta(idle);
+		expect(requests.map(({ requestId }) => requestId)).toEqual(["b"]);
 	});
 });
 
@@ -648,6 +701,9 @@ describe("what a scheduler's connector cannot use", () => {
 			[{ numBlocks: -1 }, /numBlocks is -1/],
 			[{ relocationWindow: -1 }, /relocationWindow is -1/],
 			[{ planner: "vllm" as never }, /planner must be/],
+			[{ loadAsync: "false" as never }, /loadAsync is "false": it must be true or false/],
+			[{ saveDecodeCache: 1 as never }, /saveDecodeCache is 1: it must be/],
+			[{ onWarning: "log" as never }, /onWarning is "log": it must be a function/],
 			[{ adapter: { ...cache(() => 0).adapter, chunkSize: 0 } }, /chunkSize is 0/],
 		];
 		for (const [options, message] of refused) {
@@ -655,6 +711,122 @@ describe("what a scheduler's connector cannot use", () => {
 			expect(make).toThrow(KvferryError);
 			expect(make).toThrow(message);
 		}
+	});
+});
+
+describe("blocks that a request is not known to have", () => {
+	const told = (connector: SchedulerConnector, a: EngineRequest) => {
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 4), 0);
+		connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [a], numScheduledTokens: { a: 60 } });
+	};
+
+	it("are refused where its status does not say that it was preempted", () => {
+		const { connector } = open(() => 0);
+		const a = request("a", 64);
+		told(connector, a);
+		connector.getNumNewMatchedTokens({ ...a, status: "preempted" }, 0);
+		expect(() => connector.updateStateAfterAlloc(a, range(20, 24), 0)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(/block 20 where it has block 0: .*PREEMPTED/),
+			}),
+		);
+		const again = { ...a, status: "PREEMPTED" };
+		connector.getNumNewMatchedTokens(again, 0);
+		connector.updateStateAfterAlloc(again, range(20, 24), 0);
+		expect(connector.tracker("a")?.allocatedBlockIds).toEqual([range(20, 24)]);
+	});
+
+	it("are refused where it is resumed without having been asked for again", () => {
+		const { connector } = open(() => 0);
+		const a = request("a", 64);
+		told(connector, a);
+		const resume = (newBlockIds: number[]) =>
+			connector.buildConnectorMeta({
+				...idle,
+				scheduledCachedReqs: [{ requestId: "a", resumed: true, newBlockIds }],
+				numScheduledTokens: { a: 4 },
+			}).requests;
+		expect(() => resume(range(20, 24))).toThrow(
+			/request a is resumed with other blocks .*PREEMPTED/,
+		);
+		expect(() => resume(range(0, 3))).toThrow(/other blocks/);
+		expect(resume(range(0, 4)).map(({ op }) => op.blockIds)).toEqual([[range(0, 4)]]);
+	});
+
+	it("may be anywhere in a sliding window that moves them", () => {
+		const { connector } = open(() => 0, { relocationWindow: 2 });
+		const a = request("a", 96);
+		told(connector, a);
+		connector.updateStateAfterAlloc(a, [0, 1, 0, 3, 2], 0);
+		expect(connector.tracker("a")?.allocatedBlockIds).toEqual([[0, 1, 0, 3, 2]]);
+		expect(() => connector.updateStateAfterAlloc(a, [0, 7, 0, 3, 2], 0)).toThrow(/block 7 where/);
+	});
+});
+
+describe("an id that two requests have", () => {
+	it("gives the second one nothing of the first's", () => {
+		const { connector } = open(() => 64);
+		const annas = request("chat", 150, { cacheSalt: "anna" });
+		expect(connector.getNumNewMatchedTokens(annas, 0)).toEqual([64, true]);
+		const refused = (second: EngineRequest, message: RegExp) => {
+			expect(() => connector.getNumNewMatchedTokens(second, 0)).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringMatching(message),
+				}),
+			);
+		};
+		refused(
+			request("chat", 150, { cacheSalt: "bob" }),
+			/another cacheSalt before: .*requestFinished/,
+		);
+		refused(request("chat", 150), /another cacheSalt before/);
+		const other = { ...annas, allTokenIds: [...range(0, 99), 7, ...range(100, 150)] };
+		refused(other, /another token at position 99 before: .*requestFinished/);
+		expect(connector.requestFinished(annas)).toEqual([true, null]);
+	});
+
+	it("is one request's where it was copied and has grown", () => {
+		const { connector } = open(() => 64);
+		connector.getNumNewMatchedTokens(request("a", 70), 0);
+		const grown = request("a", 150);
+		expect(connector.getNumNewMatchedTokens(grown, 0)).toEqual([64, true]);
+		connector.updateStateAfterAlloc(grown, range(0, 4), 64);
+		const [load] = connector.buildConnectorMeta(idle).requests;
+		expect(load?.op.tokenIds).toHaveLength(150);
+	});
+
+	it("has its blocks kept until a worker tells its end, however often it is ended", () => {
+		const { connector } = open(() => 64);
+		const a = request("a", 150);
+		load(connector, a, range(0, 4));
+		expect(connector.requestFinished(a)).toEqual([true, null]);
+		expect(connector.requestFinished(a)).toEqual([true, null]);
+		connector.updateConnectorOutput({ finishedSending: ["a"] });
+		expect(connector.requestFinished(a)).toEqual([false, null]);
+	});
+});
+
+describe("a preempted request whose load fails, under LMCache's rules", () => {
+	it("is loaded once, then computed; preempted after it ran, it asks the cache anew", () => {
+		const { connector } = open(() => 64, { planner: "lmcache" });
+		const a = request("a", 150);
+		load(connector, a, range(0, 4));
+		connector.updateStateAfterAlloc(a, range(0, 10), 0);
+		connector.buildConnectorMeta({ ...idle, scheduledNewReqs: [a], numScheduledTokens: { a: 86 } });
+		const again = { ...a, status: "PREEMPTED", numComputedTokens: 0 };
+		expect(connector.getNumNewMatchedTokens(again, 0)).toEqual([64, true]);
+		connector.updateStateAfterAlloc(again, range(20, 24), 64);
+		expect(connector.buildConnectorMeta(idle).requests).toHaveLength(1);
+		// Nothing of it came, so it is preempted again, for the engine.
+		expect(connector.getNumNewMatchedTokens(again, 0)).toEqual([0, false]);
+		expect(connector.getNumNewMatchedTokens(again, 0)).toEqual([0, false]);
+		connector.updateStateAfterAlloc(again, range(30, 40), 0);
+		expect(connector.buildConnectorMeta(idle).requests).toEqual([]);
+		expect(stored(connector, again, 150)).toEqual([[0, 128]]);
+		expect(connector.getNumNewMatchedTokens(again, 0)).toEqual([64, true]);
 	});
 });
 

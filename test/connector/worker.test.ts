@@ -288,6 +288,14 @@ describe("a worker's connector", () => {
 		const connector = await worker(via, new Engine({ planes: "separate", kvLayout: "NHD" }));
 		connector.bindConnectorMetadata(step("RETRIEVE", BLOCKS_OF_3));
 		connector.startLoadKv();
+		for (const wrong of ["r", 7, undefined]) {
+			expect(() => connector.getFinished(wrong as never)).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringContaining("finishedRequestIds must be"),
+				}),
+			);
+		}
 		const [sending] = connector.getFinished(new Set(["r", "other"]));
 		expect([...sending]).toEqual(["other"]);
 		await connector.shutdown();

@@ -1,5 +1,5 @@
 import { open, readFile } from "node:fs/promises";
-import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
 import { doctorOptions } from "../../ts/cli/options.js";
 import { Client } from "../../ts/client.js";
 import {
@@ -225,6 +225,22 @@ describe("a chat", () => {
 		plain.dispose();
 	});
 
+	it("keeps its answer when the cache is closed meanwhile", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const session = engine.createSession(context.getSequence(), "Be brief.");
+		let closing: Promise<void> | undefined;
+		const answer = await cache.prompt(session, QUESTION, {
+			maxTokens: 4,
+			onTextChunk: () => {
+				closing ??= cache.close();
+			},
+		});
+		expect(answer).toMatchObject({ saved: { storedTokens: 0, failure: { code: "CLOSED" } } });
+		expect(answer.response).not.toBe("");
+		await closing;
+		session.dispose();
+	});
+
 	it("throws what the session throws", async () => {
 		const { context, cache } = await newCache(await newServer());
 		const session = engine.createSession(context.getSequence(), "Be brief.");
@@ -447,6 +463,21 @@ describe("misuse", () => {
 		await cache.close();
 		await cache.close();
 		await expect(cache.save(context.getSequence())).rejects.toEqual(code("CLOSED"));
+	});
+
+	it("may be left before it is there, at no cost to the context", async () => {
+		const via = await newServer();
+		const context = await newContext();
+		const left = context.sequencesLeft;
+		const signal = AbortSignal.abort();
+		await expect(openCache(context, via, { signal })).rejects.toMatchObject({ code: "ABORTED" });
+		vi.stubEnv("TMPDIR", "/nonexistent");
+		await expect(openCache(context, via)).rejects.toMatchObject({
+			code: "SYSTEM",
+			message: expect.stringMatching(/\/nonexistent.*TMPDIR/),
+		});
+		vi.unstubAllEnvs();
+		expect(context.sequencesLeft).toBe(left);
 	});
 
 	it("of a context whose sequences are all taken is told, unless an empty one is passed", async () => {

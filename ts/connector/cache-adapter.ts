@@ -2,6 +2,7 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 import {
 	checkAttached,
 	checkInteger,
+	checkObject,
 	checkOptions,
 	checkText,
 	checkTokenIds,
@@ -96,7 +97,7 @@ export interface CacheSchedulerAdapter extends SchedulerAdapter {
 }
 
 /** A {@link WorkerAdapter} of {@link createWorkerAdapter}. */
-export interface CacheWorkerAdapter extends WorkerAdapter {
+export interface CacheWorkerAdapter extends WorkerAdapter, AsyncDisposable {
 	/** Loads and stores that have not ended. */
 	readonly pendingOperations: number;
 	/** Chunks that this worker stored. */
@@ -353,6 +354,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		if (this.#registering) {
 			throw invalid("KV caches are registered already: shut down, and create another adapter");
 		}
+		checkObject("kvCaches", kvCaches);
 		checkOptions("registerKvCaches", layout, LAYOUT);
 		const { numBlocks, blockSize = 16, numKvHeads, headSize, dtype } = layout;
 		const { planes = "separate", kvLayout = "NHD", blockStride } = layout;
@@ -489,6 +491,10 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		this.#native = undefined;
 		this.#borrowed = undefined;
 		await worker?.close(this.#timeoutMs).catch(() => {}); // the connection's end tells the same
+	}
+
+	async [Symbol.asyncDispose](): Promise<void> {
+		await this.shutdown();
 	}
 
 	#worker(): NativeWorker {

@@ -1,4 +1,4 @@
-import { checkOptions, checkText, invalid } from "../arguments.js";
+import { checkOptions, checkText, invalid, warningsTo } from "../arguments.js";
 import { Client } from "../client.js";
 import type { ResolvedOffloading } from "../config.js";
 import { ParallelStrategy } from "../parallel.js";
@@ -124,8 +124,7 @@ export async function connectToServer(
 		...(onWarning === undefined ? {} : { onWarning }),
 	});
 	if (chunkSize !== undefined && via.chunkSize !== chunkSize) {
-		const warn = onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
-		warn(
+		warningsTo(onWarning)(
 			`chunkSize is ${chunkSize}, and the server at ${via.url} has chunks of ${via.chunkSize} tokens, which count: leave it ` +
 				`out, or start the server with --chunk-size ${chunkSize}`,
 		);

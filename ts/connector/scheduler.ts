@@ -1,4 +1,5 @@
 import {
+	checkBoolean,
 	checkHandle,
 	checkInteger,
 	checkIterable,
@@ -8,6 +9,7 @@ import {
 	checkTokenIds,
 	invalid,
 	misnamedSalt,
+	warningsTo,
 } from "../arguments.js";
 import type { KvEvents } from "../events.js";
 import {
@@ -33,7 +35,10 @@ export interface EngineRequest {
 	readonly numPromptTokens?: number | undefined;
 	/** The tenant. Absent, null and "" are the same: none. */
 	readonly cacheSalt?: string | null | undefined;
-	/** `PREEMPTED` when its blocks were taken away; every other word is as good as none. */
+	/**
+	 * `PREEMPTED` when its blocks were taken away; every other word is as good as none, and a request that has other blocks all
+	 * the same is refused.
+	 */
 	readonly status?: string | undefined;
 	/**
 	 * Tokens whose KV the engine has, those of the step that is being planned not included. Default: not said;
@@ -137,13 +142,15 @@ export class SchedulerConnector {
 	readonly #planner: "block" | "lmcache";
 	readonly #saveDecodeCache: boolean;
 	readonly #loadAsync: boolean;
+	/** Whether block ids move, and leave 0. */
+	readonly #relocates: boolean;
 	readonly #warn: (message: string) => void;
 	readonly #warned = new Set<string>();
 	readonly #requests = new Map<string, Tracked>();
 	/** Requests of which nobody says how much is computed, since a load of theirs failed. */
 	readonly #unknown = new Set<string>();
-	/** Requests that are loaded in the very step that is planned next. */
-	readonly #loadingNow = new Set<string>();
+	/** Requests whose load the next plan begins. */
+	readonly #loading = new Set<string>();
 	/** Requests that have ended, and whose blocks a worker may still copy. */
 	readonly #ending = new Set<string>();
 	/** Requests whose tokens must not be shown to the adapter. */
@@ -157,11 +164,15 @@ export class SchedulerConnector {
 		if (planner !== "block" && planner !== "lmcache") {
 			throw invalid(`planner must be "block" or "lmcache"`);
 		}
+		const { saveDecodeCache = false, loadAsync = true } = options;
+		checkBoolean("saveDecodeCache", saveDecodeCache);
+		checkBoolean("loadAsync", loadAsync);
 		this.#adapter = adapter;
 		this.#planner = planner;
-		this.#saveDecodeCache = options.saveDecodeCache ?? false;
-		this.#loadAsync = options.loadAsync ?? true;
-		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
+		this.#saveDecodeCache = saveDecodeCache;
+		this.#loadAsync = loadAsync;
+		this.#relocates = relocationWindow !== undefined && relocationWindow > 0;
+		this.#warn = warningsTo(options.onWarning);
 		const { chunkSize } = adapter;
 		this.#table = new TrackerTable({ chunkSize, blockSize, numBlocks, relocationWindow });
 		// Where every group has a whole number of blocks.
@@ -186,6 +197,7 @@ export class SchedulerConnector {
 		request: EngineRequest,
 		numComputedTokens: number,
 	): [numTokens: number | null, loadAsync: boolean] {
+		checkObject("request", request);
 		checkText("requestId", request.requestId);
 		checkTokenIds(`allTokenIds of ${request.requestId}`, request.allTokenIds);
 		checkInteger("numComputedTokens", numComputedTokens, 0, request.allTokenIds.length);
@@ -259,16 +271,18 @@ export class SchedulerConnector {
 		blockIds: BlockIds,
 		numExternalTokens: number,
 	): void {
-		const { requestId } = request;
-		checkInteger("numExternalTokens", numExternalTokens, 0, request.allTokenIds.length);
+		checkObject("request", request);
+		const { requestId, allTokenIds } = request;
+		checkTokenIds(`allTokenIds of ${requestId}`, allTokenIds);
+		checkInteger("numExternalTokens", numExternalTokens, 0, allTokenIds.length);
 		if (this.#uncached.has(requestId)) {
 			return;
 		}
 		const { tracker } = this.#tracked(requestId);
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
-		if (state === "WAITING_FOR_LOAD" && !this.#loadAsync) {
-			this.#loadingNow.add(requestId);
+		if (state === "WAITING_FOR_LOAD") {
+			this.#loading.add(requestId);
 		}
 		if (before !== "PREFETCHING") {
 			return;
@@ -278,7 +292,6 @@ export class SchedulerConnector {
 		// The adapter keeps the lease of a chunk that the engine has in part: it is loaded all the same.
 		const unneeded = state === "WAITING_FOR_LOAD" ? numLocalHitTokens : numExternalHitTokens;
 		if (numExternalHitTokens > 0 && unneeded > 0) {
-			const { allTokenIds } = request;
 			this.#adapter.freeLookupLocks(requestId, allTokenIds, 0, unneeded, salted(cacheSalt));
 		}
 	}
@@ -302,8 +315,13 @@ export class SchedulerConnector {
 		let count = 0;
 		const allocations: BlockAllocation[] | undefined =
 			this.#adapter.reportBlockAllocations === undefined ? undefined : [];
+		for (const requestId of this.#loading) {
+			this.#checkLoad(this.#tracked(requestId));
+		}
 		const loading = new Set(
-			[...this.#loadingNow].flatMap((id) => this.#table.get(id)?.allocatedBlockIds.flat() ?? []),
+			[...(this.#loadAsync ? [] : this.#loading)].flatMap(
+				(id) => this.#table.get(id)?.allocatedBlockIds.flat() ?? [],
+			),
 		);
 		const take = (requestId: string, given: BlockIds | null | undefined, isNew: boolean) => {
 			if (this.#uncached.has(requestId)) {
@@ -312,6 +330,10 @@ export class SchedulerConnector {
 			const tracked = this.#tracked(requestId);
 			const now = numScheduledTokens[requestId];
 			checkCount("numScheduledTokens", requestId, now);
+			const { allTokenIds } = tracked.request;
+			if (!(allTokenIds.length > 0)) {
+				checkTokenIds(`allTokenIds of ${requestId}`, allTokenIds); // whose memory may have gone
+			}
 			handles[count] = tracked.tracker.handle;
 			scheduled[count] = now as number;
 			tokens[count] = this.#storableTokens(tracked, now as number, loading);
@@ -331,12 +353,19 @@ export class SchedulerConnector {
 				allocations.push(this.#allocation(tracked, lists, isNew));
 			}
 		};
-		for (const { requestId } of scheduledNewReqs) {
+		for (const request of scheduledNewReqs) {
+			checkObject("a request of scheduledNewReqs", request);
+			const { requestId } = request;
 			// Its blocks came with updateStateAfterAlloc.
 			const { tracker } = this.#requests.get(requestId) ?? {};
 			take(requestId, allocations && tracker?.allocatedBlockIds, true);
 		}
-		for (const { requestId, newBlockIds, resumed = false } of scheduledCachedReqs) {
+		for (const request of scheduledCachedReqs) {
+			checkObject("a request of scheduledCachedReqs", request);
+			const { requestId, newBlockIds, resumed = false } = request;
+			if (resumed) {
+				this.#checkResumed(requestId, newBlockIds);
+			}
 			take(requestId, newBlockIds, resumed);
 		}
 		const plan = this.#plan({
@@ -346,7 +375,7 @@ export class SchedulerConnector {
 			blockOffsets: offsets.subarray(0, count * groups + 1),
 			blockIds: Uint32Array.from(blockIds),
 		});
-		this.#loadingNow.clear();
+		this.#loading.clear();
 		const requests: RequestMetadata[] = [];
 		for (const { handle, direction, ...op } of plan) {
 			const { requestId, cacheSalt } = this.#table.get(handle) as RequestTracker;
@@ -366,9 +395,11 @@ export class SchedulerConnector {
 	 * @throws `INVALID_ARGUMENT` for block ids that are no integers from 0 on.
 	 */
 	updateConnectorOutput(output: ConnectorOutput): void {
-		const { invalidBlockIds: reported = [], finishedSending = [] } = output;
+		checkObject("output", output);
+		const { invalidBlockIds: reported = [], finishedSending = [], finishedRecving = [] } = output;
 		checkIterable("invalidBlockIds", reported);
 		checkIterable("finishedSending", finishedSending);
+		checkIterable("finishedRecving", finishedRecving);
 		const invalidBlockIds = new Set(reported);
 		for (const id of invalidBlockIds) {
 			checkInteger("an invalid block id", id, 0, U32_MAX);
@@ -399,7 +430,12 @@ export class SchedulerConnector {
 		request: EngineRequest,
 		_blockIds?: BlockIds,
 	): [keepBlocks: boolean, kvTransferParams: Record<string, unknown> | null] {
+		checkObject("request", request);
 		const { requestId, kvTransferParams } = request;
+		checkText("requestId", requestId);
+		if (kvTransferParams !== undefined && kvTransferParams !== null) {
+			checkObject("kvTransferParams", kvTransferParams);
+		}
 		const params: Record<string, unknown> | null = kvTransferParams ? {} : null;
 		const tracker = this.#table.get(requestId);
 		if (params !== null && kvTransferParams && EXTRA in kvTransferParams) {
@@ -407,10 +443,10 @@ export class SchedulerConnector {
 			params[EXTRA] = Math.max(0, extra);
 		}
 		this.#unknown.delete(requestId);
-		this.#loadingNow.delete(requestId);
+		this.#loading.delete(requestId);
 		const uncached = this.#uncached.delete(requestId);
 		if (tracker === undefined && !uncached) {
-			return [false, params];
+			return [this.#ending.has(requestId), params]; // ended before, and a worker may still copy
 		}
 		if (tracker !== undefined) {
 			this.#table.remove(requestId);
@@ -461,20 +497,25 @@ export class SchedulerConnector {
 	/** The tracker of a request; after a preemption a new one. */
 	#track(request: EngineRequest): RequestTracker {
 		const { requestId, cacheSalt, numPromptTokens } = request;
-		const known = this.#table.get(requestId);
-		if (known !== undefined) {
-			if (request.status !== "PREEMPTED" || known.state === "PREFETCHING") {
-				return known;
-			}
-		}
-		const misspelt = cacheSalt === undefined ? misnamedSalt(request) : undefined;
+		const misspelt = saltOf(request) === "" ? misnamedSalt(request) : undefined;
 		if (misspelt !== undefined) {
 			throw invalid(
 				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's`,
 			);
 		}
+		const known = this.#requests.get(requestId);
+		if (known !== undefined) {
+			checkSame(known, request);
+			if (request.status !== "PREEMPTED" || this.#goesOn(known.tracker, request)) {
+				if (request !== known.request) {
+					this.#hashedTokens(request); // refuses what the next step would stumble over
+					this.#requests.set(requestId, { ...known, request });
+				}
+				return known.tracker;
+			}
+		}
 		const { maxOffloadTokens = Infinity } = request;
-		const { firstTokens = request.allTokenIds.length } = this.#requests.get(requestId) ?? {};
+		const { firstTokens = request.allTokenIds.length } = known ?? {};
 		const prompt = numPromptTokens ?? firstTokens;
 		checkInteger(`numPromptTokens of ${requestId}`, prompt, 0, U32_MAX);
 		if (maxOffloadTokens !== Infinity) {
@@ -483,6 +524,7 @@ export class SchedulerConnector {
 		const promptOnly = this.#planner === "lmcache" && !this.#saveDecodeCache;
 		const numTokens = this.#hashedTokens(request);
 		this.#table.remove(requestId); // nothing is refused from here on
+		this.#loading.delete(requestId);
 		const tracker = this.#table.add({
 			requestId,
 			numTokens,
@@ -491,6 +533,50 @@ export class SchedulerConnector {
 		});
 		this.#requests.set(requestId, { tracker, request, tokens: new SharedTokens(), firstTokens });
 		return tracker;
+	}
+
+	/** Whether a preempted request has what it had: nothing of it ran since the cache was asked last. */
+	#goesOn(tracker: RequestTracker, request: EngineRequest): boolean {
+		const { state, numScheduledTokens } = tracker;
+		if (state === "PREFETCHING") {
+			return true;
+		}
+		// Its load failed, and would fail again: only LMCache's planner asks the cache after a preemption.
+		const failed = state === "BYPASSED" || (state === "READY" && loadFailed(request, tracker));
+		return this.#planner === "lmcache" && numScheduledTokens === 0 && failed;
+	}
+
+	/** Refuses a load of more tokens than the request has by now. */
+	#checkLoad({ request, tracker }: Tracked): void {
+		const { requestId, allTokenIds } = request;
+		const name = `allTokenIds of ${requestId}`;
+		checkTokenIds(name, allTokenIds);
+		if (allTokenIds.length < tracker.numExternalHitTokens) {
+			throw invalid(
+				`${name} has ${allTokenIds.length} tokens, and ${tracker.numExternalHitTokens} were found: a request that ` +
+					"has become another one is ended by requestFinished",
+			);
+		}
+	}
+
+	/** Refuses other blocks than updateStateAfterAlloc told: what is stored goes by those. */
+	#checkResumed(requestId: string, given: BlockIds | null | undefined): void {
+		if (given === null || given === undefined || this.#uncached.has(requestId)) {
+			return;
+		}
+		const known = this.#tracked(requestId).tracker.allocatedBlockIds;
+		const moves = (id: number, other: number | undefined) =>
+			this.#relocates && (id === 0 || other === 0);
+		const lists = blockLists(given, this.#table.blockSizes.length);
+		const same = known.every((ids, group) => {
+			return ids.every((id, at) => id === lists[group]?.[at] || moves(id, lists[group]?.[at]));
+		});
+		if (!same) {
+			throw invalid(
+				`request ${requestId} is resumed with other blocks than it is known to have: ask for it again, with the ` +
+					"status PREEMPTED, and tell its blocks by updateStateAfterAlloc",
+			);
+		}
 	}
 
 	#tracked(requestId: string): Tracked {
@@ -557,12 +643,34 @@ export class SchedulerConnector {
 	}
 }
 
+/** Refuses a request that has the id of another one, which would be given what is that one's. */
+function checkSame({ request: known, tracker }: Tracked, request: EngineRequest): void {
+	const { requestId, allTokenIds } = request;
+	if (saltOf(request) !== tracker.cacheSalt) {
+		throw invalid(`request ${requestId} had another cacheSalt before: ${END_FIRST}`);
+	}
+	if (request === known || allTokenIds === known.allTokenIds) {
+		return;
+	}
+	const most = Math.min(allTokenIds.length, known.allTokenIds.length);
+	for (let at = 0; at < most; at++) {
+		if (allTokenIds[at] !== known.allTokenIds[at]) {
+			throw invalid(
+				`request ${requestId} had another token at position ${at} before: ${END_FIRST}`,
+			);
+		}
+	}
+}
+
+const END_FIRST = "call requestFinished for the one that had this id first";
+
 /** Asked again with nothing computed after a load was planned: the load failed, and was not counted. */
 function loadFailed(request: EngineRequest, tracker: RequestTracker): boolean {
 	return (request.numComputedTokens ?? 0) === 0 && tracker.numExternalHitTokens > 0;
 }
 
 function checkOutput(output: SchedulerOutput): void {
+	checkObject("output", output);
 	const { scheduledNewReqs, scheduledCachedReqs, numScheduledTokens } = output;
 	for (const [name, list] of Object.entries({ scheduledNewReqs, scheduledCachedReqs })) {
 		if (!Array.isArray(list)) {

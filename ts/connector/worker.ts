@@ -1,4 +1,4 @@
-import { checkHandle, checkOptions, invalid } from "../arguments.js";
+import { checkHandle, checkIterable, checkOptions, invalid, warningsTo } from "../arguments.js";
 import {
 	PARALLELISM_OPTIONS,
 	type ParallelismOptions,
@@ -55,7 +55,7 @@ export class WorkerConnector implements AsyncDisposable {
 		checkHandle("adapter", options.adapter, "registerKvCaches", "give createWorkerAdapter({ … })");
 		this.parallelStrategy = strategyOf(options);
 		this.#adapter = options.adapter;
-		this.#warn = options.onWarning ?? ((message) => process.emitWarning(message, "KvferryWarning"));
+		this.#warn = warningsTo(options.onWarning);
 	}
 
 	/**
@@ -150,6 +150,7 @@ export class WorkerConnector implements AsyncDisposable {
 	getFinished(
 		finishedRequestIds: ReadonlySet<string>,
 	): [finishedSending: Set<string>, finishedRecving: Set<string>] {
+		checkIterable("finishedRequestIds", finishedRequestIds);
 		const [sending, recving] = this.#adapter.getFinished(finishedRequestIds);
 		for (const requestId of this.#refused.requests) {
 			recving.add(requestId);

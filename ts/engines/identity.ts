@@ -3,6 +3,7 @@ import { mkdir, open, readFile, rename, stat, writeFile } from "node:fs/promises
 import { homedir } from "node:os";
 import { isAbsolute, join } from "node:path";
 import { KvferryError } from "../errors.js";
+import { throwIfAborted } from "../waiting.js";
 
 /** A file as it was when it was hashed. */
 interface Remembered {
@@ -15,9 +16,9 @@ interface Remembered {
  * SHA-256 of a file, 64 hexadecimal digits. Computed once and remembered, by device, inode, size and
  * time of change, in `$XDG_CACHE_HOME/kvferry` (`~/.cache/kvferry`).
  *
- * @throws {@link KvferryError} `SYSTEM` when the file cannot be read.
+ * @throws {@link KvferryError} `SYSTEM` when the file cannot be read, `ABORTED`.
  */
-export async function fileSha256(path: string): Promise<string> {
+export async function fileSha256(path: string, signal?: AbortSignal): Promise<string> {
 	try {
 		const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true });
 		const key = { size: String(size), mtimeNs: String(mtimeNs) };
@@ -26,23 +27,25 @@ export async function fileSha256(path: string): Promise<string> {
 		if (known?.size === key.size && known.mtimeNs === key.mtimeNs) {
 			return known.sha256;
 		}
-		const sha256 = await hashFile(path);
+		const sha256 = await hashFile(path, signal);
 		const after = await stat(path, { bigint: true });
 		if (after.ino === ino && after.size === size && after.mtimeNs === mtimeNs) {
 			await remember(memory, { ...key, sha256 });
 		}
 		return sha256;
 	} catch (error) {
+		throwIfAborted(signal);
 		throw new KvferryError("SYSTEM", `Hashing the model ${path}: ${(error as Error).message}`, {
 			cause: error,
 		});
 	}
 }
 
-async function hashFile(path: string): Promise<string> {
+async function hashFile(path: string, signal: AbortSignal | undefined): Promise<string> {
 	const hash = createHash("sha256");
 	await using file = await open(path);
 	for await (const piece of file.createReadStream({ highWaterMark: 1 << 20, autoClose: false })) {
+		throwIfAborted(signal); // a model may take minutes
 		hash.update(piece);
 	}
 	return hash.digest("hex");

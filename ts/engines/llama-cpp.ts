@@ -9,11 +9,11 @@ import { join } from "node:path";
 import { checkHandle, checkOptions, checkSalt, checkVia, invalid, shown } from "../arguments.js";
 import { PrefixCache, type RequestOptions } from "../cache.js";
 import type { Client } from "../client.js";
-import { type ErrorCode, ErrorCodes, KvferryError, wrap } from "../errors.js";
+import { type ErrorCode, ErrorCodes, fromNative, KvferryError, wrap } from "../errors.js";
 import { native } from "../native.js";
 import type { LlamaState, LlamaStateFile } from "../native-binding.js";
 import type { Server } from "../server.js";
-import { timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
+import { throwIfAborted, timeoutOf, type WaitOptions, waitFor } from "../waiting.js";
 import { type Call, Calls, checkSpelling, toTokenIds, troubleOf } from "./calls.js";
 import { checkModel, type IdentityOptions, identityOf } from "./llama-identity.js";
 import { Provenance } from "./llama-provenance.js";
@@ -170,6 +170,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		checkHandle("context", context, "getSequence", "give await model.createContext()");
 		checkSalt(cacheSalt);
 		timeoutOf(options);
+		throwIfAborted(signal);
 		checkModel(context.model);
 		const engine = await identityOf(context, options);
 		const sample = await sampleState(context, options.sequence);
@@ -328,7 +329,10 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		const tokens = promptTokens(session, text, promptOptions);
 		const restored = await this.restore(sequence, tokens, request);
 		const response = await session.prompt(text, promptOptions);
-		const saved = await this.save(sequence, request);
+		// The engine's answer stays, also where the cache was closed meanwhile.
+		const saved = await this.save(sequence, request).catch(
+			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
+		);
 		return { response, restored, saved };
 	}
 
@@ -420,15 +424,30 @@ async function sampleState(
 	if (given !== undefined && given.nextTokenIndex !== 0) {
 		throw invalid(`the sequence holds ${given.nextTokenIndex} tokens: pass an empty one`);
 	}
-	const sequence = given ?? context.getSequence();
-	const directory = await mkdtemp(join(tmpdir(), "kvferry-"));
+	const directory = await temporaryDirectory();
 	try {
 		const path = join(directory, "state");
-		await sequence.evaluateWithoutGeneratingNewTokens([context.model.tokens.bos ?? 0]);
-		await sequence.saveStateToFile(path);
+		const sequence = given ?? context.getSequence();
+		try {
+			await sequence.evaluateWithoutGeneratingNewTokens([context.model.tokens.bos ?? 0]);
+			await sequence.saveStateToFile(path);
+		} finally {
+			await (given === undefined ? sequence.dispose() : sequence.clearHistory());
+		}
 		return await readFile(path);
 	} finally {
 		await rm(directory, { recursive: true, force: true });
-		await (given === undefined ? sequence.dispose() : sequence.clearHistory());
+	}
+}
+
+async function temporaryDirectory(): Promise<string> {
+	try {
+		return await mkdtemp(join(tmpdir(), "kvferry-"));
+	} catch (error) {
+		throw new KvferryError(
+			"SYSTEM",
+			`${(error as Error).message}: set TMPDIR to a directory that can be written to`,
+			{ cause: error },
+		);
 	}
 }

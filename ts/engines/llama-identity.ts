@@ -1,5 +1,6 @@
 import { basename, isAbsolute } from "node:path";
 import { KvferryError } from "../errors.js";
+import type { WaitOptions } from "../waiting.js";
 import { canonicalJson, fileSha256 } from "./identity.js";
 import type { EngineContext, EngineModel } from "./node-llama-cpp.js";
 
@@ -50,7 +51,7 @@ export function checkModel({ fileInsights, filename }: EngineModel): void {
  */
 export async function identityOf(
 	context: EngineContext,
-	options: IdentityOptions,
+	options: IdentityOptions & Pick<WaitOptions, "signal">,
 ): Promise<string> {
 	const { model } = context;
 	const { llama } = model;
@@ -82,7 +83,10 @@ function loraOf(context: EngineContext, named: string | undefined): string {
 	);
 }
 
-async function modelDigest(model: EngineModel, options: IdentityOptions): Promise<string> {
+async function modelDigest(
+	model: EngineModel,
+	options: IdentityOptions & Pick<WaitOptions, "signal">,
+): Promise<string> {
 	if (options.modelSha256 !== undefined) {
 		if (!/^[0-9a-f]{64}$/i.test(options.modelSha256)) {
 			throw new KvferryError(
@@ -113,5 +117,5 @@ async function modelDigest(model: EngineModel, options: IdentityOptions): Promis
 				"pass one hash over all of them in the option `modelSha256`.",
 		);
 	}
-	return fileSha256(path);
+	return fileSha256(path, options.signal);
 }

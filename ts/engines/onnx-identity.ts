@@ -2,6 +2,7 @@ import { open } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { checkText } from "../arguments.js";
 import { KvferryError } from "../errors.js";
+import type { WaitOptions } from "../waiting.js";
 import { canonicalJson, fileSha256 } from "./identity.js";
 import type { KvLayout } from "./onnx-layout.js";
 import type { EngineSession } from "./onnxruntime.js";
@@ -29,7 +30,7 @@ export interface OnnxIdentityOptions {
 export async function identityOf(
 	session: EngineSession,
 	layout: KvLayout,
-	options: OnnxIdentityOptions,
+	options: OnnxIdentityOptions & Pick<WaitOptions, "signal">,
 ): Promise<string> {
 	// transformers.js notes here which of a model's files it took, and the device.
 	const config = Reflect.get(session, "config") as { device?: unknown } | undefined;
@@ -43,7 +44,11 @@ export async function identityOf(
 	});
 }
 
-async function modelOf({ modelPath, modelId }: OnnxIdentityOptions): Promise<object> {
+async function modelOf({
+	modelPath,
+	modelId,
+	signal,
+}: OnnxIdentityOptions & Pick<WaitOptions, "signal">): Promise<object> {
 	if (modelId !== undefined) {
 		checkText("modelId", modelId);
 		if (modelId !== "") {
@@ -57,12 +62,12 @@ async function modelOf({ modelPath, modelId }: OnnxIdentityOptions): Promise<obj
 		);
 	}
 	checkText("modelPath", modelPath);
-	const sha256 = await fileSha256(modelPath);
+	const sha256 = await fileSha256(modelPath, signal);
 	const external = new Map<string, string>();
 	for await (const name of externalFiles(modelPath)) {
 		// One after the other: a model can have a file for each tensor.
 		if (!external.has(name)) {
-			external.set(name, await fileSha256(join(dirname(modelPath), name)));
+			external.set(name, await fileSha256(join(dirname(modelPath), name), signal));
 		}
 	}
 	return { sha256, external: [...external.values()] };

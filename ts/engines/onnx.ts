@@ -220,6 +220,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		checkVia(via, "openPrefixCache");
 		checkSalt(cacheSalt);
 		timeoutOf(options);
+		throwIfAborted(signal);
 		if (typeof Tensor !== "function") {
 			throw invalid(
 				"Tensor must be the engine's class: onnxruntime's, or transformers.js's with a model",

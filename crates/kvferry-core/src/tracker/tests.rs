@@ -219,6 +219,7 @@ fn bad_input_is_refused_and_changes_nothing() {
         (table.set_hits(handle, 0, 384).unwrap_err(), "within the 320"),
         (table.allocate(handle, &[0, 3], &[1, 2, 3], true).unwrap_err(), "has 4 blocks"),
         (table.allocate(handle, &[0, 5], &[1, 2, 3, 4, 1000], true).unwrap_err(), "1000"),
+        (table.allocate(handle, &[0, 4], &[20, 21, 22, 23], true).unwrap_err(), "block 20 where"),
         (table.blocks(handle, 1).unwrap_err(), "group 1"),
         (table.remove(9).unwrap_err(), "request 9"),
     ] {
