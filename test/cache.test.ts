@@ -211,6 +211,34 @@ describe("PrefixCache in this process", () => {
 		});
 	});
 
+	it("ends with ABORTED, whatever its server is, when it was aborted before", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		const hit = await cache.lookup(tokens(CHUNK));
+		await store.close();
+		const signal = AbortSignal.abort();
+		const aborted = expect.objectContaining({ code: "ABORTED" });
+		await expect(cache.lookup(tokens(CHUNK), { signal })).rejects.toEqual(aborted);
+		await expect(cache.store(tokens(CHUNK), bytesOf, { signal })).rejects.toEqual(aborted);
+		await expect(hit.load(undefined, { signal })).rejects.toEqual(aborted);
+	});
+
+	it("refuses what is no function, before anything is used up", async () => {
+		const store = await server();
+		const cache = await cacheOf(store);
+		await expect(cache.store(tokens(CHUNK), undefined as never)).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringMatching(/^bytesOf is missing/),
+		});
+		await cache.store(tokens(CHUNK), bytesOf);
+		const hit = await cache.lookup(tokens(CHUNK));
+		await expect(hit.load({ timeoutMs: 1 } as never)).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringMatching(/^into is of type object: it must be a function/),
+		});
+		expect(await hit.load()).toHaveLength(1);
+	});
+
 	it("opens with no option that it does not know, and with nothing but a client or a server", async () => {
 		const via = await server();
 		const options = { via, identity: "m", bytesPerChunk: BYTES };
@@ -223,6 +251,9 @@ describe("PrefixCache in this process", () => {
 			],
 			[{ via: Promise.resolve(via) }, "via is a promise, await it: "],
 			[{ via: undefined }, "via is missing: "],
+			[{ identity: "" }, "identity is empty"],
+			[{ identity: new Uint8Array() }, "identity is empty"],
+			[{ identity: "m\ud800" }, "identity has half of a surrogate pair"],
 		] as const) {
 			await expect(opening(given)).rejects.toMatchObject({
 				code: "INVALID_ARGUMENT",

@@ -74,7 +74,13 @@ describe("a parallel strategy", () => {
 		expect(of({ tensorParallelSize: 0 })).toMatch(/tensorParallelSize is 0/);
 		expect(of({ tensorParallelSize: 1.5 })).toMatch(/tensorParallelSize is 1.5/);
 		expect(of({ tensorParallelSize: 256 })).toMatch(/255/);
-		expect(of({ useMla: 1 })).toMatch(/useMla must be true or false/);
+		expect(of({ useMla: 1 })).toMatch(/useMla is 1: it must be true or false/);
+		expect(refusal(() => ParallelStrategy.tensorParallel(2, undefined as never))).toMatch(
+			/rank is/,
+		);
+		expect(refusal(() => ParallelStrategy.pipelineParallel(2, undefined as never))).toMatch(
+			/rank is/,
+		);
 		expect(of({ tensorParallelSiz: 2 })).toMatch(/did you mean tensorParallelSize/);
 	});
 });

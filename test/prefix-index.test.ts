@@ -33,6 +33,14 @@ function refusal(call: () => unknown): { code: ErrorCode; message: string } {
 }
 
 describe("a prefix index", () => {
+	it("takes the hashes of events as they come, one by one", () => {
+		const index = new PrefixIndex({ capacity: 100 });
+		const all = hashes(range(0, 5));
+		const each: Uint8Array[] = [...all];
+		expect(index.insert(each).inserted).toBe(5);
+		expect([...index.contains(all)]).toEqual([1, 1, 1, 1, 1]);
+	});
+
 	it("tells how much of each prompt is stored, from what the hashers give", () => {
 		const index = new PrefixIndex({ capacity: 100 });
 		const prompt = Uint32Array.from(range(0, 2048));

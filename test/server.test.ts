@@ -73,6 +73,21 @@ it("says that what is to be a directory is a file", async () => {
 	});
 });
 
+it.each([
+	[{ listen: "false" }, /^listen is "false": it must be true or false/],
+	[{ keepAlive: 1 }, /^keepAlive is 1: it must be/],
+	[{ disk: "" }, /^disk is empty/],
+	[{ quotas: "" }, /^quotas is empty/],
+	[{ remote: "" }, /^remote is empty/],
+	[{ shmName: "" }, /^shmName is empty/],
+	[{ memory: 2 ** 44 }, /^memory is 17592186044416: .* to 17592186040320/],
+])("refuses %j by name", async (options, message) => {
+	await expect(Server.start({ port: 0, memory, ...options } as never)).rejects.toMatchObject({
+		code: "INVALID_ARGUMENT",
+		message: expect.stringMatching(message),
+	});
+});
+
 it("refuses the size of a disk without the disk", async () => {
 	const starting = Server.start({ listen: false, memory, diskSize: 2 ** 20 });
 	await expect(starting).rejects.toMatchObject({

@@ -130,6 +130,16 @@ export function checkText(name: string, text: unknown): asserts text is string {
 	}
 }
 
+/** Checks for a text that says something. */
+export function checkGiven(name: string, text: unknown): asserts text is string {
+	checkText(name, text);
+	if (text === "") {
+		throw invalid(
+			`${name} is empty: give one, or leave it out; is a variable missing that it is read from?`,
+		);
+	}
+}
+
 /** Checks for bytes that still have their memory. */
 export function checkBytes(name: string, bytes: unknown): asserts bytes is Uint8Array {
 	if (!types.isUint8Array(bytes)) {

@@ -2,6 +2,7 @@ import { types } from "node:util";
 import {
 	checkBytes,
 	checkFunction,
+	checkGiven,
 	checkInteger,
 	checkOptions,
 	checkSalt,
@@ -147,11 +148,17 @@ export class PrefixCache implements AsyncDisposable {
 		const { via, identity, bytesPerChunk } = options;
 		checkVia(via, "openPrefixCache");
 		checkInteger("bytesPerChunk", bytesPerChunk, 1, BYTES_PER_CHUNK_MAX);
+		if (typeof identity === "string") {
+			checkGiven("identity", identity);
+		}
 		const bytes = typeof identity === "string" ? new TextEncoder().encode(identity) : identity;
 		if (!types.isUint8Array(bytes)) {
 			throw invalid(`identity is ${shown(bytes)}: give a text, or a Uint8Array`);
 		}
 		checkBytes("identity", bytes);
+		if (bytes.length === 0) {
+			throw invalid("identity is empty: give what the chunks' bytes depend on");
+		}
 		return new PrefixCache(await via.openPrefixCache(bytes, bytesPerChunk, options), options);
 	}
 
@@ -172,6 +179,7 @@ export class PrefixCache implements AsyncDisposable {
 		checkTokens(tokens);
 		checkOptions("lookup", options, REQUEST_OPTIONS);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
+		throwIfAborted(options.signal);
 		try {
 			this.checkVia();
 			const hit = await waitFor(
@@ -202,6 +210,7 @@ export class PrefixCache implements AsyncDisposable {
 		checkFunction("bytesOf", bytesOf);
 		checkOptions("store", options, REQUEST_OPTIONS);
 		const [salt, timeoutMs] = [checkSalt(options.cacheSalt), timeoutOf(options)];
+		throwIfAborted(options.signal);
 		try {
 			this.checkVia();
 			const writing = await waitFor(

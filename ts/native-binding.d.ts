@@ -358,6 +358,9 @@ export interface BlockHasherOptions {
   numHashLookaheadTokens: number
 }
 
+/** Refuses a model's name that no key can hold. */
+export declare function checkModelName(modelName: string): void
+
 /** Refuses a salt that no key can hold. */
 export declare function checkSalt(salt: string): void
 

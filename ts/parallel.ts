@@ -1,4 +1,4 @@
-import { checkInteger, checkOptions, invalid } from "./arguments.js";
+import { checkBoolean, checkInteger, checkOptions, invalid } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
 import type { NativeStrategy } from "./native-binding.js";
@@ -127,9 +127,7 @@ export class ParallelStrategy {
 		checkOptions("ParallelStrategy.of", options, OPTIONS);
 		const { useMla = false, isHybrid = false } = options;
 		for (const [name, value] of Object.entries({ useMla, isHybrid })) {
-			if (typeof value !== "boolean") {
-				throw invalid(`${name} must be true or false`);
-			}
+			checkBoolean(name, value);
 		}
 		const { tensorParallelSize = 1, pipelineParallelSize = 1, rank = 0 } = options;
 		const { numServers = 1, decodeContextParallelSize = 1 } = options;
@@ -150,11 +148,13 @@ export class ParallelStrategy {
 
 	/** One worker of a tensor-parallel group. */
 	static tensorParallel(size: number, rank: number, useMla = false): ParallelStrategy {
+		checkInteger("rank", rank, 0, U32_MAX); // two of rank 0 would wait for another one's KV for ever
 		return ParallelStrategy.of({ tensorParallelSize: size, rank, useMla });
 	}
 
 	/** One stage of a pipeline. */
 	static pipelineParallel(size: number, rank: number): ParallelStrategy {
+		checkInteger("rank", rank, 0, U32_MAX);
 		return ParallelStrategy.of({ pipelineParallelSize: size, rank });
 	}
 }

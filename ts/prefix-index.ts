@@ -22,9 +22,9 @@ export interface PrefixIndexOptions {
 
 /**
  * Hashes of one request or of many: what {@link ChunkHasher} and {@link BlockHasher} give, a list of that, or
- * their bytes, one after the other.
+ * their bytes, one after the other, in one array or in several (those of events, say).
  */
-export type HashList = Hashes | readonly Hashes[] | Uint8Array;
+export type HashList = Hashes | readonly (Hashes | Uint8Array)[] | Uint8Array;
 
 /** What {@link PrefixIndex.insert} did. */
 export interface InsertResult {

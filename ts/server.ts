@@ -1,5 +1,12 @@
 import { stat } from "node:fs/promises";
-import { checkBoolean, checkInteger, checkOptions, checkText, invalid } from "./arguments.js";
+import {
+	checkBoolean,
+	checkGiven,
+	checkInteger,
+	checkOptions,
+	checkText,
+	invalid,
+} from "./arguments.js";
 import { KvferryError, wrap } from "./errors.js";
 import { askEvents, type EventsOptions, type KvEvents } from "./events.js";
 import { native } from "./native.js";
@@ -50,7 +57,7 @@ export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	 */
 	readonly httpPort?: number;
 	/**
-	 * Bytes of the pool, 4096 to 2^44, of which the system gives as many as are used; all of them where the paged connectors copy
+	 * Bytes of the pool, 4096 to 2^44 - 4096, of which the system gives as many as are used; all of them where the paged connectors copy
 	 * from and to a GPU. Default 4 GiB.
 	 */
 	readonly memory?: number;
@@ -173,27 +180,29 @@ export class Server implements AsyncDisposable {
 		const { policy = "default", disk, diskSize = DISK, remote, quotas } = options;
 		const { listenPublic = false, tokenFile, ipc } = options;
 		const { sessionTimeoutMs = 300_000, reservationTimeoutMs = 600_000 } = options;
+		checkBoolean("listen", listen);
+		checkBoolean("keepAlive", keepAlive);
 		checkText("host", host);
 		checkInteger("port", port, 0, 65_535);
-		checkInteger("memory", memory, 4096, 2 ** 44);
+		checkInteger("memory", memory, 4096, 2 ** 44 - 4096);
 		checkInteger("chunkSize", chunkSize, 1, 65_536);
 		checkText("policy", policy);
 		checkInteger("diskSize", diskSize, 8192, Number.MAX_SAFE_INTEGER);
 		if (disk !== undefined) {
-			checkText("disk", disk);
+			checkGiven("disk", disk);
 		} else if (options.diskSize !== undefined) {
 			throw invalid(`diskSize ${diskSize} has no use here: give the directory, disk, too`);
 		}
 		if (remote !== undefined) {
-			checkText("remote", remote);
+			checkGiven("remote", remote);
 		}
 		if (quotas !== undefined) {
-			checkText("quotas", quotas);
+			checkGiven("quotas", quotas);
 		}
 		checkInteger("sessionTimeoutMs", sessionTimeoutMs, 1, 2 ** 31 - 1);
 		checkInteger("reservationTimeoutMs", reservationTimeoutMs, 1, 2 ** 31 - 1);
 		if (shmName !== undefined) {
-			checkText("shmName", shmName);
+			checkGiven("shmName", shmName);
 		}
 		checkBoolean("listenPublic", listenPublic);
 		for (const [name, path] of Object.entries({ tokenFile, ipc })) {

@@ -1,6 +1,7 @@
 import { types } from "node:util";
 import {
 	checkAttached,
+	checkBoolean,
 	checkInteger,
 	checkObject,
 	checkOptions,
@@ -414,6 +415,7 @@ export class TrackerTable {
 	 */
 	allocate(requestId: string, blockIds: BlockIds, load: boolean): RequestState {
 		const { handle } = this.#tracked(requestId);
+		checkBoolean("load", load);
 		const { offsets, ids } = this.#blocks(blockIds);
 		const state = wrap(() => this.#native.allocate(handle, offsets, ids, load));
 		return STATES[state] as RequestState;

@@ -57,7 +57,7 @@ describe("kvferry serve", () => {
 		},
 	);
 
-	it.each(["0.0.0.0", "10.0.0.1", "::", "::2", "127.0.0.1.example.org", ""])(
+	it.each(["0.0.0.0", "10.0.0.1", "::", "::2", "127.0.0.1.example.org"])(
 		"refuses another host: %j",
 		(host) => {
 			expect(() => settings("--host", host)).toThrow(
@@ -96,6 +96,13 @@ describe("kvferry serve", () => {
 			diskSize: 8192,
 		});
 	});
+
+	it.each(["--disk", "--remote", "--quotas", "--host", "--token-file"])(
+		"refuses an empty %s, of a variable that is missing",
+		(flag) => {
+			expect(() => settings(flag, "")).toThrow(new RegExp(`^${flag} is empty`));
+		},
+	);
 
 	it("refuses the size of a disk that is not given", () => {
 		expect(() => settings("--disk-size", "1GiB")).toThrow(/^--disk-size 1GiB .*--disk DIR/);

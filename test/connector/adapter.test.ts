@@ -9,6 +9,7 @@ import {
 	ParallelStrategy,
 	type SchedulerAdapter,
 	SchedulerConnector,
+	Server,
 	type WorkerAdapter,
 	WorkerConnector,
 	type WorkerConnectorOptions,
@@ -165,6 +166,22 @@ describe("options from before ParallelStrategy", () => {
 
 describe("options", () => {
 	const via = "tcp://127.0.0.1:9";
+
+	it.each([
+		["m@1", /'@'/],
+		["", /modelName is empty/],
+		["m".repeat(4097), /4096/],
+	])("name no model that no key can hold: %.5s", async (modelName, message) => {
+		await using via = await Server.start({ listen: false, memory: 2 ** 20 });
+		for (const create of [createSchedulerAdapter, createWorkerAdapter]) {
+			expect(() => create({ via, modelName })).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringMatching(message),
+				}),
+			);
+		}
+	});
 
 	it.each([
 		["createSchedulerAdapter", createSchedulerAdapter, { via, model: "m" }, "model", "modelName"],

@@ -159,6 +159,15 @@ describe("createConnector", () => {
 		await expect(createConnector(native, { modelName: "m", workers: [] })).rejects.toThrow(
 			/workers is empty/,
 		);
+		const of = (size: number, rank: number) => ParallelStrategy.tensorParallel(size, rank);
+		for (const [workers, message] of [
+			[[of(2, 0), of(2, 0)], /two workers have rank 0/],
+			[[of(2, 0), of(4, 1)], /ranks of 2 and of 4/],
+			[[{ rank: 0 }], /workers must be an array with a ParallelStrategy/],
+		] as const) {
+			const opening = createConnector(native, { modelName: "m", workers: workers as never });
+			await expect(opening).rejects.toThrow(message);
+		}
 		const tiny = resolveOffloading({ kvOffloadingSize: 0 });
 		await expect(createConnector(tiny, { modelName: "m" })).rejects.toThrow(
 			/cpu_bytes_to_use is 0/,

@@ -765,6 +765,30 @@ describe("blocks that a request is not known to have", () => {
 	});
 });
 
+describe("tokens that are not to be loaded", () => {
+	it("are refused where the engine would count them all the same", () => {
+		const { connector } = open(() => 0);
+		const a = request("a", 150);
+		expect(connector.getNumNewMatchedTokens(a, 0)).toEqual([0, false]);
+		const refused = (of: SchedulerConnector) =>
+			expect(() => of.updateStateAfterAlloc(a, range(0, 4), 64)).toThrow(
+				expect.objectContaining({
+					code: "INVALID_ARGUMENT",
+					message: expect.stringMatching(/^numExternalTokens is 64, and nothing .* for a/),
+				}),
+			);
+		refused(connector);
+		expect(connector.tracker("a")?.numAllocatedBlocks).toBe(0);
+		const { adapter } = cache(() => 64);
+		const saltless = new SchedulerConnector({
+			adapter: { ...adapter, carriesSalt: undefined },
+			onWarning() {},
+		});
+		saltless.getNumNewMatchedTokens({ ...a, cacheSalt: "tenant" }, 0);
+		refused(saltless);
+	});
+});
+
 describe("an id that two requests have", () => {
 	it("gives the second one nothing of the first's", () => {
 		const { connector } = open(() => 64);

@@ -489,6 +489,12 @@ describe("memory that does not fit", () => {
 		["a misspelt order", good.kv, { kvLayot: "HND" } as object, /"kvLayot": did you mean kvLayout/],
 		["a misspelt shape", good.kv, { plane: "fused" } as object, /"plane": did you mean planes/],
 		["heads in a latent plane", good.kv, { planes: "latent" }, /one head, not 3/],
+		[
+			"K that is V",
+			{ a: [good.kv["layer.0"], good.kv["layer.0"]] as never },
+			{ numBlocks: 32 },
+			/arrays of layer a and of layer a overlap/,
+		],
 		["no array", { a: 7 as unknown as LayerKv }, {}, /layer a must be a typed array/],
 		[
 			"one K without V",

@@ -134,7 +134,9 @@ function version(): string {
 
 function report(error: unknown, json: boolean): void {
 	const code = error instanceof KvferryError ? error.code : "INTERNAL";
-	const message = error instanceof Error ? error.message : String(error);
+	const said = error instanceof Error ? error.message : String(error);
+	const remedy = code === "UNAUTHORIZED" ? " Here: --token-file FILE, or KVFERRY_TOKEN." : "";
+	const message = `${said}${remedy}`;
 	process.stderr.write(json ? `${JSON.stringify({ code, message })}\n` : `${code}: ${message}\n`);
 }
 

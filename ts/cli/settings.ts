@@ -66,7 +66,7 @@ export const SERVE = {
 		value: "SIZE",
 		help: "size of the shared-memory pool",
 		default: "4GiB",
-		read: (given) => bytes(given, 4096, 2 ** 44),
+		read: (given) => bytes(given, 4096, 2 ** 44 - 4096),
 	},
 	"shm-name": {
 		value: "NAME",
@@ -179,10 +179,13 @@ export function findSettings(
 		if (file && text !== undefined) {
 			add("file", file, text, `${file}: ${name} ${hidden(text)}`);
 		}
-		const read = candidates.map(({ says, ...rest }) => ({
-			...rest,
-			value: setting.read({ text: rest.text ?? "", says }),
-		}));
+		const read = candidates.map(({ says, ...rest }) => {
+			const { text = "" } = rest;
+			if (text === "") {
+				throw invalid(`${says.trim()} is empty: is a variable missing that it is read from?`);
+			}
+			return { ...rest, value: setting.read({ text, says }) };
+		});
 		const byDefault = setting.default;
 		found.set(
 			name,

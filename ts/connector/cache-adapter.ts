@@ -13,6 +13,7 @@ import {
 import type { Client } from "../client.js";
 import { KvferryError, wrap } from "../errors.js";
 import type { KvEvents } from "../events.js";
+import { native } from "../native.js";
 import type { PagedWorker as NativeWorker, PagedPlace, PagedScheduler } from "../native-binding.js";
 import {
 	PARALLELISM_OPTIONS,
@@ -405,6 +406,9 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 					);
 				}
 				this.#borrowed = await registerArrays(worker, arrays, gpu);
+				if (blockStride === undefined) {
+					checkApart(arrays, perLayer, (at) => layers[Math.floor(at / perLayer)]?.[0] ?? "");
+				}
 				if (this.#closed) {
 					throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
 				}
@@ -660,6 +664,7 @@ function read(of: string, options: CacheAdapterOptions) {
 	if (modelName === "") {
 		throw invalid("modelName is empty: give the model's name");
 	}
+	wrap(() => native().checkModelName(modelName));
 	const strategy = strategyOf(options);
 	const wait = timeoutMs ?? (mqTimeout === undefined ? 5000 : Math.ceil(mqTimeout * 1000));
 	checkInteger("timeoutMs", wait, 1, 2 ** 31 - 1);
@@ -807,6 +812,45 @@ function arrayOf(name: string, array: KvArray, separate: boolean): AnyArray {
 	checkInteger(`byteLength of layer ${name}`, byteLength, 1, Number.MAX_SAFE_INTEGER);
 	checkInteger(`byteOffset of layer ${name}`, byteOffset, 0, Number.MAX_SAFE_INTEGER);
 	return address ? { pointer, byteLength } : { ipcHandle, byteOffset, byteLength };
+}
+
+/**
+ * Refuses arrays that overlap, of which one load would write over another. Layers may have the same memory, as those that
+ * share their KV have.
+ */
+function checkApart(
+	arrays: readonly AnyArray[],
+	perLayer: number,
+	layerOf: (at: number) => string,
+): void {
+	const places = new Map<unknown, { at: number; start: bigint; end: bigint }[]>();
+	for (const [at, array] of arrays.entries()) {
+		const [memory, first] =
+			array instanceof Uint8Array
+				? [array.buffer, BigInt(array.byteOffset)]
+				: "pointer" in array
+					? ["", array.pointer]
+					: [Buffer.from(array.ipcHandle).toString("hex"), BigInt(array.byteOffset)];
+		const among = places.get(memory) ?? [];
+		among.push({ at, start: first, end: first + BigInt(array.byteLength) });
+		places.set(memory, among);
+	}
+	for (const among of places.values()) {
+		among.sort((a, b) => (a.start < b.start ? -1 : Number(a.start > b.start)));
+		for (const [i, place] of among.entries()) {
+			const before = among[i - 1];
+			if (before === undefined || before.end <= place.start) {
+				continue;
+			}
+			const same = before.start === place.start;
+			if (!same || Math.floor(before.at / perLayer) === Math.floor(place.at / perLayer)) {
+				throw invalid(
+					`the arrays of layer ${layerOf(before.at)} and of layer ${layerOf(place.at)} overlap: give each memory of its ` +
+						"own, or the layout's blockStride where their blocks take turns",
+				);
+			}
+		}
+	}
 }
 
 /** Registers memory that copies may run to by themselves; returns the other, which each call must be given. */

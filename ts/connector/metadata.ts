@@ -1,4 +1,11 @@
-import { checkInteger, checkObject, checkText, checkTokenIds, invalid } from "../arguments.js";
+import {
+	checkInteger,
+	checkObject,
+	checkText,
+	checkTokenIds,
+	invalid,
+	misnamedSalt,
+} from "../arguments.js";
 import { saltOf } from "../tracker.js";
 
 const U32_MAX = 2 ** 32 - 1;
@@ -29,7 +36,10 @@ export interface RequestMetadata {
 	readonly cacheSalt?: string | null | undefined;
 }
 
-/** What a step loads and stores: made by a scheduler, carried out by its workers. Plain data. */
+/**
+ * What a step loads and stores: made by a scheduler, carried out by its workers. Plain data with typed arrays, which a
+ * structured clone carries (worker threads; child processes with `serialization: "advanced"`), and JSON does not.
+ */
 export interface ConnectorMetadata {
 	/** Loads first, older requests first. */
 	readonly requests: readonly RequestMetadata[];
@@ -76,7 +86,12 @@ export function readMetadata(metadata: ConnectorMetadata): {
 			);
 		}
 		checkOperation(requestId, op);
-		return { ...request, cacheSalt: saltOf(request) };
+		const cacheSalt = saltOf(request);
+		const misspelt = cacheSalt === "" ? misnamedSalt(request) : undefined;
+		if (misspelt !== undefined) {
+			throw invalid(`the metadata of ${requestId} has a ${misspelt}, and no cacheSalt: name it so`);
+		}
+		return { ...request, cacheSalt };
 	});
 	return { requests, loadAsync };
 }

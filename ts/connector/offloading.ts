@@ -102,12 +102,31 @@ export class KvConnectors implements AsyncDisposable {
 	}
 }
 
+function checkEngine(engine: PagedEngine): void {
+	checkOptions("createConnector", engine, OPTIONS);
+	const { workers = [] } = engine;
+	if (!Array.isArray(workers) || !workers.every((worker) => worker instanceof ParallelStrategy)) {
+		throw invalid(
+			"workers must be an array with a ParallelStrategy for each worker of this process",
+		);
+	}
+	const sizes = new Set(workers.map(({ worldSize }) => worldSize));
+	if (sizes.size > 1) {
+		throw invalid(`workers are ranks of ${[...sizes].join(" and of ")}: all are of one engine`);
+	}
+	const ranks = workers.map(({ rank }) => rank);
+	const twice = ranks.find((rank, at) => ranks.indexOf(rank) < at);
+	if (twice !== undefined) {
+		throw invalid(`two workers have rank ${twice}: nothing hits that another rank has not stored`);
+	}
+}
+
 /** LMCacheMPConnector: a server in another process, which may come later. */
 export async function connectToServer(
 	{ serverAddress, kvTransferConfig }: ResolvedOffloading,
 	engine: PagedEngine,
 ): Promise<KvConnectors> {
-	checkOptions("createConnector", engine, OPTIONS);
+	checkEngine(engine);
 	const { chunkSize, signal, onWarning, token } = engine;
 	const { "kvferry.token_file": configured } = kvTransferConfig?.kvConnectorExtraConfig ?? {};
 	if (configured !== undefined) {
@@ -137,7 +156,7 @@ export async function offloadHere(
 	{ kvTransferConfig }: ResolvedOffloading,
 	engine: PagedEngine,
 ): Promise<KvConnectors> {
-	checkOptions("createConnector", engine, OPTIONS);
+	checkEngine(engine);
 	const bytes = kvTransferConfig?.kvConnectorExtraConfig.cpu_bytes_to_use;
 	if (typeof bytes !== "number" || !(bytes >= 4096)) {
 		throw invalid(

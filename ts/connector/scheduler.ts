@@ -275,10 +275,17 @@ export class SchedulerConnector {
 		const { requestId, allTokenIds } = request;
 		checkTokenIds(`allTokenIds of ${requestId}`, allTokenIds);
 		checkInteger("numExternalTokens", numExternalTokens, 0, allTokenIds.length);
-		if (this.#uncached.has(requestId)) {
+		const tracker = this.#uncached.has(requestId) ? undefined : this.#tracked(requestId).tracker;
+		const loads = tracker?.state === "WAITING_FOR_LOAD" || tracker?.needsRetrieve === true;
+		if (numExternalTokens > 0 && !loads) {
+			throw invalid(
+				`numExternalTokens is ${numExternalTokens}, and nothing is to be loaded for ${requestId}: pass what ` +
+					"getNumNewMatchedTokens said last",
+			);
+		}
+		if (tracker === undefined) {
 			return;
 		}
-		const { tracker } = this.#tracked(requestId);
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
 		if (state === "WAITING_FOR_LOAD") {

@@ -33,7 +33,7 @@ pub struct MissingChunk {
     pub missing_ranks: Vec<u32>,
     /// KV ranks that are writing it now.
     pub writing_ranks: Vec<u32>,
-    /// Other salts under which it is stored, for whatever model. Never which ones.
+    /// Other salts under which it is stored for the same model. Never which ones.
     pub other_salts: u64,
     /// Other models for which it is stored under the same salt: [`LISTED_MAX`] at most, ascending.
     pub other_models: Vec<String>,

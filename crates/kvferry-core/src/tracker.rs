@@ -326,9 +326,10 @@ impl Trackers {
             }
             // What is stored and loaded goes by the blocks that are known: others' by now, if these are not the same.
             let moves = self.layout.relocation_window > 0;
-            let others = self.blocks[group].iter().zip(ids).find(|(known, id)| {
-                known != id && !(moves && (**known == 0 || **id == 0))
-            });
+            let others = self.blocks[group]
+                .iter()
+                .zip(ids)
+                .find(|(known, id)| known != id && !(moves && (**known == 0 || **id == 0)));
             if let Some((known, id)) = others {
                 return Err(Error::invalid(format!(
                     "the request was allocated block {id} where it has block {known}: one that was preempted is \

@@ -173,6 +173,12 @@ pub fn object_key(
     Ok(key::object_key(&model_name, kv_rank, group, chunk_hash, &cache_salt))
 }
 
+/// Refuses a model's name that no key can hold.
+#[napi(catch_unwind)]
+pub fn check_model_name(model_name: String) -> Result<()> {
+    key::check_model_name(&model_name).map_err(to_napi)
+}
+
 fn integers(tokens: Vec<BigInt>) -> Vec<num_bigint::BigInt> {
     tokens
         .into_iter()

@@ -163,8 +163,10 @@ impl Found {
         } else if !seen.visible {
             // Nobody can find it yet, whatever was asked.
         } else if event.cache_salt != asked.cache_salt {
-            // Names under other salts are other tenants'.
-            self.salts.insert(event.cache_salt.clone());
+            // Names under other salts are other tenants', and no salt finds another model's.
+            if event.model_name == asked.model_name {
+                self.salts.insert(event.cache_salt.clone());
+            }
         } else if event.model_name != asked.model_name {
             list(&mut self.models, || event.model_name.clone());
         } else if event.world_size != asked.world_size {

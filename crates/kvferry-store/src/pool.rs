@@ -128,7 +128,7 @@ impl Pool {
     pub(crate) fn new(bytes: u64) -> Result<Self> {
         if bytes < PAGE || bytes / PAGE > u64::from(u32::MAX) {
             return Err(Error::invalid(format!(
-                "a pool of {bytes} bytes is not in {PAGE} bytes..16 TiB"
+                "a pool of {bytes} bytes has not {PAGE} bytes or more, and fewer than 16 TiB"
             )));
         }
         Ok(Self { bytes, reserved: 0, allocator: Allocator::new(), uses: 0 })

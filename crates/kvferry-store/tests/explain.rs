@@ -81,7 +81,10 @@ fn other_salts_are_counted_and_never_named() {
     engine.put(&salted("secret-a"));
     engine.put(&salted("secret-b"));
     engine.register(2, layout("secret-model", 1));
-    engine.put_as(&Key { model_name: "secret-model".into(), ..salted("secret-b") }, 2);
+    for salt in ["secret-b", "secret-c"] {
+        // Asked for with that salt, it would be another model's all the same.
+        engine.put_as(&Key { model_name: "secret-model".into(), ..salted(salt) }, 2);
+    }
     for salt in ["", "mine"] {
         let (hits, found) = missing(&engine, &salted(salt));
         assert_eq!((hits, &found), (0, &MissingChunk { other_salts: 2, ..nothing(&found) }));
