@@ -18,7 +18,7 @@ use crate::pool::{Grant, PAGE, Pool};
 use crate::prompt::Prompt;
 use crate::space::{Spaces, space};
 use crate::store::{Departure, Limits, Owner};
-use crate::tiers::{Promotion, Saving};
+use crate::tiers::{Coming, Promotion, Saving};
 
 pub(crate) struct State {
     pub(crate) pool: Pool,
@@ -43,8 +43,7 @@ pub(crate) struct State {
     pub(crate) headroom: u64,
     /// Whether all of the memory is to be reserved, whatever is free: as long as there is some to be had.
     pub(crate) whole: bool,
-    /// Bytes that are reserved for loads from the remote.
-    pub(crate) coming_bytes: u64,
+    pub(crate) coming: Coming,
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
     /// Objects that come from a tier below, and the requests that wait for them.
@@ -225,7 +224,7 @@ impl State {
             limits,
             headroom: POOL_STEP / 2,
             whole: false,
-            coming_bytes: 0,
+            coming: Coming::default(),
             growth_failed: None,
             counters: Counters::default(),
             loading: HashMap::new(),
@@ -391,7 +390,7 @@ impl State {
                 self.belongings(former.owner).sessions.remove(request_id);
             }
             leases = former.leases;
-            self.forget_promotion(former.promotion);
+            self.forget_promotion(request_id, former.promotion);
         }
         while self.sessions.len() >= self.limits.sessions
             || self.session_bytes > self.limits.session_bytes
@@ -426,7 +425,7 @@ impl State {
         if let Some(belongings) = self.owners.get_mut(&session.owner) {
             belongings.sessions.remove(request_id);
         }
-        self.forget_promotion(session.promotion);
+        self.forget_promotion(request_id, session.promotion);
         if is_active(Defect::SessionKept) {
             return;
         }

@@ -96,6 +96,14 @@ impl<'a> Below<'a> {
     }
 }
 
+/// Bytes of memory that loads under way have reserved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Coming {
+    all: u64,
+    /// Of these from the remote.
+    remote: u64,
+}
+
 /// A lookup that waits for chunks from below.
 pub(crate) struct Promotion {
     wanted: Arc<Wants>,
@@ -356,13 +364,17 @@ impl State {
         let mut end = chunks.start;
         let mut kept_to_end = 0;
         let mut full = false;
+        let alone = self.coming.all == 0; // one prompt may need all the memory
         for (places, kept) in known {
-            let of_remote = places.iter().zip(layouts);
-            let of_remote = of_remote
-                .filter(|((_, place), _)| matches!(place, Place::Below(Level::Remote)))
-                .map(|(_, layout)| layout.object_bytes.next_multiple_of(PAGE))
-                .sum::<u64>();
-            if !self.may_come(of_remote) {
+            let bytes_from = |level| {
+                let from = |place: &Place| matches!(place, Place::Below(from) if *from == level);
+                let of_level = places.iter().zip(layouts).filter(|((_, place), _)| from(place));
+                of_level.map(|(_, it)| it.object_bytes.next_multiple_of(PAGE)).sum::<u64>()
+            };
+            let (of_disk, of_remote) = (bytes_from(Level::Disk), bytes_from(Level::Remote));
+            if !(alone || self.may_come(of_disk + of_remote))
+                || !self.may_come_from_remote(of_remote)
+            {
                 full = true;
                 break;
             }
@@ -429,7 +441,8 @@ impl State {
                 return None;
             };
             let Slot { offset, length, .. } = grant.slot();
-            self.coming_bytes += if *from == Level::Remote { grant.bytes() } else { 0 };
+            self.coming.all += grant.bytes();
+            self.coming.remote += if *from == Level::Remote { grant.bytes() } else { 0 };
             let space = self.spaces.get(id.space, layout, cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
             loads.push(Load { handle, id: *id, chunk, place: (offset, length), from: *from });
@@ -444,16 +457,24 @@ impl State {
         }
     }
 
-    /// Whether loads from the remote may reserve so many bytes more: what a lookup does not live to see stays reserved
-    /// until it is there.
+    /// Whether loads may reserve so many bytes more. What a lookup does not live to see stays reserved until it is there,
+    /// and a tier that hangs must not take all of the memory: a quarter stays for what is stored.
     fn may_come(&self, bytes: u64) -> bool {
-        self.coming_bytes == 0 || self.coming_bytes + bytes <= self.pool.bytes() / 4
+        bytes == 0 || self.coming.all + bytes <= self.pool.bytes() - self.pool.bytes() / 4
     }
 
-    /// The remote's load has ended.
+    /// The remote may be slow for long.
+    fn may_come_from_remote(&self, bytes: u64) -> bool {
+        let Coming { remote, .. } = self.coming;
+        bytes == 0 || remote == 0 || remote + bytes <= self.pool.bytes() / 4
+    }
+
+    /// A load has ended.
     fn has_come(&mut self, handle: Handle, from: Level) {
-        if let (Level::Remote, Some(grant)) = (from, self.index.grant(handle)) {
-            self.coming_bytes = self.coming_bytes.saturating_sub(grant.bytes());
+        let Some(grant) = self.index.grant(handle) else { return };
+        self.coming.all = self.coming.all.saturating_sub(grant.bytes());
+        if from == Level::Remote {
+            self.coming.remote = self.coming.remote.saturating_sub(grant.bytes());
         }
     }
 
@@ -467,9 +488,9 @@ impl State {
         let Load { handle, from, chunk, .. } = load;
         if let (None, Level::Disk, true, Some(grant)) =
             (loaded, from, remote_answers, self.index.grant(handle))
-            && self.may_come(grant.bytes())
+            && self.may_come_from_remote(grant.bytes())
         {
-            self.coming_bytes += grant.bytes();
+            self.coming.remote += grant.bytes();
             return Some(Load { from: Level::Remote, ..load });
         }
         self.has_come(handle, from);
@@ -544,12 +565,17 @@ impl State {
             }
         }
         self.counters.hit_chunks += chunks;
-        self.forget_promotion(Some(promotion));
+        self.forget_promotion(request_id, Some(promotion));
     }
 
-    /// Nobody waits any more; what comes is there for others.
-    pub(crate) fn forget_promotion(&mut self, promotion: Option<Promotion>) {
+    /// The request does not wait any more; what comes is there for others.
+    pub(crate) fn forget_promotion(&mut self, request_id: &str, promotion: Option<Promotion>) {
         if let Some(promotion) = promotion {
+            for handle in &promotion.loading {
+                if let Some(requests) = self.loading.get_mut(handle) {
+                    requests.remove(request_id);
+                }
+            }
             self.unpin(&promotion.kept);
             self.woken.extend(promotion.wakers);
         }

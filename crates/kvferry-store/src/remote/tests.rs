@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::{Lengths, Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
 use crate::disk::tests::{Directory, Faulty, Operation};
 use crate::disk::{self, Disk, DiskOptions};
+use crate::tiers::Coming;
 use crate::{Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -346,7 +347,7 @@ impl Engine {
     fn assert_nothing_is_held(&self) {
         assert_eq!((self.status("leases"), self.status("sessions")), (0, 0));
         let state = self.store.lock();
-        assert_eq!(state.coming_bytes, 0);
+        assert_eq!(state.coming, Coming::default());
         assert!(state.loading.is_empty() && state.saving.is_empty());
     }
 }
@@ -431,7 +432,7 @@ fn a_prefix_may_be_spread_over_memory_disk_and_remote() {
     assert_eq!((disk.loads, second.remote().loads), (6, 3));
     // Memory has one in the middle of what the remote has.
     let third = Engine::on(&shelf);
-    assert_eq!(third.put(&Key { start: 4 * CHUNK, end: 5 * CHUNK, ..key(0, 9) }), 1);
+    assert_eq!(third.save(&Key { start: 4 * CHUNK, end: 5 * CHUNK, ..key(0, 9) }), 1);
     assert_eq!(third.read(&key(0, 9)), 9);
     assert_eq!(third.remote().loads, 8);
     second.assert_nothing_is_held();

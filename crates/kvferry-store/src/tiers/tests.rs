@@ -13,7 +13,7 @@ use kvferry_core::key::{Dtype, Key, Layout};
 use crate::disk::tests::{Directory, Faulty, Gate, Operation};
 use crate::disk::{Disk, DiskOptions, DiskStatus, Loaded, Times};
 use crate::remote::Remote;
-use crate::tiers::{Level, Load};
+use crate::tiers::{Coming, Level, Load};
 use crate::{Departure, Embedded, Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -201,6 +201,31 @@ fn wait<T>(future: impl Future<Output = T>) -> T {
 
 fn is_pending<T>(future: &mut std::pin::Pin<&mut impl Future<Output = T>>) -> bool {
     future.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending()
+}
+
+#[test]
+fn a_disk_that_hangs_leaves_a_quarter_of_the_memory_and_nobody_in_its_queue() {
+    let slow = Slow::stocked(8, &[0, 1000, 2000, 3000], 3);
+    assert_eq!(slow.put(&key("own", 9000, 2)), 2);
+    slow.flush();
+    slow.loads.shut();
+    let late = slow.now + Limits::default().promotion;
+    for round in 0..100 {
+        for first in [0, 1000, 2000, 3000] {
+            let request = format!("r{first} of {round}");
+            slow.lookup(&key(&request, first, 3));
+            slow.store.take_hit(&request, late);
+            slow.store.end_session(&request);
+        }
+    }
+    let waiting: usize = slow.store.lock().loading.values().map(|requests| requests.len()).sum();
+    assert_eq!(waiting, 0, "requests that have ended");
+    assert_eq!(slow.store.lock().loading.len(), 6, "three quarters of the memory");
+    assert_eq!(slow.put(&key("new", 7000, 2)), 2);
+    assert_eq!(slow.lookup(&key("again", 7000, 2)), Some(2));
+    slow.loads.open();
+    slow.store.close_tiers(soon()).unwrap();
+    assert_eq!(slow.store.lock().coming, Coming::default());
 }
 
 #[test]
