@@ -35,7 +35,8 @@ export interface PrefixCacheOptions extends WaitOptions {
 	readonly via: Client | Server;
 	/**
 	 * Everything that a chunk's bytes depend on besides tokens and salt: model, precision, engine
-	 * release, … Another identity is another cache. The same thing must always be written the same way.
+	 * release, … Another identity is another cache, and another {@link PrefixCacheOptions.bytesPerChunk} takes one. The same
+	 * thing must always be written the same way.
 	 */
 	readonly identity: string | Uint8Array;
 	/** Bytes that the engine keeps for one chunk, 1 to 2^40 - 2^24, and less than 4 GiB for each token. */

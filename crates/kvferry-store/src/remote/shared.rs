@@ -112,6 +112,8 @@ pub(crate) struct State {
     saving: HashMap<ObjectId, Saving>,
     /// Objects that are not to be loaded though they may be there still, each with the number of its latest removal.
     removed: HashMap<ObjectId, u64>,
+    /// Objects that are being loaded, and whether they were removed since that began.
+    getting: HashMap<ObjectId, bool>,
     /// Removals that wait. Those that are not the latest are void.
     removals: VecDeque<(ObjectId, u64)>,
     removals_begun: u64,
@@ -335,6 +337,21 @@ impl Shared {
         self.lock().key(&self.prefix, id)
     }
 
+    /// Begins to get an object, by this key; `None`: it was removed.
+    pub(crate) fn begin_get(&self, id: &ObjectId) -> Option<String> {
+        let mut state = self.lock();
+        if state.removed.contains_key(id) {
+            return None;
+        }
+        state.getting.insert(*id, false);
+        Some(state.key(&self.prefix, id))
+    }
+
+    /// Whether what was got may be used: it was not removed meanwhile, also where that has ended by now.
+    pub(crate) fn end_get(&self, id: &ObjectId) -> bool {
+        self.lock().getting.remove(id) == Some(false)
+    }
+
     pub(crate) fn is_removed(&self, id: &ObjectId) -> bool {
         self.lock().removed.contains_key(id)
     }
@@ -415,6 +432,7 @@ impl Shared {
         state.epoch_is_new = true;
         // A saver tells their callbacks: these take the store's lock, which whoever clears holds.
         state.overtaken.append(&mut state.saves);
+        state.getting.values_mut().for_each(|removed| *removed = true);
         state.removed.clear(); // they are of the former epoch
         state.removals.clear();
         self.changed.notify_all();
@@ -588,6 +606,9 @@ impl State {
     }
 
     fn begin_removal(&mut self, id: &ObjectId) {
+        if let Some(removed) = self.getting.get_mut(id) {
+            *removed = true;
+        }
         if !self.closing && self.removals.len() < REMOVED_MAX {
             self.removals_begun += 1;
             self.removed.insert(*id, self.removals_begun);

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use super::{Lengths, Objects, Remote, RemoteFuture, RemoteOptions, RemoteStatus, Times};
 use crate::disk::tests::{Directory, Faulty, Operation};
 use crate::disk::{self, Disk, DiskOptions};
-use crate::tiers::Coming;
+use crate::tiers::{Coming, Tier};
 use crate::{Limits, Owner, Policy, Store, StoreOptions};
 
 const CHUNK: u64 = 4;
@@ -53,6 +53,8 @@ struct Shelf {
     tells: AtomicUsize,
     /// Nothing is taken out.
     keeps: AtomicBool,
+    /// How many objects are on their way to whoever got them, while none arrives.
+    travels: watch::Sender<Option<u32>>,
 }
 
 fn is_object(key: &str) -> bool {
@@ -75,6 +77,7 @@ impl Shelf {
             evicts: AtomicBool::new(false),
             tells: AtomicUsize::new(usize::MAX),
             keeps: AtomicBool::new(false),
+            travels: watch::Sender::new(None),
         })
     }
 
@@ -128,7 +131,12 @@ impl Objects for Shelf {
             if is_object(&key) && self.evicts.load(Ordering::Relaxed) {
                 self.values.lock().unwrap().remove(&key);
             }
-            Ok(self.values.lock().unwrap().get(&key).cloned())
+            let value = self.values.lock().unwrap().get(&key).cloned();
+            if is_object(&key) && self.travels.borrow().is_some() {
+                self.travels.send_modify(|travelling| *travelling.get_or_insert(0) += 1);
+                self.travels.subscribe().wait_for(Option::is_none).await.unwrap();
+            }
+            Ok(value)
         })
     }
 
@@ -996,6 +1004,41 @@ fn discard(engine: &Engine, prompt: &Key) -> u64 {
     engine.store.commit_retrieve(engine.owner, prompt, 1).unwrap();
     engine.store.end_session(&prompt.request_id);
     discarded
+}
+
+#[test]
+fn what_is_removed_or_cleared_while_it_is_on_its_way_is_not_loaded() {
+    for clears in [false, true] {
+        let shelf = Shelf::new();
+        let prompt = key(0, 1);
+        assert_eq!(Engine::on(&shelf).save(&prompt), 1);
+        let engine = Engine::on(&shelf);
+        engine.until(|status| status.probe.is_some());
+        shelf.travels.send_replace(Some(0));
+        engine.store.lookup(engine.owner, &prompt, 1, Instant::now()).unwrap();
+        wait(async {
+            let mut travels = shelf.travels.subscribe();
+            travels.wait_for(|travelling| *travelling == Some(1)).await.unwrap();
+        });
+        let id = {
+            let state = engine.store.lock();
+            let handle = *state.loading.keys().next().unwrap();
+            state.index.describe(handle).unwrap().0
+        };
+        let remote = engine.store.below().remote.unwrap();
+        if clears {
+            remote.clear();
+        } else {
+            remote.remove(&[id]);
+            remote.flush(soon()).unwrap(); // its mark is gone by now
+            assert!(shelf.objects().is_empty());
+        }
+        shelf.travels.send_replace(None);
+        assert_eq!(wait(engine.store.hit(&prompt.request_id)), 0);
+        assert_eq!((engine.remote().loads, engine.remote().missing), (0, 1));
+        engine.store.end_session(&prompt.request_id);
+        engine.assert_nothing_is_held();
+    }
 }
 
 #[test]

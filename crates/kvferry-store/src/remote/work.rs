@@ -149,11 +149,18 @@ pub(crate) async fn load(shared: Arc<Shared>) {
 
 async fn load_one(shared: &Shared, task: &LoadTask) -> Result<Option<Loaded>> {
     let _permit = in_flight(shared, &shared.loads_in_flight, task.length).await?;
-    let key = shared.key(&task.id);
-    let get = |limit| limited(shared, limit, shared.objects.get(key.clone()));
-    let value = match send(shared, Request::Load, shared.times.transfer, None, get).await {
-        Ok(Some(value)) if !shared.is_removed(&task.id) => value,
-        Ok(_) => {
+    let got = match shared.begin_get(&task.id) {
+        Some(key) => {
+            let get = |limit| limited(shared, limit, shared.objects.get(key.clone()));
+            let got = send(shared, Request::Load, shared.times.transfer, None, get).await;
+            let may_be_used = shared.end_get(&task.id);
+            got.map(|value| value.filter(|_| may_be_used))
+        }
+        None => Ok(None),
+    };
+    let value = match got {
+        Ok(Some(value)) => value,
+        Ok(None) => {
             shared.lock().status.missing += 1;
             return Ok(None);
         }
