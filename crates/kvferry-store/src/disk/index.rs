@@ -1,6 +1,6 @@
 //! Which objects lie on the disk, what they take, and which goes first.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::format::Named;
@@ -14,8 +14,10 @@ pub(crate) struct Object {
     pub(crate) bytes: u64,
     /// What the file's time says of its last use.
     pub(crate) stamped: SystemTime,
-    tick: u64,
+    tick: i64,
     pins: u32,
+    /// The tick at which it could not be removed; 0 for never.
+    failed: i64,
     /// When it was last used; the age that its file had then comes on top.
     used: Instant,
     aged: Duration,
@@ -31,7 +33,13 @@ impl Object {
 /// A file to be removed. It counts until it is.
 pub(crate) enum Victim {
     Object(Object),
-    /// Of another version of the format.
+    /// Of another version of the format, or one that nobody needs.
+    Other(String, u64),
+}
+
+/// What goes when its turn comes.
+enum Place {
+    Object(ObjectId),
     Other(String, u64),
 }
 
@@ -55,10 +63,12 @@ impl Victim {
 #[derive(Default)]
 pub(crate) struct Index {
     objects: HashMap<ObjectId, Object>,
-    /// By their last use.
-    order: BTreeMap<u64, ObjectId>,
-    others: VecDeque<(String, u64)>,
-    tick: u64,
+    /// Objects by their last use, other files before them, what could not be removed where it failed.
+    order: BTreeMap<i64, Place>,
+    others: u64,
+    /// Of what came last, and of what goes first.
+    tick: i64,
+    first: i64,
     bytes: u64,
 }
 
@@ -68,7 +78,12 @@ impl Index {
     }
 
     pub(crate) fn others(&self) -> u64 {
-        self.others.len() as u64
+        self.others
+    }
+
+    /// What failed later than now has a larger one.
+    pub(crate) fn tick(&self) -> i64 {
+        self.tick
     }
 
     /// Of all files that are neither being written nor on their way out.
@@ -84,16 +99,18 @@ impl Index {
     pub(crate) fn insert(&mut self, named: Named, bytes: u64, stamped: SystemTime, aged: Duration) {
         self.tick += 1;
         self.bytes += bytes;
-        self.order.insert(self.tick, named.id);
-        let object =
-            Object { named, bytes, stamped, tick: self.tick, pins: 0, used: Instant::now(), aged };
+        self.order.insert(self.tick, Place::Object(named.id));
+        let (tick, used) = (self.tick, Instant::now());
+        let object = Object { named, bytes, stamped, tick, pins: 0, failed: 0, used, aged };
         self.objects.insert(named.id, object);
     }
 
     /// A file of another version: it goes before all objects.
     pub(crate) fn insert_other(&mut self, name: String, bytes: u64) {
+        self.first -= 1;
         self.bytes += bytes;
-        self.others.push_back((name, bytes));
+        self.others += 1;
+        self.order.insert(self.first, Place::Other(name, bytes));
     }
 
     /// The object is used now.
@@ -103,7 +120,7 @@ impl Index {
         self.order.remove(&object.tick);
         self.tick += 1;
         object.tick = self.tick;
-        self.order.insert(self.tick, *id);
+        self.order.insert(self.tick, Place::Object(*id));
     }
 
     /// The file's time was written.
@@ -138,38 +155,54 @@ impl Index {
         Some(object)
     }
 
-    /// Takes out what goes first.
-    pub(crate) fn evict(&mut self) -> Option<Victim> {
-        if let Some((name, bytes)) = self.others.pop_front() {
-            self.bytes -= bytes;
-            return Some(Victim::Other(name, bytes));
+    /// Takes out what goes first of what did not fail after `since`: so each is tried once, however often one asks.
+    pub(crate) fn evict(&mut self, since: i64) -> Option<Victim> {
+        let may_go = |(tick, place): &(&i64, &Place)| match place {
+            Place::Object(id) => {
+                self.objects.get(id).is_some_and(|it| it.pins == 0 && it.failed <= since)
+            }
+            Place::Other(..) => **tick <= since,
+        };
+        let (&tick, _) = self.order.iter().find(may_go)?;
+        match self.order.remove(&tick)? {
+            Place::Object(id) => self.remove(&id).map(Victim::Object),
+            Place::Other(name, bytes) => {
+                self.bytes -= bytes;
+                self.others -= 1;
+                Some(Victim::Other(name, bytes))
+            }
         }
-        let unpinned = |id: &&ObjectId| self.objects.get(id).is_some_and(|it| it.pins == 0);
-        let id = *self.order.values().find(unpinned)?;
-        self.remove(&id).map(Victim::Object)
     }
 
-    /// The file could not be removed: it stays what it was.
+    /// The file could not be removed: it stays what it was, and everything else goes before it.
     pub(crate) fn put_back(&mut self, victim: Victim) {
+        self.tick += 1;
+        let tick = self.tick;
         self.bytes += victim.bytes();
-        match victim {
+        let place = match victim {
             // Meanwhile it was saved anew.
             Victim::Object(object) if self.objects.contains_key(&object.named.id) => {
-                self.others.push_front((object.named.name(), object.bytes));
+                Place::Other(object.named.name(), object.bytes)
             }
             Victim::Object(object) => {
-                self.order.insert(object.tick, object.named.id);
-                self.objects.insert(object.named.id, object);
+                let id = object.named.id;
+                self.objects.insert(id, Object { tick, failed: tick, ..object });
+                Place::Object(id)
             }
-            Victim::Other(name, bytes) => self.others.push_front((name, bytes)),
-        }
+            Victim::Other(name, bytes) => Place::Other(name, bytes),
+        };
+        self.others += u64::from(matches!(place, Place::Other(..)));
+        self.order.insert(tick, place);
     }
 
     /// Takes all out.
     pub(crate) fn drain(&mut self) -> Vec<Victim> {
-        self.order.clear();
-        self.bytes = 0;
-        let others = self.others.drain(..).map(|(name, bytes)| Victim::Other(name, bytes));
-        others.chain(self.objects.drain().map(|(_, object)| Victim::Object(object))).collect()
+        (self.bytes, self.others) = (0, 0);
+        let places = std::mem::take(&mut self.order).into_values();
+        let victims = places.filter_map(|place| match place {
+            Place::Object(id) => self.objects.remove(&id).map(Victim::Object),
+            Place::Other(name, bytes) => Some(Victim::Other(name, bytes)),
+        });
+        victims.collect()
     }
 }

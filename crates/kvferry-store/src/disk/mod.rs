@@ -250,7 +250,7 @@ impl Disk {
         let mut state = State::default();
         state.sequence = read_directory(&*files, &mut state)?;
         let shared = Arc::new(Shared::new(options, files, times, state));
-        shared.shrink_to_bound()?;
+        shared.shrink_to_bound();
         let disk = Self { shared };
         for (count, name, work) in [
             (LOADERS, "kvferry-load", load::run as fn(&Shared)),

@@ -13,7 +13,7 @@ use super::buffer::Buffer;
 use super::files::Handle;
 use super::format::{self, HEADER_MAX, Named};
 use super::index::Victim;
-use super::shared::{SaveTask, Shared, State, closed};
+use super::shared::{NoRoom, SaveTask, Shared, State, closed};
 use super::{PART, STEP, Saved};
 use crate::probe::is_probe;
 
@@ -134,7 +134,7 @@ fn end(shared: &Shared, ended: Vec<Ended>) {
 
 /// Why an object was not written.
 enum Failure {
-    /// Its bytes or names are the reason.
+    /// Its bytes, names or size are the reason.
     Caller(Error),
     /// Its bytes are not those that were stored.
     Damaged,
@@ -218,7 +218,11 @@ impl Saver<'_> {
         } else if let Some(reason) = shared.lock().health.reason() {
             return Err(Failure::Disk(Error::new(ErrorCode::System, reason))); // since the batch was taken
         }
-        if !shared.make_room(bytes, held).map_err(Failure::Disk)? {
+        let room = shared.make_room(bytes, held).map_err(|none| match none {
+            NoRoom::Failed(error) => Failure::Disk(error),
+            NoRoom::Small(error) => Failure::Caller(error),
+        });
+        if !room? {
             return Ok(None);
         }
         let mut state = shared.lock();
@@ -240,7 +244,7 @@ impl Saver<'_> {
             };
             let full =
                 matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-            if !full || tries.next().is_none() || !matches!(shared.shrink(bytes), Ok(true)) {
+            if !full || tries.next().is_none() || !shared.shrink(bytes) {
                 break Failure::Disk(shared.failure("write a file", &error));
             }
         };

@@ -156,6 +156,29 @@ impl State {
     }
 }
 
+/// What was done to make room.
+struct Eviction {
+    /// What fails after this tick is not tried again.
+    since: i64,
+    /// Bytes.
+    removed: u64,
+    failure: Option<Error>,
+}
+
+impl Eviction {
+    fn begin(index: &Index) -> Self {
+        Self { since: index.tick(), removed: 0, failure: None }
+    }
+}
+
+/// Why there is no room.
+pub(crate) enum NoRoom {
+    /// Nothing could be removed, or there is nothing to remove.
+    Failed(Error),
+    /// What could be removed was not enough: the disk works.
+    Small(Error),
+}
+
 pub(crate) struct Shared {
     pub(crate) files: Arc<dyn Files>,
     pub(crate) bound: u64,
@@ -371,19 +394,26 @@ impl Shared {
         Present(self)
     }
 
-    /// What a smaller bound leaves no room for goes at once.
-    pub(crate) fn shrink_to_bound(&self) -> Result<()> {
-        let mut state = self.lock();
-        let over = state.bytes().saturating_sub(self.bound);
-        let victims = state.take_victims(over);
-        drop(state);
-        self.unlink(victims, true)
+    /// What a smaller bound leaves no room for goes at once, as far as it can be removed.
+    pub(crate) fn shrink_to_bound(&self) {
+        let mut eviction = Eviction::begin(&self.lock().index);
+        loop {
+            let mut state = self.lock();
+            let over = state.bytes().saturating_sub(self.bound);
+            let victims = state.take_victims(over, &eviction);
+            drop(state);
+            if victims.is_empty() {
+                return;
+            }
+            self.evict(victims, &mut eviction);
+        }
     }
 
     /// Reserves room for a file, for which what goes first is removed. `false`: what the calling thread has reserved
     /// already, `held`, has to become objects before.
-    pub(crate) fn make_room(&self, bytes: u64, held: u64) -> Result<bool> {
+    pub(crate) fn make_room(&self, bytes: u64, held: u64) -> Result<bool, NoRoom> {
         let give_up = Instant::now() + ROOM_WAIT;
+        let mut eviction = Eviction::begin(&self.lock().index);
         loop {
             let now = Instant::now();
             let mut state = self.lock();
@@ -393,10 +423,12 @@ impl Shared {
                 state.reserved += bytes;
                 return Ok(true);
             }
-            let victims = state.take_victims(total - capacity);
+            let hopeless = eviction.failure.is_some() && now >= give_up;
+            let wanted = if hopeless { 0 } else { total - capacity };
+            let victims = state.take_victims(wanted, &eviction);
             if !victims.is_empty() {
                 drop(state);
-                self.unlink(victims, true)?;
+                self.evict(victims, &mut eviction);
                 continue;
             }
             let removals = state.take_removals();
@@ -414,53 +446,82 @@ impl Shared {
                     "the disk tier has room for {capacity} bytes in {} and cannot make {bytes} more; free some space",
                     self.files.directory().display()
                 );
-                return Err(Error::new(ErrorCode::System, error));
+                return Err(match eviction.failure {
+                    Some(error) if eviction.removed == 0 => NoRoom::Failed(error),
+                    Some(error) => NoRoom::Small(error),
+                    None => NoRoom::Failed(Error::new(ErrorCode::System, error)),
+                });
             }
             drop(self.wait(&self.changed, state, Some(now + ROOM_POLL)));
         }
     }
 
     /// The file system has no room for a file of `bytes`, which are reserved: remembers that, and removes as much.
-    /// `false`: there is nothing to remove.
-    pub(crate) fn shrink(&self, bytes: u64) -> Result<bool> {
+    /// `false`: there is nothing that can be removed.
+    pub(crate) fn shrink(&self, bytes: u64) -> bool {
         let mut state = self.lock();
         let room = state.bytes().saturating_sub(bytes);
         state.health.shrink(room, Instant::now(), &self.times);
-        let victims = state.take_victims(bytes);
+        let mut eviction = Eviction::begin(&state.index);
         drop(state);
-        let any = !victims.is_empty();
-        self.unlink(victims, true)?;
-        Ok(any)
+        while eviction.removed < bytes {
+            let victims = self.lock().take_victims(bytes - eviction.removed, &eviction);
+            if victims.is_empty() {
+                break;
+            }
+            self.evict(victims, &mut eviction);
+        }
+        eviction.removed > 0
     }
 
-    /// Removes files. Those that cannot be removed stay what they are.
-    fn unlink(&self, victims: Vec<Victim>, evicted: bool) -> Result<()> {
+    /// Removes what is to make room. What cannot be removed stays what it is.
+    fn evict(&self, victims: Vec<Victim>, eviction: &mut Eviction) {
+        for victim in victims {
+            let removed = self.remove_file(&victim);
+            let mut state = self.lock();
+            state.leaving -= victim.bytes();
+            match removed {
+                Ok(()) => {
+                    eviction.removed += victim.bytes();
+                    state.status.evicted_objects += 1;
+                    state.status.evicted_bytes += victim.bytes();
+                    if let Victim::Object(object) = &victim {
+                        state.status.evicted_ages.count(object.age(Instant::now()));
+                    }
+                }
+                Err(error) => {
+                    eviction.failure = Some(error);
+                    state.index.put_back(victim);
+                }
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Removes a file, which need not be there.
+    fn remove_file(&self, victim: &Victim) -> Result<()> {
+        match self.files.remove(&victim.name()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(self.failure("remove a file", &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes files. Those that cannot be removed count as others.
+    fn unlink(&self, victims: Vec<Victim>) -> Result<()> {
         let mut victims = victims.into_iter();
         while let Some(victim) = victims.next() {
-            let removed = self.files.remove(&victim.name());
+            let removed = self.remove_file(&victim);
             let mut state = self.lock();
-            match removed {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    for victim in std::iter::once(victim).chain(victims) {
-                        state.leaving -= victim.bytes();
-                        if evicted {
-                            state.index.put_back(victim);
-                        } else {
-                            state.index.insert_other(victim.name(), victim.bytes());
-                        }
-                    }
-                    return Err(self.failure("remove a file", &error));
+            if removed.is_err() {
+                for victim in std::iter::once(victim).chain(victims) {
+                    state.leaving -= victim.bytes();
+                    state.index.insert_other(victim.name(), victim.bytes());
                 }
-                _ => {}
+                return removed;
             }
             state.leaving -= victim.bytes();
-            if evicted {
-                state.status.evicted_objects += 1;
-                state.status.evicted_bytes += victim.bytes();
-                if let Victim::Object(object) = &victim {
-                    state.status.evicted_ages.count(object.age(Instant::now()));
-                }
-            }
             self.changed.notify_all();
         }
         Ok(())
@@ -468,7 +529,7 @@ impl Shared {
 
     /// Removes what was removed from the index: for good, so that no restart finds it.
     pub(crate) fn unlink_removals(&self, removals: Vec<Victim>) {
-        let removed = self.unlink(removals, false);
+        let removed = self.unlink(removals);
         let synced = self.files.sync().map_err(|error| self.failure("sync", &error));
         let mut state = self.lock();
         state.removing -= 1;
@@ -499,11 +560,11 @@ impl State {
     }
 
     /// Takes out what goes first, `bytes` of it or all that may go.
-    fn take_victims(&mut self, bytes: u64) -> Vec<Victim> {
+    fn take_victims(&mut self, bytes: u64, eviction: &Eviction) -> Vec<Victim> {
         let mut victims = Vec::new();
         let mut taken = 0;
         while taken < bytes
-            && let Some(victim) = self.index.evict()
+            && let Some(victim) = self.index.evict(eviction.since)
         {
             taken += victim.bytes();
             victims.push(victim);

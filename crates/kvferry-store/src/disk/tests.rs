@@ -1079,6 +1079,81 @@ fn what_cannot_be_removed_still_counts() {
     assert_eq!((status.objects, status.bytes), (1, 2 * FILE));
 }
 
+/// Puts a directory in the place of the object's file, which no unlink removes.
+fn make_irremovable(directory: &Directory, number: u8) {
+    let is_its = |name: &String| name.starts_with(&format!("{number:02x}{number:02x}"));
+    let path = directory.objects().join(directory.names().into_iter().find(is_its).unwrap());
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(path).unwrap();
+}
+
+#[test]
+fn a_file_that_cannot_be_removed_leaves_the_others_to_make_room() {
+    let directory = Directory::new();
+    let disk = directory.open(4 * FILE);
+    (0..4).for_each(|number| save_page(&disk, number).unwrap());
+    make_irremovable(&directory, 0); // would go first
+    (10..30).for_each(|number| save_page(&disk, number).unwrap());
+    let status = disk.status();
+    assert_eq!((status.failed, status.bytes, status.save_failures), (None, 4 * FILE, 0));
+    assert_eq!(found(&disk, 10..30), [27, 28, 29]);
+}
+
+#[test]
+fn a_start_with_a_smaller_bound_goes_on_past_what_cannot_be_removed() {
+    let directory = Directory::new();
+    let disk = directory.open(MIB);
+    (0..6).for_each(|number| save_page(&disk, number).unwrap());
+    drop(disk);
+    let removals = AtomicUsize::new(0);
+    let faulty = Faulty::on(&directory, move |operation| match operation {
+        Operation::Remove if removals.fetch_add(1, Ordering::Relaxed) == 0 => {
+            Err(io::ErrorKind::PermissionDenied.into())
+        }
+        _ => Ok(()),
+    });
+    let disk = Disk::open_on(&directory.options(2 * FILE), faulty, Times::default()).unwrap();
+    let status = disk.status();
+    assert_eq!((status.objects, status.bytes, status.evicted_objects), (2, 2 * FILE, 4));
+    assert!(load_page(&disk, 0), "what could not go is served");
+}
+
+#[test]
+fn each_file_is_tried_once_for_a_save_that_finds_no_room() {
+    let directory = Directory::new();
+    let removals = Arc::new(AtomicUsize::new(0));
+    let faulty = {
+        let removals = Arc::clone(&removals);
+        Faulty::on(&directory, move |operation| match operation {
+            Operation::Remove => {
+                removals.fetch_add(1, Ordering::Relaxed);
+                Err(io::ErrorKind::PermissionDenied.into())
+            }
+            _ => Ok(()),
+        })
+    };
+    let disk = Disk::open_on(&directory.options(4 * FILE), faulty, Times::default()).unwrap();
+    (0..4).for_each(|number| save_page(&disk, number).unwrap());
+    let error = save(&disk, saved(9, ""), &content(9, 3 * 4096)).unwrap_err();
+    assert!(error.message.contains("cannot remove a file"), "{error}");
+    assert_eq!(removals.load(Ordering::Relaxed), 4);
+    assert!(disk.status().failed.is_some(), "nothing could be removed");
+    assert_eq!(found(&disk, 0..9), [0, 1, 2, 3]);
+}
+
+#[test]
+fn a_save_that_is_too_large_for_what_can_go_does_not_fail_the_disk() {
+    let directory = Directory::new();
+    let disk = directory.open(2 * FILE);
+    (0..2).for_each(|number| save_page(&disk, number).unwrap());
+    make_irremovable(&directory, 0);
+    let error = save(&disk, saved(9, ""), &content(9, 2 * 4096)).unwrap_err();
+    assert!(error.message.contains("cannot remove a file"), "{error}");
+    assert_eq!(disk.status().failed, None);
+    save_page(&disk, 2).unwrap();
+    assert_eq!(disk.status().bytes, 2 * FILE);
+}
+
 #[test]
 fn a_power_loss_at_any_step_loses_nothing_that_was_acknowledged() {
     for seed in 0..400 {
