@@ -95,8 +95,12 @@ impl Index {
         self.objects.get(id)
     }
 
-    /// Adds the most recently used object. There must be none of its identity.
+    /// Adds the most recently used object. A former one of its identity, which could not be removed, is a file that
+    /// nobody needs.
     pub(crate) fn insert(&mut self, named: Named, bytes: u64, stamped: SystemTime, aged: Duration) {
+        if let Some(former) = self.remove(&named.id) {
+            self.put_back(Victim::Other(former.named.name(), former.bytes));
+        }
         self.tick += 1;
         self.bytes += bytes;
         self.order.insert(self.tick, Place::Object(named.id));

@@ -109,6 +109,8 @@ pub(crate) struct State {
     pub(crate) reserved: u64,
     /// Bytes of files that are on their way out.
     pub(crate) leaving: u64,
+    /// How often objects were removed by a caller.
+    forgotten: u64,
     tickets: u64,
     /// Tickets of saves that were accepted and have not ended.
     outstanding: BTreeSet<u64>,
@@ -160,6 +162,8 @@ impl State {
 struct Eviction {
     /// What fails after this tick is not tried again.
     since: i64,
+    /// [`State::forgotten`] when the last victims were taken out.
+    forgotten: u64,
     /// Bytes.
     removed: u64,
     failure: Option<Error>,
@@ -167,7 +171,7 @@ struct Eviction {
 
 impl Eviction {
     fn begin(index: &Index) -> Self {
-        Self { since: index.tick(), removed: 0, failure: None }
+        Self { since: index.tick(), forgotten: 0, removed: 0, failure: None }
     }
 }
 
@@ -298,6 +302,7 @@ impl Shared {
         }
         let mut guard = self.lock();
         let state = &mut *guard;
+        state.forgotten += 1;
         for id in ids {
             if let Some(object) = state.index.remove(id) {
                 state.leave(Victim::Object(object));
@@ -320,6 +325,7 @@ impl Shared {
     pub(crate) fn clear(&self) {
         let mut guard = self.lock();
         let state = &mut *guard;
+        state.forgotten += 1;
         for victim in state.index.drain() {
             state.leave(victim);
         }
@@ -400,7 +406,7 @@ impl Shared {
         loop {
             let mut state = self.lock();
             let over = state.bytes().saturating_sub(self.bound);
-            let victims = state.take_victims(over, &eviction);
+            let victims = state.take_victims(over, &mut eviction);
             drop(state);
             if victims.is_empty() {
                 return;
@@ -425,7 +431,7 @@ impl Shared {
             }
             let hopeless = eviction.failure.is_some() && now >= give_up;
             let wanted = if hopeless { 0 } else { total - capacity };
-            let victims = state.take_victims(wanted, &eviction);
+            let victims = state.take_victims(wanted, &mut eviction);
             if !victims.is_empty() {
                 drop(state);
                 self.evict(victims, &mut eviction);
@@ -465,7 +471,7 @@ impl Shared {
         let mut eviction = Eviction::begin(&state.index);
         drop(state);
         while eviction.removed < bytes {
-            let victims = self.lock().take_victims(bytes - eviction.removed, &eviction);
+            let victims = self.lock().take_victims(bytes - eviction.removed, &mut eviction);
             if victims.is_empty() {
                 break;
             }
@@ -474,7 +480,8 @@ impl Shared {
         eviction.removed > 0
     }
 
-    /// Removes what is to make room. What cannot be removed stays what it is.
+    /// Removes what is to make room. What cannot be removed stays what it is, unless a caller may have removed it
+    /// meanwhile: then it must not come back.
     fn evict(&self, victims: Vec<Victim>, eviction: &mut Eviction) {
         for victim in victims {
             let removed = self.remove_file(&victim);
@@ -491,7 +498,12 @@ impl Shared {
                 }
                 Err(error) => {
                     eviction.failure = Some(error);
-                    state.index.put_back(victim);
+                    if state.forgotten == eviction.forgotten {
+                        state.index.put_back(victim);
+                    } else {
+                        state.leave(victim);
+                        self.for_savers.notify_one();
+                    }
                 }
             }
             self.changed.notify_all();
@@ -560,7 +572,8 @@ impl State {
     }
 
     /// Takes out what goes first, `bytes` of it or all that may go.
-    fn take_victims(&mut self, bytes: u64, eviction: &Eviction) -> Vec<Victim> {
+    fn take_victims(&mut self, bytes: u64, eviction: &mut Eviction) -> Vec<Victim> {
+        eviction.forgotten = self.forgotten;
         let mut victims = Vec::new();
         let mut taken = 0;
         while taken < bytes

@@ -1154,6 +1154,89 @@ fn a_save_that_is_too_large_for_what_can_go_does_not_fail_the_disk() {
     assert_eq!(disk.status().bytes, 2 * FILE);
 }
 
+/// Files of which one removal waits at the gate, once `armed`, and then fails; a rename afterwards opens the gate.
+struct StuckRemoval {
+    gate: Gate,
+    armed: AtomicUsize,
+    waiting: AtomicUsize,
+}
+
+impl StuckRemoval {
+    fn on(directory: &Directory) -> (Arc<Self>, Arc<dyn Files>) {
+        let (armed, waiting) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let stuck = Arc::new(Self { gate: Gate::default(), armed, waiting });
+        let held = Arc::clone(&stuck);
+        let faulty = Faulty::on(directory, move |operation| match operation {
+            Operation::Remove if held.armed.swap(0, Ordering::Relaxed) == 1 => {
+                held.waiting.store(1, Ordering::Relaxed);
+                held.gate.pass();
+                Err(io::Error::other("on purpose"))
+            }
+            Operation::Rename if held.waiting.load(Ordering::Relaxed) == 1 => {
+                held.gate.open();
+                std::thread::sleep(Duration::from_millis(100)); // the removal's end comes first
+                Ok(())
+            }
+            _ => Ok(()),
+        });
+        (stuck, faulty)
+    }
+
+    /// Begins to save what makes object 0 go, whose removal then waits.
+    fn evict(&self, disk: &Disk) -> Answer<()> {
+        self.gate.shut();
+        self.armed.store(1, Ordering::Relaxed);
+        let answer = begin_save(disk, saved(2, ""), &content(2, 8192)).unwrap();
+        while self.waiting.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        answer
+    }
+}
+
+#[test]
+fn what_a_caller_removes_while_it_is_evicted_does_not_come_back() {
+    type Forget = fn(&Disk);
+    let ways: [Forget; 2] = [Disk::clear, |disk| {
+        let Saved { chunk, space, rank, .. } = saved(0, "");
+        disk.remove(&chunk, &space, rank);
+    }];
+    for forget in ways {
+        let directory = Directory::new();
+        let (stuck, files) = StuckRemoval::on(&directory);
+        let disk = Disk::open_on(&directory.options(3 * FILE), files, Times::default()).unwrap();
+        (0..2).for_each(|number| save_page(&disk, number).unwrap());
+        let answer = stuck.evict(&disk);
+        forget(&disk);
+        stuck.gate.open();
+        let _ = answer.recv().unwrap(); // it may have been cleared
+        disk.flush(soon()).unwrap();
+        assert_eq!(find(&disk, &saved(0, "")), None);
+        drop(disk);
+        assert_eq!(find(&directory.open(MIB), &saved(0, "")), None, "the file is gone, too");
+    }
+}
+
+#[test]
+fn an_object_that_is_saved_anew_while_it_is_evicted_leaves_no_file_that_nobody_knows() {
+    let directory = Directory::new();
+    let (stuck, files) = StuckRemoval::on(&directory);
+    let disk = Disk::open_on(&directory.options(4 * FILE), files, Times::default()).unwrap();
+    (0..3).for_each(|number| save_page(&disk, [0, 1, 3][number]).unwrap());
+    let large = stuck.evict(&disk);
+    save_page(&disk, 0).unwrap();
+    large.recv().unwrap().unwrap();
+    let lengths = directory.names().into_iter().map(|name| {
+        let metadata = fs::metadata(directory.objects().join(name)).unwrap();
+        metadata.len()
+    });
+    assert_eq!(disk.status().bytes, lengths.sum::<u64>());
+    assert!(load_page(&disk, 0));
+    disk.clear();
+    disk.flush(soon()).unwrap();
+    assert_eq!((disk.status().bytes, directory.names().len()), (0, 0));
+}
+
 #[test]
 fn a_power_loss_at_any_step_loses_nothing_that_was_acknowledged() {
     for seed in 0..400 {
