@@ -348,7 +348,8 @@ impl Disk {
     /// Waits until everything that was accepted and removed so far is on the disk.
     ///
     /// # Errors
-    /// [`kvferry_core::ErrorCode::Timeout`]; or why a save failed meanwhile.
+    /// [`kvferry_core::ErrorCode::Timeout`]; why a save failed meanwhile, or why something that was removed may be
+    /// there again after a restart. It is tried again, and by each flush.
     pub fn flush(&self, deadline: Instant) -> Result<()> {
         self.shared.flush(deadline)
     }

@@ -61,7 +61,7 @@ fn next(shared: &Shared) -> Option<Work> {
             let saves = std::mem::take(&mut state.saves).into_iter();
             return Some(Work::End(saves.map(|task| (task, Err(closed()))).collect()));
         }
-        let removals = state.take_removals();
+        let removals = state.take_removals(&shared.times);
         if !removals.is_empty() {
             return Some(Work::Remove(removals));
         }
@@ -72,7 +72,8 @@ fn next(shared: &Shared) -> Option<Work> {
         if !batch.is_empty() || !ended.is_empty() {
             return Some(Work::Save { batch, ended });
         }
-        guard = shared.wait(&shared.for_savers, guard, None);
+        let retry_at = state.owed.retry_at();
+        guard = shared.wait(&shared.for_savers, guard, retry_at);
     }
 }
 

@@ -104,6 +104,7 @@ pub(crate) struct State {
     pub(crate) removals: VecDeque<Victim>,
     /// Threads that remove them.
     pub(crate) removing: usize,
+    pub(crate) owed: Owed,
     pub(crate) queue_bytes: u64,
     /// Bytes of files that are being written.
     pub(crate) reserved: u64,
@@ -155,6 +156,43 @@ impl State {
         } else {
             writing.waiters.into_iter().rev().for_each(|task| self.saves.push_front(task));
         }
+    }
+}
+
+/// Removals that failed: they are tried again after a pause, and a flush says so until they are done.
+#[derive(Default)]
+pub(crate) struct Owed {
+    victims: Vec<Victim>,
+    why: Option<Error>,
+    /// Before they are tried again; longer after each time.
+    pause: Duration,
+    retry_at: Option<Instant>,
+}
+
+impl Owed {
+    fn add(&mut self, victims: Vec<Victim>, why: Error, times: &Times) {
+        self.victims.extend(victims);
+        self.why = Some(why);
+        self.pause = self.pause.max(times.retry);
+        self.retry_at = Some(Instant::now() + self.pause);
+    }
+
+    /// When they are to be tried again, if there are any.
+    pub(crate) fn retry_at(&self) -> Option<Instant> {
+        self.retry_at
+    }
+
+    fn take(&mut self, times: &Times) -> Vec<Victim> {
+        if self.retry_at.is_some() {
+            self.pause = (2 * self.pause).min(times.retry_most);
+        }
+        (self.why, self.retry_at) = (None, None);
+        std::mem::take(&mut self.victims)
+    }
+
+    /// Bytes of files that nobody removes just now.
+    fn bytes(&self) -> u64 {
+        self.victims.iter().map(Victim::bytes).sum()
     }
 }
 
@@ -339,6 +377,10 @@ impl Shared {
 
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
+        if !state.closing {
+            state.try_owed(&self.times);
+            self.for_savers.notify_all();
+        }
         let (last, failures) = (state.tickets, state.status.save_failures);
         while state.outstanding.first().is_some_and(|first| *first <= last)
             || !state.removals.is_empty()
@@ -354,8 +396,9 @@ impl Shared {
             }
             state = self.wait(&self.changed, state, Some(deadline));
         }
-        match &state.last_failure {
-            Some(error) if state.status.save_failures > failures => Err(error.clone()),
+        match (&state.owed.why, &state.last_failure) {
+            (Some(error), _) => Err(error.clone()),
+            (None, Some(error)) if state.status.save_failures > failures => Err(error.clone()),
             _ => Ok(()),
         }
     }
@@ -377,7 +420,10 @@ impl Shared {
 
     pub(crate) fn close(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
-        state.closing = true;
+        if !state.closing {
+            state.closing = true;
+            state.try_owed(&self.times);
+        }
         self.for_loaders.notify_all();
         self.for_savers.notify_all();
         self.changed.notify_all();
@@ -437,7 +483,7 @@ impl Shared {
                 self.evict(victims, &mut eviction);
                 continue;
             }
-            let removals = state.take_removals();
+            let removals = state.take_removals(&self.times);
             if !removals.is_empty() {
                 drop(state);
                 self.unlink_removals(removals);
@@ -446,7 +492,8 @@ impl Shared {
             if held > 0 {
                 return Ok(false);
             }
-            let others = state.reserved > 0 || state.leaving > 0 || !state.is_idle_for_loads();
+            let leaving = state.leaving > state.owed.bytes();
+            let others = state.reserved > 0 || leaving || !state.is_idle_for_loads();
             if !others || now >= give_up {
                 let error = format!(
                     "the disk tier has room for {capacity} bytes in {} and cannot make {bytes} more; free some space",
@@ -520,33 +567,30 @@ impl Shared {
         }
     }
 
-    /// Removes files. Those that cannot be removed count as others.
-    fn unlink(&self, victims: Vec<Victim>) -> Result<()> {
-        let mut victims = victims.into_iter();
-        while let Some(victim) = victims.next() {
-            let removed = self.remove_file(&victim);
-            let mut state = self.lock();
-            if removed.is_err() {
-                for victim in std::iter::once(victim).chain(victims) {
-                    state.leaving -= victim.bytes();
-                    state.index.insert_other(victim.name(), victim.bytes());
-                }
-                return removed;
-            }
-            state.leaving -= victim.bytes();
-            self.changed.notify_all();
-        }
-        Ok(())
-    }
-
-    /// Removes what was removed from the index: for good, so that no restart finds it.
+    /// Removes what was removed from the index: for good, so that no restart finds it. What fails is owed.
     pub(crate) fn unlink_removals(&self, removals: Vec<Victim>) {
-        let removed = self.unlink(removals);
-        let synced = self.files.sync().map_err(|error| self.failure("sync", &error));
+        let (mut removed, mut kept, mut why) = (Vec::new(), Vec::new(), None);
+        for victim in removals {
+            match self.remove_file(&victim) {
+                Ok(()) => removed.push(victim),
+                Err(error) => {
+                    kept.push(victim);
+                    why = Some(error);
+                }
+            }
+        }
+        if let Err(error) = self.files.sync() {
+            why = Some(self.failure("sync", &error));
+            // They take nothing any more, and a power loss may bring them back.
+            kept.extend(removed.iter().map(|victim| Victim::Other(victim.name(), 0)));
+        }
         let mut state = self.lock();
         state.removing -= 1;
-        if let Err(error) = removed.and(synced) {
-            state.last_failure = Some(error);
+        state.leaving -= removed.iter().map(Victim::bytes).sum::<u64>();
+        match why {
+            Some(error) => state.owed.add(kept, error, &self.times),
+            None if state.owed.victims.is_empty() => state.owed.pause = Duration::ZERO,
+            None => {}
         }
         self.changed.notify_all();
     }
@@ -587,10 +631,19 @@ impl State {
     }
 
     /// Some of what is to be removed; to be given to [`Shared::unlink_removals`] unless it is empty.
-    pub(crate) fn take_removals(&mut self) -> Vec<Victim> {
+    pub(crate) fn take_removals(&mut self, times: &Times) -> Vec<Victim> {
+        let is_due = self.owed.retry_at.is_some_and(|at| Instant::now() >= at);
+        if is_due && self.removals.is_empty() {
+            self.try_owed(times);
+        }
         let some = self.removals.len().min(REMOVALS);
         self.removing += usize::from(some > 0);
         self.removals.drain(..some).collect()
+    }
+
+    /// What is owed is to be removed now.
+    fn try_owed(&mut self, times: &Times) {
+        self.removals.extend(self.owed.take(times));
     }
 }
 

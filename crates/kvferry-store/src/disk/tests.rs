@@ -1074,9 +1074,108 @@ fn what_cannot_be_removed_still_counts() {
     assert!(load_page(&disk, 0) && load_page(&disk, 1));
     let Saved { chunk, space, rank, .. } = saved(0, "");
     disk.remove(&chunk, &space, rank);
-    disk.flush(soon()).unwrap();
+    assert!(disk.flush(soon()).is_err(), "a restart would find it");
     let status = disk.status();
     assert_eq!((status.objects, status.bytes), (1, 2 * FILE));
+}
+
+#[test]
+fn one_removal_that_fails_keeps_no_other_from_going() {
+    let directory = Directory::new();
+    let left = Arc::new(AtomicUsize::new(0));
+    let faulty = {
+        let left = Arc::clone(&left);
+        Faulty::on(&directory, move |operation| match operation {
+            Operation::Remove if left.swap(0, Ordering::Relaxed) > 0 => {
+                Err(io::Error::other("once"))
+            }
+            _ => Ok(()),
+        })
+    };
+    let times = Times { retry: Duration::from_secs(60), ..Times::default() };
+    let disk = Disk::open_on(&directory.options(MIB), faulty, times).unwrap();
+    (0..60).for_each(|number| save_page(&disk, number).unwrap());
+    left.store(1, Ordering::Relaxed);
+    disk.clear();
+    let begun = Instant::now();
+    while disk.status().bytes > FILE {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", disk.status());
+        std::thread::yield_now();
+    }
+    disk.flush(soon()).unwrap(); // tries the one again
+    assert_eq!((disk.status().bytes, directory.names().len()), (0, 0));
+}
+
+#[test]
+fn what_could_not_be_removed_is_tried_again_and_a_flush_says_so_until_it_is_gone() {
+    type Which = fn(&Operation) -> bool;
+    let steps: [(Which, u64); 2] = [
+        (|operation| matches!(operation, Operation::Remove), 3 * FILE),
+        (|operation| matches!(operation, Operation::Sync), 0), // a power loss may bring them back
+    ];
+    for (which, bytes) in steps {
+        let directory = Directory::new();
+        let (failing, tries) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let faulty = {
+            let (failing, tries) = (Arc::clone(&failing), Arc::clone(&tries));
+            Faulty::on(&directory, move |operation| {
+                if which(operation) && failing.load(Ordering::Relaxed) > 0 {
+                    tries.fetch_add(1, Ordering::Relaxed);
+                    return Err(io::Error::other("on purpose"));
+                }
+                Ok(())
+            })
+        };
+        let (retry, retry_most) = (Duration::from_millis(20), Duration::from_millis(40));
+        let times = Times { retry, retry_most, ..Times::default() };
+        let disk = Disk::open_on(&directory.options(MIB), faulty, times).unwrap();
+        (0..3).for_each(|number| save_page(&disk, number).unwrap());
+        failing.store(1, Ordering::Relaxed);
+        disk.clear();
+        let error = disk.flush(soon()).unwrap_err();
+        assert!(error.message.contains("on purpose"), "{error}");
+        assert_eq!((disk.status().bytes, disk.status().objects), (bytes, 0));
+        let (begun, before) = (Instant::now(), tries.load(Ordering::Relaxed));
+        std::thread::sleep(Duration::from_millis(200));
+        let rounds = begun.elapsed().as_millis() / 20 + 1;
+        let tries = (tries.load(Ordering::Relaxed) - before) as u128;
+        assert!(tries > 0 && tries <= 3 * rounds, "{tries} tries");
+        assert!(disk.flush(soon()).is_err());
+        failing.store(0, Ordering::Relaxed);
+        let begun = Instant::now();
+        while disk.flush(soon()).is_err() {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", disk.status());
+        }
+        assert_eq!((disk.status().bytes, directory.names().len()), (0, 0));
+        save_page(&disk, 4).unwrap();
+    }
+}
+
+#[test]
+fn what_could_not_be_removed_goes_by_itself_once_it_can() {
+    let directory = Directory::new();
+    let failing = Arc::new(AtomicUsize::new(1));
+    let faulty = {
+        let failing = Arc::clone(&failing);
+        Faulty::on(&directory, move |operation| match operation {
+            Operation::Remove if failing.load(Ordering::Relaxed) > 0 => {
+                Err(io::Error::other("on purpose"))
+            }
+            _ => Ok(()),
+        })
+    };
+    let times = Times { retry: Duration::from_millis(20), ..Times::default() };
+    let disk = Disk::open_on(&directory.options(MIB), faulty, times).unwrap();
+    save_page(&disk, 0).unwrap();
+    disk.clear();
+    assert!(disk.flush(soon()).is_err());
+    failing.store(0, Ordering::Relaxed);
+    let begun = Instant::now();
+    while disk.status().bytes > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", disk.status());
+        std::thread::yield_now();
+    }
+    assert!(directory.names().is_empty());
 }
 
 /// Puts a directory in the place of the object's file, which no unlink removes.
