@@ -55,8 +55,8 @@ pub(crate) struct Named {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Object(Named),
-    /// A former run did not end it.
-    Unfinished,
+    /// A former run did not end it; its sequence number, if it has one.
+    Unfinished(u64),
     /// Of another version of the format.
     OtherVersion,
     /// Not ours.
@@ -119,8 +119,12 @@ pub(crate) fn kind(name: &str) -> Kind {
         Some(stem) => (stem, true),
         None => (name, false),
     };
-    if unfinished && (stem == "probe" || Named::parse(stem).is_some()) {
-        return Kind::Unfinished;
+    let sequence = match Named::parse(stem) {
+        Some(named) => Some(named.sequence),
+        None => (stem == "probe").then_some(0),
+    };
+    if let Some(sequence) = sequence.filter(|_| unfinished) {
+        return Kind::Unfinished(sequence);
     }
     let version = stem.rsplit_once(".kv").map(|(_, version)| version);
     match version.and_then(|version| version.parse::<u32>().ok()) {
@@ -334,8 +338,8 @@ mod tests {
         let name = named.name();
         assert!(name.len() < 250, "{} bytes: file systems take 255", name.len());
         assert_eq!(kind(&name), Kind::Object(named));
-        assert_eq!(kind(&named.unfinished()), Kind::Unfinished);
-        assert_eq!(kind("probe.tmp"), Kind::Unfinished);
+        assert_eq!(kind(&named.unfinished()), Kind::Unfinished(3));
+        assert_eq!(kind("probe.tmp"), Kind::Unfinished(0));
         assert_eq!(kind(&name.replace(".kv1", ".kv2")), Kind::OtherVersion);
         assert_eq!(kind("anything.kv2.tmp"), Kind::OtherVersion);
         let upper = name.to_uppercase().replace(".KV1", ".kv1");

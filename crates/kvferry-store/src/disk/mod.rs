@@ -156,7 +156,7 @@ pub struct DiskStatus {
     pub written_bytes: u64,
     /// Bytes of files read.
     pub read_bytes: u64,
-    /// Files of other versions of the format that are still there.
+    /// Files of other versions of the format that are still there, and those that nobody needs and that could not be removed.
     pub other_versions: u64,
     /// Why saves are refused just now.
     pub failed: Option<String>,
@@ -433,7 +433,10 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
                 sequence = sequence.max(named.sequence);
                 found.push((entry.modified, named, entry.bytes));
             }
-            Kind::Unfinished => remove.push(entry.name),
+            Kind::Unfinished(used) => {
+                sequence = sequence.max(used); // it may stay
+                remove.push((entry.name, entry.bytes));
+            }
             Kind::OtherVersion => state.index.insert_other(entry.name, entry.bytes),
             Kind::Foreign => {}
         }
@@ -444,23 +447,21 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
         let former = state.index.get(&named.id).map(|object| object.named);
         if !is_plausible(named.length, bytes) {
             state.status.damaged += 1;
-            remove.push(named.name());
+            remove.push((named.name(), bytes));
         } else if former.is_some_and(|former| former.sequence > named.sequence) {
-            remove.push(named.name());
+            remove.push((named.name(), bytes));
         } else {
             if let Some(former) = state.index.remove(&named.id) {
-                remove.push(former.named.name());
+                remove.push((former.named.name(), former.bytes));
             }
             let aged = now.duration_since(modified).unwrap_or_default();
             state.index.insert(named, bytes, modified, aged);
         }
     }
-    for name in remove {
-        match files.remove(&name) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(failed(&error));
-            }
-            _ => {}
+    for (name, bytes) in remove {
+        let removed = files.remove(&name);
+        if removed.is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound) {
+            state.index.insert_other(name, bytes); // no reason not to start
         }
     }
     Ok(sequence)

@@ -438,6 +438,38 @@ fn of_two_files_of_one_object_the_later_counts() {
 }
 
 #[test]
+fn a_start_that_cannot_remove_what_is_left_counts_it_and_goes_on() {
+    let directory = Directory::new();
+    let disk = directory.open(MIB);
+    (0..2).for_each(|number| save_page(&disk, number).unwrap());
+    drop(disk);
+    let names = directory.names();
+    let path = |name: &str| directory.objects().join(name);
+    fs::write(path(&names[0].replace("0001.kv1", "0007.kv1.tmp")), b"half of it").unwrap();
+    fs::copy(path(&names[0]), path(&names[0].replace("0001.kv1", "0003.kv1"))).unwrap();
+    fs::write(path(&names[1].replace("0002.kv1", "0004.kv1")), b"too short").unwrap();
+    let stuck = Arc::new(AtomicUsize::new(1));
+    let faulty = {
+        let stuck = Arc::clone(&stuck);
+        Faulty::on(&directory, move |operation| match operation {
+            Operation::Remove if stuck.load(Ordering::Relaxed) > 0 => {
+                Err(io::Error::other("a damaged inode"))
+            }
+            _ => Ok(()),
+        })
+    };
+    let bound = 4 * FILE;
+    let disk = Disk::open_on(&directory.options(bound), faulty, Times::default()).unwrap();
+    let status = disk.status();
+    assert_eq!((status.objects, status.other_versions, status.bytes), (2, 3, 3 * FILE + 19));
+    assert!(load_page(&disk, 0) && load_page(&disk, 1));
+    stuck.store(0, Ordering::Relaxed);
+    (2..4).for_each(|number| save_page(&disk, number).unwrap());
+    assert_eq!(found(&disk, 0..9), [0, 1, 2, 3], "they go first");
+    assert!(directory.names()[2].ends_with("0008.kv1"), "no name is used twice");
+}
+
+#[test]
 fn one_disk_at_a_time_has_the_directory() {
     let directory = Directory::new();
     let disk = directory.open(MIB);
