@@ -233,15 +233,20 @@ impl Saver<'_> {
         let name = named.unfinished();
         let mut tries = 1..FULL_TRIES;
         let failure = loop {
-            let error = match self.write(&name, task, header) {
-                Ok(handle) => return Ok(Some((named, bytes, handle))),
-                Err(error) => error,
-            };
-            self.remove_or_count(&name, bytes);
-            let error = match error {
-                Unwritten::Memory(error) => break Failure::Caller(error),
-                Unwritten::Damaged => break Failure::Damaged,
-                Unwritten::File(error) => error,
+            let error = match shared.files.create(&name) {
+                Err(error) => error, // there is no file to remove
+                Ok(handle) => {
+                    let unwritten = match self.write(handle, task, header) {
+                        Ok(handle) => return Ok(Some((named, bytes, handle))),
+                        Err(unwritten) => unwritten,
+                    };
+                    self.remove_or_count(&name, bytes);
+                    match unwritten {
+                        Unwritten::Memory(error) => break Failure::Caller(error),
+                        Unwritten::Damaged => break Failure::Damaged,
+                        Unwritten::File(error) => error,
+                    }
+                }
             };
             let full =
                 matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
@@ -255,12 +260,11 @@ impl Saver<'_> {
 
     fn write(
         &mut self,
-        name: &str,
+        mut handle: Box<dyn Handle>,
         task: &SaveTask,
         header_bytes: usize,
     ) -> Result<Box<dyn Handle>, Unwritten> {
         let length = task.length;
-        let mut handle = self.shared.files.create(name)?;
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
         let (mut at, mut file_at) = (0, 0);
         // The header's place is written with the first part, so that the file is of one piece, and filled at last.

@@ -1091,6 +1091,36 @@ fn a_load_that_the_system_fails_is_an_error_and_forgets_the_object() {
 }
 
 #[test]
+fn a_file_that_could_not_be_made_takes_no_room() {
+    let directory = Directory::new();
+    let failing = Arc::new(AtomicUsize::new(0));
+    let faulty = {
+        let failing = Arc::clone(&failing);
+        Faulty::on(&directory, move |operation| match operation {
+            // As on a file system that was remounted read-only.
+            Operation::Create | Operation::Remove if failing.load(Ordering::Relaxed) > 0 => {
+                Err(io::ErrorKind::ReadOnlyFilesystem.into())
+            }
+            _ => Ok(()),
+        })
+    };
+    let retry = Duration::from_millis(1);
+    let times = Times { retry, retry_most: retry, ..Times::default() };
+    let disk = Disk::open_on(&directory.options(4 * FILE), faulty, times).unwrap();
+    (0..2).for_each(|number| save_page(&disk, number).unwrap());
+    failing.store(1, Ordering::Relaxed);
+    for number in 2..9 {
+        assert!(save_page(&disk, number).is_err());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let status = disk.status();
+    assert_eq!((status.bytes, status.other_versions), (2 * FILE, 0));
+    failing.store(0, Ordering::Relaxed);
+    (2..4).for_each(|number| save_page(&disk, number).unwrap());
+    assert_eq!(found(&disk, 0..9), [0, 1, 2, 3], "nothing went for files that never were");
+}
+
+#[test]
 fn what_cannot_be_removed_still_counts() {
     let directory = Directory::new();
     let faulty = Faulty::on(&directory, |operation| match operation {
