@@ -102,12 +102,15 @@ impl Loader<'_> {
             Err(Unloaded::Read(error)) => (Err(shared.failure("read a file", &error)), true),
         };
         let mut state = shared.lock();
+        let counted = u64::from(!is_probe(&task.id));
+        // What was removed meanwhile may be gone, and is not damaged.
+        let is_there = state.index.get(&task.id).is_some_and(|now| now.named == object.named);
         match &unloaded {
-            Ok(_) => state.status.damaged += 1,
-            Err(_) => state.status.load_failures += 1,
+            Ok(_) => state.status.damaged += counted * u64::from(is_there),
+            Err(_) => state.status.load_failures += counted,
         }
         if forget
-            && state.index.get(&task.id).is_some_and(|now| now.named == object.named)
+            && is_there
             && let Some(object) = state.index.remove(&task.id)
         {
             state.leave(Victim::Object(object));

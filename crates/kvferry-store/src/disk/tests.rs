@@ -289,6 +289,55 @@ fn damage_of_any_kind_is_a_miss_and_counted() {
 }
 
 #[test]
+fn loads_of_what_was_removed_meanwhile_count_no_damage() {
+    let directory = Directory::new();
+    let gate = Arc::new(Gate::default());
+    let faulty = {
+        let gate = Arc::clone(&gate);
+        Faulty::on(&directory, move |operation| {
+            if matches!(operation, Operation::Open) {
+                gate.pass();
+            }
+            Ok(())
+        })
+    };
+    let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
+    (0..8).for_each(|number| save_page(&disk, number).unwrap());
+    gate.shut();
+    let answers: Vec<_> =
+        (0..8).map(|number| begin_load(&disk, &saved(number, ""), 4096).1).collect();
+    disk.clear();
+    disk.flush(soon()).unwrap();
+    gate.open();
+    for answer in answers {
+        assert_eq!(answer.recv().unwrap().unwrap(), None);
+    }
+    assert_eq!(disk.status().damaged, 0);
+}
+
+#[test]
+fn a_probe_whose_file_is_gone_counts_no_damage() {
+    let directory = Directory::new();
+    let disk = directory.open(MIB);
+    let layout = Layout {
+        model_name: crate::probe::PROBE_MODEL.into(),
+        world_size: 1,
+        block_size: 1,
+        num_layers: 1,
+        hidden_dim_size: 4096,
+        dtype: Dtype::new("uint8").unwrap(),
+        single_plane: true,
+        num_physical_slots: Some(1),
+    };
+    let space = Saved::space_of(&layout, "");
+    let probe = Saved { space, layout, ..saved(0, "") };
+    save(&disk, probe.clone(), &content(0, 4096)).unwrap();
+    fs::remove_file(directory.objects().join(directory.names().remove(0))).unwrap();
+    assert_eq!(load(&disk, &probe, 4096), Ok(None));
+    assert_eq!(disk.status().damaged, 0);
+}
+
+#[test]
 fn a_header_of_another_layout_or_salt_than_its_space_is_refused() {
     let directory = Directory::new();
     let disk = directory.open(MIB);
