@@ -164,11 +164,13 @@ impl Files for SystemFiles {
     fn probe(&self) {
         let mut buffer = Buffer::new(HEADER_MAX);
         let mut transfer = || -> io::Result<()> {
+            let _ = self.remove(PROBE); // of a start that was killed
             self.create(PROBE)?.write_at(0, buffer.first(HEADER_MAX))?;
             self.open(PROBE)?.read_at(0, buffer.first(HEADER_MAX))
         };
-        // Some file systems take the flag, and refuse the first transfer.
-        if transfer().is_err_and(|error| error.kind() == io::ErrorKind::InvalidInput) {
+        // Some file systems take the flag, and refuse the first transfer. Whatever else fails, what was not seen to
+        // work is not relied on.
+        if transfer().is_err() {
             self.direct.store(false, Ordering::Relaxed);
         }
         let _ = self.remove(PROBE); // whatever else is wrong, the first save will say

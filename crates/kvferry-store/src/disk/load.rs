@@ -98,8 +98,11 @@ impl Loader<'_> {
             Err(Unloaded::Memory(error)) => return Err(error),
             Err(Unloaded::Damaged) => (Ok(None), true),
             Err(Unloaded::Open(error)) => (Err(shared.failure("open a file", &error)), false),
-            // The next load would fail as this one did.
-            Err(Unloaded::Read(error)) => (Err(shared.failure("read a file", &error)), true),
+            Err(Unloaded::Read(error)) => {
+                // The next load would fail as this one did. But where the way of reading is refused, the file is whole.
+                let forget = error.kind() != io::ErrorKind::InvalidInput;
+                (Err(shared.failure("read a file", &error)), forget)
+            }
         };
         let mut state = shared.lock();
         let counted = u64::from(!is_probe(&task.id));

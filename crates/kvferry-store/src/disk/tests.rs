@@ -1140,6 +1140,41 @@ fn a_load_that_the_system_fails_is_an_error_and_forgets_the_object() {
 }
 
 #[test]
+fn a_way_of_reading_that_the_system_refuses_forgets_no_object() {
+    let directory = Directory::new();
+    let faulty = Faulty::on(&directory, |operation| match operation {
+        Operation::Read => Err(io::ErrorKind::InvalidInput.into()),
+        _ => Ok(()),
+    });
+    let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
+    save_page(&disk, 0).unwrap();
+    assert!(load(&disk, &saved(0, ""), 4096).is_err());
+    assert_eq!(found(&disk, 0..9), [0]);
+    drop(disk);
+    assert!(load_page(&directory.open(MIB), 0), "its file is whole");
+}
+
+#[test]
+fn a_probe_that_a_former_start_left_changes_nothing() {
+    let directory = Directory::new();
+    let is_direct = directory.open(MIB).is_direct();
+    fs::write(directory.objects().join("probe.tmp"), b"half").unwrap();
+    assert_eq!(directory.open(MIB).is_direct(), is_direct);
+    assert!(directory.names().is_empty());
+}
+
+#[test]
+fn a_probe_that_cannot_be_made_leaves_files_buffered() {
+    let directory = Directory::new();
+    drop(directory.open(MIB));
+    fs::create_dir(directory.objects().join("probe.tmp")).unwrap();
+    let disk = directory.open(MIB);
+    assert!(!disk.is_direct(), "nobody saw it work");
+    save_page(&disk, 0).unwrap();
+    assert!(load_page(&disk, 0));
+}
+
+#[test]
 fn a_file_that_could_not_be_made_takes_no_room() {
     let directory = Directory::new();
     let failing = Arc::new(AtomicUsize::new(0));
