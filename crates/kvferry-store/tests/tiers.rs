@@ -37,6 +37,7 @@ impl Directory {
     fn files(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.0.join("objects")).unwrap();
         let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        files.retain(|path| !path.ends_with("cleared"));
         files.sort();
         files
     }

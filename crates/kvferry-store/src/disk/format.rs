@@ -33,7 +33,13 @@ pub(crate) const HEADER_MAX: usize = 8192;
 /// What this version writes, and all that it reads.
 pub(crate) const VERSION: u32 = 1;
 
+/// Says up to which sequence number files were cleared.
+pub(crate) const CLEARED: &str = "cleared";
+pub(crate) const CLEARED_UNFINISHED: &str = "cleared.tmp";
+pub(crate) const CLEARED_BYTES: usize = 4096;
+
 const MAGIC: [u8; 8] = *b"KVFERRY\0";
+const CLEARED_MAGIC: [u8; 8] = *b"KVCLEAR\0";
 const SUM: std::ops::Range<usize> = 16..24;
 const TEXTS: usize = 163;
 const SUFFIX: &str = ".kv1";
@@ -57,6 +63,8 @@ pub(crate) enum Kind {
     Object(Named),
     /// A former run did not end it; its sequence number, if it has one.
     Unfinished(u64),
+    /// [`CLEARED`].
+    Cleared,
     /// Of another version of the format.
     OtherVersion,
     /// Not ours.
@@ -115,13 +123,16 @@ pub(crate) fn kind(name: &str) -> Kind {
     if let Some(named) = Named::parse(name) {
         return Kind::Object(named);
     }
+    if name == CLEARED {
+        return Kind::Cleared;
+    }
     let (stem, unfinished) = match name.strip_suffix(UNFINISHED) {
         Some(stem) => (stem, true),
         None => (name, false),
     };
     let sequence = match Named::parse(stem) {
         Some(named) => Some(named.sequence),
-        None => (stem == "probe").then_some(0),
+        None => matches!(name, "probe.tmp" | CLEARED_UNFINISHED).then_some(0),
     };
     if let Some(sequence) = sequence.filter(|_| unfinished) {
         return Kind::Unfinished(sequence);
@@ -199,6 +210,27 @@ fn sum(header: &[u8]) -> u64 {
     digest.update(&header[..SUM.start]);
     digest.update(&header[SUM.end..]);
     digest.finalize()
+}
+
+/// Writes the page of [`CLEARED`]: a magic, the version and a sum where a header has them, and the number.
+pub(crate) fn encode_cleared(sequence: u64, page: &mut [u8]) {
+    page.fill(0);
+    page[..8].copy_from_slice(&CLEARED_MAGIC);
+    page[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    page[24..32].copy_from_slice(&sequence.to_le_bytes());
+    let sum = sum(page).to_le_bytes();
+    page[SUM].copy_from_slice(&sum);
+}
+
+/// The number; `None` unless the page is whole and of this version.
+pub(crate) fn decode_cleared(page: &[u8]) -> Option<u64> {
+    let mut fields = Fields(page);
+    if fields.take(8)? != CLEARED_MAGIC || fields.u32()? != VERSION {
+        return None;
+    }
+    fields.u32()?;
+    let is_whole = fields.u64()? == sum(page);
+    fields.u64().filter(|_| is_whole)
 }
 
 /// What a header says.
@@ -329,6 +361,19 @@ mod tests {
     }
 
     #[test]
+    fn no_bit_of_what_says_that_files_were_cleared_can_change_unnoticed() {
+        let mut page = [0xff; 4096];
+        encode_cleared(77, &mut page);
+        assert_eq!(decode_cleared(&page), Some(77));
+        for bit in 0..8 * page.len() {
+            let mut damaged = page;
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode_cleared(&damaged), None, "bit {bit}");
+        }
+        assert_eq!(decode_cleared(&[0; 4096]), None);
+    }
+
+    #[test]
     fn names_are_read_back_and_others_are_not_ours() {
         let named = Named {
             id: ObjectId { chunk: [0xab; 32], space: [1; 32], rank: 7 },
@@ -340,6 +385,8 @@ mod tests {
         assert_eq!(kind(&name), Kind::Object(named));
         assert_eq!(kind(&named.unfinished()), Kind::Unfinished(3));
         assert_eq!(kind("probe.tmp"), Kind::Unfinished(0));
+        assert_eq!(kind(CLEARED), Kind::Cleared);
+        assert_eq!(kind(CLEARED_UNFINISHED), Kind::Unfinished(0));
         assert_eq!(kind(&name.replace(".kv1", ".kv2")), Kind::OtherVersion);
         assert_eq!(kind("anything.kv2.tmp"), Kind::OtherVersion);
         let upper = name.to_uppercase().replace(".KV1", ".kv1");

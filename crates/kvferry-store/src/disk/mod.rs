@@ -9,6 +9,7 @@
 
 mod ahead;
 mod buffer;
+mod cleared;
 pub(crate) mod files;
 pub(crate) mod format;
 mod health;
@@ -34,7 +35,7 @@ use crate::index::ObjectId;
 use crate::tiers::Tier;
 use files::{Files, SystemFiles};
 use format::{Kind, PAGE, kind};
-use shared::{LoadTask, SaveTask, Shared, State};
+use shared::{Cleared, LoadTask, SaveTask, Shared, State};
 
 /// Threads that save: while some wait for a sync, others write.
 const SAVERS: usize = 4;
@@ -340,7 +341,8 @@ impl Disk {
         self.shared.remove(&[ObjectId { chunk: *chunk, space: *space, rank }]);
     }
 
-    /// Removes all objects.
+    /// Removes all objects. Whatever happens after a flush that said `Ok`, none of them is found again; and before,
+    /// either all of them or none, unless the disk fails.
     pub fn clear(&self) {
         self.shared.clear();
     }
@@ -426,7 +428,7 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
     };
     let mut found = Vec::new();
     let mut remove = Vec::new();
-    let mut sequence = 0;
+    let (mut sequence, mut cleared) = (0, 0);
     for entry in files.entries().map_err(|error| failed(&error))? {
         match kind(&entry.name) {
             Kind::Object(named) => {
@@ -437,6 +439,7 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
                 sequence = sequence.max(used); // it may stay
                 remove.push((entry.name, entry.bytes));
             }
+            Kind::Cleared => cleared = cleared::read(files),
             Kind::OtherVersion => state.index.insert_other(entry.name, entry.bytes),
             Kind::Foreign => {}
         }
@@ -445,7 +448,9 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
     let now = SystemTime::now();
     for (modified, named, bytes) in found {
         let former = state.index.get(&named.id).map(|object| object.named);
-        if !is_plausible(named.length, bytes) {
+        if named.sequence <= cleared {
+            remove.push((named.name(), bytes));
+        } else if !is_plausible(named.length, bytes) {
             state.status.damaged += 1;
             remove.push((named.name(), bytes));
         } else if former.is_some_and(|former| former.sequence > named.sequence) {
@@ -464,7 +469,8 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
             state.index.insert_other(name, bytes); // no reason not to start
         }
     }
-    Ok(sequence)
+    state.cleared = Cleared::new(cleared);
+    Ok(sequence.max(cleared)) // what is saved from now on was not cleared
 }
 
 /// Whether a file of `bytes` can hold an object of `length`.

@@ -30,8 +30,13 @@ type Ended = (SaveTask, Result<bool>);
 
 enum Work {
     End(Vec<Ended>),
+    /// Up to this number.
+    MarkCleared(u64),
     Remove(Vec<Victim>),
-    Save { batch: Vec<SaveTask>, ended: Vec<Ended> },
+    Save {
+        batch: Vec<SaveTask>,
+        ended: Vec<Ended>,
+    },
 }
 
 pub(crate) fn run(shared: &Shared) {
@@ -39,6 +44,7 @@ pub(crate) fn run(shared: &Shared) {
     while let Some(work) = next(shared) {
         match work {
             Work::End(ended) => end(shared, ended),
+            Work::MarkCleared(sequence) => shared.mark_cleared(sequence),
             Work::Remove(removals) => shared.unlink_removals(removals),
             Work::Save { batch, ended } => {
                 end(shared, ended);
@@ -61,11 +67,14 @@ fn next(shared: &Shared) -> Option<Work> {
             let saves = std::mem::take(&mut state.saves).into_iter();
             return Some(Work::End(saves.map(|task| (task, Err(closed()))).collect()));
         }
+        if let Some(sequence) = state.cleared.take() {
+            return Some(Work::MarkCleared(sequence));
+        }
         let removals = state.take_removals(&shared.times);
         if !removals.is_empty() {
             return Some(Work::Remove(removals));
         }
-        if state.closing {
+        if state.closing && !state.cleared.is_pending() {
             return None;
         }
         let (batch, ended) = take_batch(state);
@@ -139,6 +148,8 @@ enum Failure {
     Caller(Error),
     /// Its bytes are not those that were stored.
     Damaged,
+    /// It was removed meanwhile.
+    Overtaken,
     /// The disk is.
     Disk(Error),
 }
@@ -227,6 +238,11 @@ impl Saver<'_> {
             return Ok(None);
         }
         let mut state = shared.lock();
+        if state.writing.get(&saved.id()).is_some_and(|writing| writing.removed) {
+            // By a clear, say: a number from afterwards would be that of a file which was not cleared.
+            state.reserved -= bytes;
+            return Err(Failure::Overtaken);
+        }
         state.sequence += 1;
         let named = Named { id: saved.id(), length: *length, sequence: state.sequence };
         drop(state);
@@ -378,6 +394,10 @@ impl Saver<'_> {
                 state.save_again(writing);
                 state.status.dropped_damaged += 1;
                 Ok(false)
+            }
+            Failure::Overtaken => {
+                state.save_again(writing);
+                Err(overtaken_by())
             }
         };
         ended.push((task, result));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use kvferry_core::cache::Memory;
 use kvferry_core::{Error, ErrorCode, Result};
 
+use super::cleared;
 use super::files::Files;
 use super::format;
 use super::health::{Health, Leave};
@@ -105,6 +106,7 @@ pub(crate) struct State {
     /// Threads that remove them.
     pub(crate) removing: usize,
     pub(crate) owed: Owed,
+    pub(crate) cleared: Cleared,
     pub(crate) queue_bytes: u64,
     /// Bytes of files that are being written.
     pub(crate) reserved: u64,
@@ -193,6 +195,44 @@ impl Owed {
     /// Bytes of files that nobody removes just now.
     fn bytes(&self) -> u64 {
         self.victims.iter().map(Victim::bytes).sum()
+    }
+}
+
+/// Up to which sequence number files were cleared. The disk says so before the first of them goes.
+#[derive(Default)]
+pub(crate) struct Cleared {
+    wanted: u64,
+    durable: u64,
+    /// A thread writes it.
+    writing: bool,
+}
+
+impl Cleared {
+    /// As the disk says.
+    pub(crate) fn new(durable: u64) -> Self {
+        Self { wanted: durable, durable, writing: false }
+    }
+
+    /// Whether the disk does not say so yet.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.wanted > self.durable
+    }
+
+    /// What is to be given to [`Shared::mark_cleared`].
+    pub(crate) fn take(&mut self) -> Option<u64> {
+        let is_due = self.is_pending() && !self.writing;
+        self.writing |= is_due;
+        is_due.then_some(self.wanted)
+    }
+
+    /// Where that failed, nothing but the files' removal is left to do.
+    fn end(&mut self, sequence: u64, is_durable: bool) {
+        self.writing = false;
+        if is_durable {
+            self.durable = sequence;
+        } else if self.wanted == sequence {
+            self.wanted = self.durable;
+        }
     }
 }
 
@@ -364,6 +404,7 @@ impl Shared {
         let mut guard = self.lock();
         let state = &mut *guard;
         state.forgotten += 1;
+        state.cleared.wanted = state.sequence;
         for victim in state.index.drain() {
             state.leave(victim);
         }
@@ -385,6 +426,7 @@ impl Shared {
         while state.outstanding.first().is_some_and(|first| *first <= last)
             || !state.removals.is_empty()
             || state.removing > 0
+            || state.cleared.is_pending()
         {
             if Instant::now() >= deadline {
                 let waiting = state.outstanding.len();
@@ -483,6 +525,11 @@ impl Shared {
                 self.evict(victims, &mut eviction);
                 continue;
             }
+            if let Some(sequence) = state.cleared.take() {
+                drop(state);
+                self.mark_cleared(sequence);
+                continue;
+            }
             let removals = state.take_removals(&self.times);
             if !removals.is_empty() {
                 drop(state);
@@ -567,6 +614,14 @@ impl Shared {
         }
     }
 
+    /// Makes a clear outlive whatever comes, in one step.
+    pub(crate) fn mark_cleared(&self, sequence: u64) {
+        let written = cleared::write(&*self.files, sequence);
+        self.lock().cleared.end(sequence, written.is_ok());
+        self.for_savers.notify_all();
+        self.changed.notify_all();
+    }
+
     /// Removes what was removed from the index: for good, so that no restart finds it. What fails is owed.
     pub(crate) fn unlink_removals(&self, removals: Vec<Victim>) {
         let (mut removed, mut kept, mut why) = (Vec::new(), Vec::new(), None);
@@ -632,6 +687,9 @@ impl State {
 
     /// Some of what is to be removed; to be given to [`Shared::unlink_removals`] unless it is empty.
     pub(crate) fn take_removals(&mut self, times: &Times) -> Vec<Victim> {
+        if self.cleared.is_pending() {
+            return Vec::new();
+        }
         let is_due = self.owed.retry_at.is_some_and(|at| Instant::now() >= at);
         if is_due && self.removals.is_empty() {
             self.try_owed(times);
