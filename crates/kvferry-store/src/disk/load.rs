@@ -89,6 +89,9 @@ impl Loader<'_> {
         let (unloaded, forget) = match self.read(task, object) {
             Ok(loaded) => {
                 let mut state = shared.lock();
+                if !state.has(object) {
+                    return Ok(None); // it was removed or cleared meanwhile
+                }
                 if !is_probe(&task.id) {
                     state.status.loads += 1;
                     state.status.read_bytes += object.bytes;
@@ -107,7 +110,7 @@ impl Loader<'_> {
         let mut state = shared.lock();
         let counted = u64::from(!is_probe(&task.id));
         // What was removed meanwhile may be gone, and is not damaged.
-        let is_there = state.index.get(&task.id).is_some_and(|now| now.named == object.named);
+        let is_there = state.has(object);
         match &unloaded {
             Ok(_) => state.status.damaged += counted * u64::from(is_there),
             Err(_) => state.status.load_failures += counted,

@@ -12,7 +12,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 
 use super::cleared;
 use super::files::Files;
-use super::format;
+use super::format::{self, Named};
 use super::health::{Health, Leave};
 use super::index::{Index, Object, Victim};
 use super::{DiskOptions, DiskStatus, LoadDone, Loaded, Saved, SummedDone, Times};
@@ -130,6 +130,12 @@ impl State {
     /// Bytes of all files.
     pub(crate) fn bytes(&self) -> u64 {
         self.index.bytes() + self.reserved + self.leaving
+    }
+
+    /// Whether that very file is an object still.
+    pub(crate) fn has(&self, object: &Object) -> bool {
+        let Named { id, .. } = object.named;
+        self.index.get(&id).is_some_and(|now| now.named == object.named)
     }
 
     fn is_idle_for_loads(&self) -> bool {

@@ -290,30 +290,36 @@ fn damage_of_any_kind_is_a_miss_and_counted() {
 }
 
 #[test]
-fn loads_of_what_was_removed_meanwhile_count_no_damage() {
-    let directory = Directory::new();
-    let gate = Arc::new(Gate::default());
-    let faulty = {
-        let gate = Arc::clone(&gate);
-        Faulty::on(&directory, move |operation| {
-            if matches!(operation, Operation::Open) {
-                gate.pass();
-            }
-            Ok(())
-        })
-    };
-    let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
-    (0..8).for_each(|number| save_page(&disk, number).unwrap());
-    gate.shut();
-    let answers: Vec<_> =
-        (0..8).map(|number| begin_load(&disk, &saved(number, ""), 4096).1).collect();
-    disk.clear();
-    disk.flush(soon()).unwrap();
-    gate.open();
-    for answer in answers {
-        assert_eq!(answer.recv().unwrap().unwrap(), None);
+fn what_was_removed_while_it_is_loaded_is_a_miss_and_no_damage() {
+    type Is = fn(&Operation) -> bool;
+    // Before its file is opened, and when it is open and cannot vanish any more.
+    let held: [Is; 2] = [|it| matches!(it, Operation::Open), |it| matches!(it, Operation::Read)];
+    for is_held in held {
+        let directory = Directory::new();
+        let gate = Arc::new(Gate::default());
+        let faulty = {
+            let gate = Arc::clone(&gate);
+            Faulty::on(&directory, move |operation| {
+                if is_held(operation) {
+                    gate.pass();
+                }
+                Ok(())
+            })
+        };
+        let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
+        (0..8).for_each(|number| save_page(&disk, number).unwrap());
+        gate.shut();
+        let answers: Vec<_> =
+            (0..8).map(|number| begin_load(&disk, &saved(number, ""), 4096).1).collect();
+        gate.wait();
+        disk.clear();
+        disk.flush(soon()).unwrap();
+        gate.open();
+        for answer in answers {
+            assert_eq!(answer.recv().unwrap().unwrap(), None);
+        }
+        assert_eq!((disk.status().damaged, disk.status().loads), (0, 0));
     }
-    assert_eq!(disk.status().damaged, 0);
 }
 
 #[test]
@@ -1844,7 +1850,9 @@ fn gated_saves(directory: &Directory, gate: &Arc<Gate>) -> Arc<dyn Files> {
 #[derive(Default)]
 pub(crate) struct Gate {
     shut: Mutex<bool>,
+    held: Mutex<u32>,
     changed: Condvar,
+    arrived: Condvar,
 }
 
 impl Gate {
@@ -1859,8 +1867,18 @@ impl Gate {
 
     pub(crate) fn pass(&self) {
         let mut shut = self.shut.lock().unwrap();
+        if *shut {
+            *self.held.lock().unwrap() += 1;
+            self.arrived.notify_all();
+        }
         while *shut {
             shut = self.changed.wait(shut).unwrap();
         }
+    }
+
+    /// Waits until somebody stands before it.
+    fn wait(&self) {
+        let held = self.held.lock().unwrap();
+        drop(self.arrived.wait_while(held, |held| *held == 0).unwrap());
     }
 }
