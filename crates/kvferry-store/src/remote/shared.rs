@@ -521,9 +521,15 @@ impl Shared {
     pub(crate) fn flush(&self, deadline: Instant) -> Result<()> {
         let mut state = self.lock();
         let (last, failures) = (state.tickets, state.status.save_failures);
-        let begun = state.removals_begun;
-        while state.outstanding.first().is_some_and(|first| *first <= last) || state.removes(begun)
-        {
+        let (mut saving, mut begun) = (true, 0);
+        loop {
+            if saving {
+                saving = state.outstanding.first().is_some_and(|first| *first <= last);
+                begun = state.removals_begun; // a save that was overtaken begins one before it ends
+            }
+            if !saving && !state.removes(begun) {
+                break;
+            }
             if Instant::now() >= deadline {
                 let (saves, removals) = (state.outstanding.len(), state.removals.len());
                 let message = format!(
