@@ -191,9 +191,11 @@ function checkMemory(status: Status | undefined): Check[] {
 			),
 		);
 	}
+	const refused = figure("refused_chunks");
+	const caps = refused > 0 ? " (a tenant's cap refuses, too: kvferry quota lists them)" : "";
 	const message =
 		`${mebibytes("used_bytes")} used of ${mebibytes("pool_bytes")}; evicted since the start: ` +
-		`${figure("evicted_objects")}, refused for want of room: ${figure("refused_chunks")}.`;
+		`${figure("evicted_objects")}, refused for want of room: ${refused}${caps}.`;
 	return findings.length > 0 ? findings : [{ check: "memory", result: "ok", message }];
 }
 

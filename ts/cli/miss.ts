@@ -59,7 +59,7 @@ export function explainMiss(
 	}
 	if (reasons.length === 0) {
 		const refused = Number(status.refused_chunks ?? 0);
-		const room = `; ${refused} chunks were refused for want of room since it started`;
+		const room = `; ${refused} chunks were refused for want of room since it started (a tenant's cap, say: kvferry quota)`;
 		reasons.push(
 			"It was never stored, as far as the server knows: its log of events reaches back to " +
 				`${time(missing.logSinceMs)}${refused > 0 ? room : ""}.`,
