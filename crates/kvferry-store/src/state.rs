@@ -44,6 +44,8 @@ pub(crate) struct State {
     /// Whether all of the memory is to be reserved, whatever is free: as long as there is some to be had.
     pub(crate) whole: bool,
     pub(crate) coming: Coming,
+    /// How often everything was cleared.
+    pub(crate) clears: u64,
     pub(crate) growth_failed: Option<Instant>,
     pub(crate) counters: Counters,
     /// Objects that come from a tier below, and the requests that wait for them.
@@ -225,6 +227,7 @@ impl State {
             headroom: POOL_STEP / 2,
             whole: false,
             coming: Coming::default(),
+            clears: 0,
             growth_failed: None,
             counters: Counters::default(),
             loading: HashMap::new(),

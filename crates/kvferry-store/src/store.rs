@@ -830,7 +830,7 @@ impl Store {
     }
 
     /// Evicts everything that is neither leased, read nor reserved, and all that is on the disk and in the remote; says how many
-    /// objects went from memory. What is on its way from below arrives all the same.
+    /// objects went from memory. What is on its way from below does not arrive.
     pub fn clear(&self) -> u64 {
         let mut state = self.lock();
         state.let_go(now());

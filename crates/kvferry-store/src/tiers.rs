@@ -175,6 +175,8 @@ pub(crate) struct Load {
     /// Offset and length in the pool.
     place: (u64, u64),
     from: Level,
+    /// Clears until then.
+    clears: u64,
 }
 
 /// A question that is to be asked for a lookup.
@@ -445,7 +447,8 @@ impl State {
             self.coming.remote += if *from == Level::Remote { grant.bytes() } else { 0 };
             let space = self.spaces.get(id.space, layout, cache_salt);
             let handle = self.index.reserve(*id, Origin { space, parent: before }, grant, parent);
-            loads.push(Load { handle, id: *id, chunk, place: (offset, length), from: *from });
+            let (place, clears) = ((offset, length), self.clears);
+            loads.push(Load { handle, id: *id, chunk, place, from: *from, clears });
         }
         Some(loads)
     }
@@ -486,8 +489,12 @@ impl State {
         remote_answers: bool,
     ) -> Option<Load> {
         let Load { handle, from, chunk, .. } = load;
+        // A tier may have ended it just before it was cleared itself.
+        let was_cleared = load.clears != self.clears;
+        let loaded = loaded.filter(|_| !was_cleared);
         if let (None, Level::Disk, true, Some(grant)) =
             (loaded, from, remote_answers, self.index.grant(handle))
+            && !was_cleared
             && self.may_come_from_remote(grant.bytes())
         {
             self.coming.remote += grant.bytes();
@@ -628,6 +635,7 @@ impl State {
     /// Evicts everything that is neither leased nor reserved; says how many objects it were. The slots of those that
     /// are being saved come back when that ends.
     pub(crate) fn clear(&mut self) -> u64 {
+        self.clears += 1;
         let unsaved = self.saving.iter().filter(|(_, saving)| saving.cleared.is_none());
         let mut unsaved: Vec<Handle> = unsaved.map(|(handle, _)| *handle).collect();
         unsaved.sort_unstable(); // parents first

@@ -32,10 +32,18 @@ fn create(files: &dyn Files) -> io::Result<Box<dyn Handle>> {
     }
 }
 
-/// The same number; 0 where what says it is not whole, or of another version.
-pub(crate) fn read(files: &dyn Files) -> u64 {
+/// The same number. What is not whole, or of another version, is removed, and says 0: a later start that could read it
+/// would take what is saved from now on for cleared.
+pub(crate) fn read(files: &dyn Files) -> io::Result<u64> {
     let mut buffer = Buffer::new(CLEARED_BYTES);
     let page = buffer.first(CLEARED_BYTES);
-    let read = files.open(CLEARED).and_then(|mut handle| handle.read_at(0, page));
-    read.ok().and_then(|()| format::decode_cleared(page)).unwrap_or_default()
+    match files.open(CLEARED).and_then(|mut handle| handle.read_at(0, page)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(error),
+        _ => {}
+    }
+    match format::decode_cleared(page) {
+        Some(sequence) => Ok(sequence),
+        None => files.remove(CLEARED).and_then(|()| files.sync()).map(|()| 0),
+    }
 }

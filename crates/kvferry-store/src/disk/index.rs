@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::format::Named;
+use super::format::{Kind, Named, kind};
 use crate::index::ObjectId;
 
 /// An object on the disk.
@@ -65,6 +65,8 @@ pub(crate) struct Index {
     objects: HashMap<ObjectId, Object>,
     /// Objects by their last use, other files before them, what could not be removed where it failed.
     order: BTreeMap<i64, Place>,
+    /// Where other files stand that a restart would take for an object: it must not outlive the object's removal.
+    formers: HashMap<ObjectId, Vec<i64>>,
     others: u64,
     /// Of what came last, and of what goes first.
     tick: i64,
@@ -112,9 +114,37 @@ impl Index {
     /// A file of another version: it goes before all objects.
     pub(crate) fn insert_other(&mut self, name: String, bytes: u64) {
         self.first -= 1;
+        self.put_other(self.first, name, bytes);
+    }
+
+    fn put_other(&mut self, tick: i64, name: String, bytes: u64) {
+        if let Kind::Object(named) = kind(&name) {
+            self.formers.entry(named.id).or_default().push(tick);
+        }
         self.bytes += bytes;
         self.others += 1;
-        self.order.insert(self.first, Place::Other(name, bytes));
+        self.order.insert(tick, Place::Other(name, bytes));
+    }
+
+    fn take_other(&mut self, tick: i64) -> Option<Victim> {
+        let Some(Place::Other(name, bytes)) = self.order.remove(&tick) else { return None };
+        if let Kind::Object(Named { id, .. }) = kind(&name)
+            && let Some(ticks) = self.formers.get_mut(&id)
+        {
+            ticks.retain(|other| *other != tick);
+            if ticks.is_empty() {
+                self.formers.remove(&id);
+            }
+        }
+        self.bytes -= bytes;
+        self.others -= 1;
+        Some(Victim::Other(name, bytes))
+    }
+
+    /// Takes out the files that a restart would take for the object.
+    pub(crate) fn remove_formers(&mut self, id: &ObjectId) -> Vec<Victim> {
+        let ticks = self.formers.remove(id).unwrap_or_default();
+        ticks.into_iter().filter_map(|tick| self.take_other(tick)).collect()
     }
 
     /// The object is used now.
@@ -167,14 +197,9 @@ impl Index {
             }
             Place::Other(..) => **tick <= since,
         };
-        let (&tick, _) = self.order.iter().find(may_go)?;
-        match self.order.remove(&tick)? {
-            Place::Object(id) => self.remove(&id).map(Victim::Object),
-            Place::Other(name, bytes) => {
-                self.bytes -= bytes;
-                self.others -= 1;
-                Some(Victim::Other(name, bytes))
-            }
+        match self.order.iter().find(may_go)? {
+            (_, &Place::Object(id)) => self.remove(&id).map(Victim::Object),
+            (&tick, Place::Other(..)) => self.take_other(tick),
         }
     }
 
@@ -182,26 +207,25 @@ impl Index {
     pub(crate) fn put_back(&mut self, victim: Victim) {
         self.tick += 1;
         let tick = self.tick;
-        self.bytes += victim.bytes();
-        let place = match victim {
+        match victim {
             // Meanwhile it was saved anew.
             Victim::Object(object) if self.objects.contains_key(&object.named.id) => {
-                Place::Other(object.named.name(), object.bytes)
+                self.put_other(tick, object.named.name(), object.bytes);
             }
             Victim::Object(object) => {
                 let id = object.named.id;
+                self.bytes += object.bytes;
+                self.order.insert(tick, Place::Object(id));
                 self.objects.insert(id, Object { tick, failed: tick, ..object });
-                Place::Object(id)
             }
-            Victim::Other(name, bytes) => Place::Other(name, bytes),
-        };
-        self.others += u64::from(matches!(place, Place::Other(..)));
-        self.order.insert(tick, place);
+            Victim::Other(name, bytes) => self.put_other(tick, name, bytes),
+        }
     }
 
     /// Takes all out.
     pub(crate) fn drain(&mut self) -> Vec<Victim> {
         (self.bytes, self.others) = (0, 0);
+        self.formers.clear();
         let places = std::mem::take(&mut self.order).into_values();
         let victims = places.filter_map(|place| match place {
             Place::Object(id) => self.objects.remove(&id).map(Victim::Object),

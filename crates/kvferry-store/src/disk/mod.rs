@@ -439,7 +439,7 @@ fn read_directory(files: &dyn Files, state: &mut State) -> Result<u64> {
                 sequence = sequence.max(used); // it may stay
                 remove.push((entry.name, entry.bytes));
             }
-            Kind::Cleared => cleared = cleared::read(files),
+            Kind::Cleared => cleared = cleared::read(files).map_err(|error| failed(&error))?,
             Kind::OtherVersion => state.index.insert_other(entry.name, entry.bytes),
             Kind::Foreign => {}
         }

@@ -81,7 +81,8 @@ fn next(shared: &Shared) -> Option<Work> {
         if !batch.is_empty() || !ended.is_empty() {
             return Some(Work::Save { batch, ended });
         }
-        let retry_at = state.owed.retry_at();
+        // What is owed waits for a marker that is being written, whose end wakes all.
+        let retry_at = state.owed.retry_at().filter(|_| !state.cleared.is_pending());
         guard = shared.wait(&shared.for_savers, guard, retry_at);
     }
 }

@@ -388,9 +388,9 @@ impl Shared {
         let state = &mut *guard;
         state.forgotten += 1;
         for id in ids {
-            if let Some(object) = state.index.remove(id) {
-                state.leave(Victim::Object(object));
-            }
+            let object = state.index.remove(id).map(Victim::Object);
+            let formers = state.index.remove_formers(id);
+            object.into_iter().chain(formers).for_each(|victim| state.leave(victim));
             if let Some(writing) = state.writing.get_mut(id) {
                 writing.removed = true;
                 state.overtaken.append(&mut writing.successors);

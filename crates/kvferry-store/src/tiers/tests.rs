@@ -204,6 +204,26 @@ fn is_pending<T>(future: &mut std::pin::Pin<&mut impl Future<Output = T>>) -> bo
 }
 
 #[test]
+fn what_the_disk_has_loaded_just_before_a_clear_does_not_arrive() {
+    let slow = Slow::stocked(8, &[0], 1);
+    slow.loads.shut();
+    assert_eq!(slow.lookup(&key("waits", 0, 1)), None);
+    let mut state = slow.store.lock();
+    slow.loads.open();
+    let give_up = soon();
+    while slow.disk().loads == 0 {
+        assert!(Instant::now() < give_up, "it is loaded, and to be told once the lock is free");
+        std::thread::yield_now();
+    }
+    state.clear();
+    slow.store.below().all().for_each(|tier| tier.clear());
+    drop(state);
+    assert_eq!(wait(slow.store.hit("waits")), 0);
+    assert_eq!(slow.lookup(&key("later", 0, 1)), Some(0));
+    assert_eq!(slow.store.lock().coming, Coming::default());
+}
+
+#[test]
 fn a_disk_that_hangs_leaves_a_quarter_of_the_memory_and_nobody_in_its_queue() {
     let slow = Slow::stocked(8, &[0, 1000, 2000, 3000], 3);
     assert_eq!(slow.put(&key("own", 9000, 2)), 2);
@@ -468,8 +488,14 @@ fn what_has_come_stays_for_as_long_as_the_rest_is_waited_for() {
     {
         let mut state = slow.store.lock();
         let (id, _, Slot { offset, length, .. }) = state.index.describe(second).unwrap();
-        let load =
-            Load { handle: second, id, chunk: 0, place: (offset, length), from: Level::Disk };
+        let load = Load {
+            handle: second,
+            id,
+            chunk: 0,
+            place: (offset, length),
+            from: Level::Disk,
+            clears: 0,
+        };
         state.loaded(load, Some(&loaded), false); // before the first
     }
     assert_eq!(slow.put(&key("w", 700, 2)), 1, "of three places one is free");

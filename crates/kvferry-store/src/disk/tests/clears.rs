@@ -241,3 +241,28 @@ fn a_clear_that_the_disk_cannot_note_removes_the_files_all_the_same() {
 }
 
 // Seams
+
+#[test]
+fn a_start_that_cannot_read_what_was_cleared_fails_and_loses_nothing_that_is_saved_later() {
+    let directory = Directory::new();
+    let disk = directory.open(MIB);
+    (0..9).for_each(|number| save_page(&disk, number).unwrap());
+    disk.clear();
+    disk.flush(soon()).unwrap();
+    drop(disk);
+    let faulty = Faulty::on(&directory, |operation| match operation {
+        Operation::Open => Err(io::Error::other("on purpose")),
+        _ => Ok(()),
+    });
+    let error = Disk::open_on(&directory.options(MIB), faulty, Times::default()).err().unwrap();
+    assert!(error.message.contains("on purpose"), "{error}");
+
+    // What can be read and means nothing goes: it might mean something to a later version.
+    fs::write(directory.objects().join("cleared"), [7; 4096]).unwrap();
+    let disk = directory.open(MIB);
+    assert!(!directory.objects().join("cleared").exists());
+    save_page(&disk, 20).unwrap();
+    disk.close(soon()).unwrap();
+    drop(disk);
+    assert_eq!(found(&directory.open(MIB), 0..99), [20]);
+}

@@ -279,3 +279,34 @@ fn an_object_that_is_saved_anew_while_it_is_evicted_leaves_no_file_that_nobody_k
     disk.flush(soon()).unwrap();
     assert_eq!((disk.status().bytes, directory.names().len()), (0, 0));
 }
+
+#[test]
+fn a_discard_takes_along_what_a_restart_would_take_for_the_object() {
+    let directory = Directory::new();
+    let fails = Arc::new(AtomicUsize::new(1));
+    let open = || {
+        let fails = Arc::clone(&fails);
+        let faulty = Faulty::on(&directory, move |operation| match operation {
+            Operation::Remove if fails.load(Ordering::Relaxed) > 0 => {
+                Err(io::Error::other("on purpose"))
+            }
+            _ => Ok(()),
+        });
+        Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap()
+    };
+    let discard = |disk: &Disk| disk.remove(&[0; 32], &saved(0, "").space, 1);
+    let disk = open();
+    save_page(&disk, 0).unwrap();
+    discard(&disk);
+    assert!(disk.flush(soon()).is_err(), "its file stays");
+    save_page(&disk, 0).unwrap();
+    drop(disk);
+    let disk = open();
+    assert_eq!((disk.status().objects, disk.status().other_versions), (1, 1));
+    fails.store(0, Ordering::Relaxed);
+    discard(&disk);
+    disk.flush(soon()).unwrap();
+    assert_eq!((disk.status().bytes, disk.status().other_versions), (0, 0));
+    drop(disk);
+    assert_eq!(found(&open(), 0..9), [0_u8; 0]);
+}
