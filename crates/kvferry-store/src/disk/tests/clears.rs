@@ -240,8 +240,6 @@ fn a_clear_that_the_disk_cannot_note_removes_the_files_all_the_same() {
     assert!(!directory.objects().join("cleared").exists());
 }
 
-// Seams
-
 #[test]
 fn a_start_that_cannot_read_what_was_cleared_fails_and_loses_nothing_that_is_saved_later() {
     let directory = Directory::new();
