@@ -50,25 +50,16 @@ describe("a name that means cacheSalt", () => {
 
 describe("options", () => {
 	const tokens = Uint32Array.from({ length: 512 }, (_, at) => at);
-	const table = new TrackerTable();
-	const refused: [of: string, misspelt: string, meant: string, call: (object: never) => unknown][] =
-		[
-			["BlockHasher", "cache_salt", "cacheSalt", (options) => blockHashes(tokens, options)],
-			["ChunkHasher", "chunksize", "chunkSize", (options) => chunkHashes(tokens, options)],
-			["objectKey", "cache_salt", "cacheSalt", objectKey],
-			["TrackerTable.add", "cache_salt", "cacheSalt", (request) => table.add(request)],
-			["handleInvalidBlocks", "blocksize", "blockSize", handleInvalidBlocks],
-			["handleFailedRecving", "policy", "", handleFailedRecving],
-			["updateWaitingForRemoteKv", "failedReceiving", "failedRecving", updateWaitingForRemoteKv],
-		];
 
-	it.each(refused)("of %s are refused when misspelt, or none", (of, misspelt, meant, call) => {
+	it.each<[of: string, misspelt: string, meant: string, call: (object: never) => unknown]>([
+		["BlockHasher", "cache_salt", "cacheSalt", (options) => blockHashes(tokens, options)],
+		["ChunkHasher", "chunksize", "chunkSize", (options) => chunkHashes(tokens, options)],
+		["objectKey", "cache_salt", "cacheSalt", objectKey],
+	])("of %s are refused when misspelt, or none", (of, misspelt, meant, call) => {
 		expect(() => call({ [misspelt]: 1 } as never)).toThrow(
 			expect.objectContaining({
 				code: "INVALID_ARGUMENT",
-				message: expect.stringContaining(
-					`${of} has no option "${misspelt}": ${meant === "" ? "there are " : `did you mean ${meant}?`}`,
-				),
+				message: `${of} has no option "${misspelt}": did you mean ${meant}?`,
 			}),
 		);
 		expect(() => call(null as never)).toThrow(
@@ -83,5 +74,41 @@ describe("options", () => {
 			code: "INVALID_ARGUMENT",
 			message: expect.stringMatching(/^offloading .* resolveOffloading returned/),
 		});
+	});
+});
+
+describe("what an engine has of its own", () => {
+	const table = new TrackerTable();
+
+	it.each<[of: string, misspelt: string, meant: string, call: (object: never) => unknown]>([
+		["TrackerTable.add", "num_tokens", "numTokens", (request) => table.add(request)],
+		["TrackerTable.add", "cacheSlat", "cacheSalt", (request) => table.add(request)],
+		["handleInvalidBlocks", "blocksize", "blockSize", handleInvalidBlocks],
+		["handleFailedRecving", "kvLoadFailurePolcy", "kvLoadFailurePolicy", handleFailedRecving],
+		["updateWaitingForRemoteKv", "failedRecieving", "failedRecving", updateWaitingForRemoteKv],
+	])("may not be misspelt in %s", (of, misspelt, meant, call) => {
+		expect(() => call({ [misspelt]: "x" } as never)).toThrow(
+			expect.objectContaining({
+				code: "INVALID_ARGUMENT",
+				message: `${of} knows no "${misspelt}": did you mean ${meant}?`,
+			}),
+		);
+		expect(() => call(undefined as never)).toThrow(
+			expect.objectContaining({ message: `the argument of ${of} must be an object` }),
+		);
+	});
+
+	it("is let alone where it is not ours", () => {
+		const own = { status: "RUNNING", priority: 1, allTokenIds: [1, 2], numPromptTokens: 2 };
+		expect(table.add({ requestId: "own", numTokens: 2, ...own })).toMatchObject({ cacheSalt: "" });
+		const load = { requestId: "own", numComputedTokens: 2, numTokens: 3, ...own };
+		expect(updateWaitingForRemoteKv(load).numComputedTokens).toBe(2);
+		const step = { running: [], numScheduledTokens: {}, invalidBlockIds: [] };
+		expect(handleInvalidBlocks({ ...step, ...{ scheduledNewReqs: [] } }).affectedBlockIds).toEqual(
+			[],
+		);
+		expect(() => table.add({ requestId: "salted", numTokens: 2, ...{ salt: "a" } })).toThrow(
+			/has a salt, and no cacheSalt/,
+		);
 	});
 });

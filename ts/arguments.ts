@@ -120,6 +120,23 @@ export function checkOptions(of: string, options: unknown, known: Record<string,
 	}
 }
 
+/** Checks for an object in which none of these names is misspelt: others may be an engine's own, and are let alone. */
+export function checkSpelled(of: string, object: unknown, known: Record<string, true>): void {
+	checkObject(`the argument of ${of}`, object);
+	const plain = (name: string) => name.replaceAll(/[-_]/g, "").toLowerCase();
+	for (const [name, value] of Object.entries(object as object)) {
+		if (value === undefined || Object.hasOwn(known, name)) {
+			continue;
+		}
+		const meant = Object.keys(known).find(
+			(other) => plain(name) === plain(other) || (other.length > 6 && distance(name, other) <= 2),
+		);
+		if (meant !== undefined) {
+			throw invalid(`${of} knows no ${JSON.stringify(name)}: did you mean ${meant}?`);
+		}
+	}
+}
+
 /** Checks for a string without lone surrogates, which have no UTF-8. */
 export function checkText(name: string, text: unknown): asserts text is string {
 	if (typeof text !== "string") {

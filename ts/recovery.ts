@@ -4,7 +4,7 @@ import {
 	checkInteger,
 	checkIterable,
 	checkObject,
-	checkOptions,
+	checkSpelled,
 	checkText,
 	invalid,
 } from "./arguments.js";
@@ -101,7 +101,7 @@ export interface InvalidBlocksRecovery extends LoadFailures {
  * computed tokens.
  */
 export function handleInvalidBlocks(step: InvalidBlocksStep): InvalidBlocksRecovery {
-	checkOptions("handleInvalidBlocks", step, STEP);
+	checkSpelled("handleInvalidBlocks", step, STEP);
 	const { running, waiting = [], numScheduledTokens, invalidBlockIds } = step;
 	const { blockSize = 16, kvLoadFailurePolicy = "fail", numKvCacheGroups = 1 } = step;
 	checkInteger("blockSize", blockSize, 1, U32_MAX);
@@ -194,7 +194,7 @@ const FAILURES = {
  * @throws {@link KvferryError} `INVALID_ARGUMENT` for ids that are no strings, and for an unknown policy.
  */
 export function handleFailedRecving(failures: FailedRecving): LoadFailures {
-	checkOptions("handleFailedRecving", failures, FAILURES);
+	checkSpelled("handleFailedRecving", failures, FAILURES);
 	const { requests, failedRequestIds, kvLoadFailurePolicy = "fail" } = failures;
 	const fails = failsRequests(kvLoadFailurePolicy);
 	checkRequests("requests", requests);
@@ -246,7 +246,7 @@ export interface LoadedRequest {
  * there are.
  */
 export function updateWaitingForRemoteKv(load: EndedLoad): LoadedRequest {
-	checkOptions("updateWaitingForRemoteKv", load, LOAD);
+	checkSpelled("updateWaitingForRemoteKv", load, LOAD);
 	const { numComputedTokens, numTokens, failedRecving = false } = load;
 	checkInteger("numTokens", numTokens, 1, U32_MAX);
 	checkInteger("numComputedTokens", numComputedTokens, 0, numTokens);

@@ -6,8 +6,10 @@ import {
 	checkObject,
 	checkOptions,
 	checkSalt,
+	checkSpelled,
 	checkText,
 	invalid,
+	misnamedSalt,
 } from "./arguments.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
@@ -350,7 +352,11 @@ export class TrackerTable {
 	 * 2³² − 1, or more than 2²⁰ requests; `INVALID_SALT`.
 	 */
 	add(request: TrackedRequest): RequestTracker {
-		checkOptions("TrackerTable.add", request, REQUEST);
+		checkSpelled("TrackerTable.add", request, REQUEST);
+		const misspelt = saltOf(request) === "" ? misnamedSalt(request) : undefined;
+		if (misspelt !== undefined) {
+			throw invalid(`the request has a ${misspelt}, and no cacheSalt: name it so`);
+		}
 		const { requestId, numTokens, maxStoredTokens = U32_MAX, state = "PREFETCHING" } = request;
 		checkText("requestId", requestId);
 		if (this.#requests.has(requestId)) {

@@ -56,6 +56,7 @@ describe("kvferry", () => {
 			expect(stdout).toMatch(/^Usage: kvferry quota [\s\S]*--guarantee[\s\S]*--json/);
 			expect(stdout).not.toMatch(/--memory|--tokens/);
 		}
+		expect(kvferry("replay", "--help").stdout).toMatch(/^Usage: kvferry replay FILE /);
 		expect(kvferry("ping", "--help").stdout).toMatch(/^Usage: kvferry ping [\s\S]*--timeout-ms/);
 	});
 

@@ -774,7 +774,7 @@ describe("tokens that are not to be loaded", () => {
 			expect(() => of.updateStateAfterAlloc(a, range(0, 4), 64)).toThrow(
 				expect.objectContaining({
 					code: "INVALID_ARGUMENT",
-					message: expect.stringMatching(/^numExternalTokens is 64, and nothing .* for a/),
+					message: expect.stringMatching(/^numExternalTokens is 64, and 0 tokens .* for a/),
 				}),
 			);
 		refused(connector);
@@ -786,6 +786,31 @@ describe("tokens that are not to be loaded", () => {
 		});
 		saltless.getNumNewMatchedTokens({ ...a, cacheSalt: "tenant" }, 0);
 		refused(saltless);
+	});
+});
+
+describe("tokens that are to be loaded", () => {
+	it("may be told again when they are there, and are no more than were found", () => {
+		const { connector } = open(() => 128);
+		const a = request("a", 200);
+		expect(connector.getNumNewMatchedTokens(a, 32)).toEqual([96, true]);
+		expect(() => connector.updateStateAfterAlloc(a, range(0, 13), 97)).toThrow(
+			/96 tokens .* at most/,
+		);
+		connector.updateStateAfterAlloc(a, range(0, 8), 96);
+		expect(connector.buildConnectorMeta(idle).requests).toHaveLength(1);
+		connector.updateStateAfterAlloc(a, range(0, 13), 96);
+		expect(stored(connector, a, 72)).toEqual([[128, 192]]);
+	});
+
+	it("may not be told once they were to be computed", () => {
+		const { connector } = open(() => 128);
+		const a = request("a", 200);
+		connector.getNumNewMatchedTokens(a, 0);
+		connector.updateStateAfterAlloc(a, range(0, 13), 0);
+		expect(() => connector.updateStateAfterAlloc(a, range(0, 13), 128)).toThrow(
+			/0 tokens .* at most/,
+		);
 	});
 });
 
@@ -820,6 +845,24 @@ describe("an id that two requests have", () => {
 		connector.updateStateAfterAlloc(grown, range(0, 4), 64);
 		const [load] = connector.buildConnectorMeta(idle).requests;
 		expect(load?.op.tokenIds).toHaveLength(150);
+	});
+
+	it("is one request's where what it generated was replaced, and its tokens are made anew each time", () => {
+		const { connector } = open(() => 64);
+		const prompt = range(0, 100);
+		let asked = 0;
+		const view = (...generated: number[]): EngineRequest => ({
+			requestId: "a",
+			get allTokenIds() {
+				asked++;
+				return [...prompt, ...generated];
+			},
+		});
+		connector.getNumNewMatchedTokens(view(), 0);
+		connector.getNumNewMatchedTokens(view(500, 901, 902), 0);
+		asked = 0;
+		expect(connector.getNumNewMatchedTokens(view(500, 777), 0)).toEqual([64, true]);
+		expect(asked).toBeLessThan(20); // not once for each token
 	});
 
 	it("has its blocks kept until a worker tells its end, however often it is ended", () => {

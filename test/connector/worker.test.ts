@@ -517,6 +517,29 @@ describe("memory that does not fit", () => {
 		});
 	}
 
+	it("may be shared by layers, as K with K and V with V alone", async () => {
+		const via = await server();
+		const { numBlocks, blockSize, numKvHeads, headSize } = good.layout;
+		const bytes = (numBlocks ?? 0) * (blockSize ?? 16) * numKvHeads * headSize * 2;
+		const all = new Uint8Array(3 * bytes);
+		const part = (at: number) => all.subarray(at * bytes, (at + 1) * bytes);
+		const layout = { ...good.layout, dtype: "float16" };
+		const register = async (kv: Record<string, LayerKv>) => {
+			await using adapter = createWorkerAdapter({ via, modelName: "m" });
+			await adapter.registerKvCaches(kv, layout);
+		};
+		await register({ a: [part(0), part(1)], b: [part(0), part(1)] });
+		for (const b of [
+			[part(1), part(2)],
+			[all.subarray(2, bytes + 2), part(2)],
+		] as const) {
+			await expect(register({ a: [part(0), part(1)], b: [...b] })).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: expect.stringMatching(/arrays of layer a and of layer b overlap/),
+			});
+		}
+	});
+
 	it("a step with blocks beyond the pool stores nothing and leaves the engine computing", async () => {
 		const via = await server();
 		const engine = new Engine({ planes: "separate", kvLayout: "NHD" });

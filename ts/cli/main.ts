@@ -84,7 +84,8 @@ const ALL = `Every command takes --json: one JSON object on stdout, errors as JS
 /** The help of a command, or of all. */
 function usage(command: string | undefined): string {
 	const own = HELP.filter(([names]) => command !== undefined && names.split(" ").includes(command));
-	const [name, found] = own.length > 0 ? [command, own] : ["COMMAND", HELP];
+	const named = command === "replay" ? "replay FILE" : command;
+	const [name, found] = own.length > 0 ? [named, own] : ["COMMAND", HELP];
 	const lines = found.map(([, lines]) => lines).join("");
 	return `Usage: kvferry ${name} [OPTIONS]\n\nCommands\n${lines}\n${ALL}`;
 }

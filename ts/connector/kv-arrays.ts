@@ -107,8 +107,9 @@ export function checkApart(
 			if (before === undefined || before.end <= place.start) {
 				continue;
 			}
-			const same = before.start === place.start;
-			if (!same || Math.floor(before.at / perLayer) === Math.floor(place.at / perLayer)) {
+			// K with K, and V with V.
+			const same = before.start === place.start && before.at % perLayer === place.at % perLayer;
+			if (!same) {
 				throw invalid(
 					`the arrays of layer ${layerOf(before.at)} and of layer ${layerOf(place.at)} overlap: give each memory of its ` +
 						"own, or the layout's blockStride where their blocks take turns",

@@ -95,7 +95,7 @@ export interface SchedulerConnectorOptions {
 	/**
 	 * Whose rules plan the stores. `"block"` (the default) is vLLM's own: every whole chunk. `"lmcache"` is
 	 * LMCache's: chunks of the prompt only, unless `saveDecodeCache`, and a preempted request asks the cache
-	 * again.
+	 * again, unless it was loaded and has not run since: then the load is taken to have failed.
 	 */
 	readonly planner?: "block" | "lmcache" | undefined;
 	/** With `planner: "lmcache"`: store chunks with generated tokens too. Default false. */
@@ -127,6 +127,8 @@ interface Tracked {
 	readonly tokens: SharedTokens;
 	/** Tokens that it had when it was first seen. */
 	readonly firstTokens: number;
+	/** Tokens that the engine said are loaded for its blocks. */
+	loads: number;
 }
 
 /**
@@ -275,21 +277,23 @@ export class SchedulerConnector {
 		const { requestId, allTokenIds } = request;
 		checkTokenIds(`allTokenIds of ${requestId}`, allTokenIds);
 		checkInteger("numExternalTokens", numExternalTokens, 0, allTokenIds.length);
-		const tracker = this.#uncached.has(requestId) ? undefined : this.#tracked(requestId).tracker;
-		const loads = tracker?.state === "WAITING_FOR_LOAD" || tracker?.needsRetrieve === true;
-		if (numExternalTokens > 0 && !loads) {
+		const tracked = this.#uncached.has(requestId) ? undefined : this.#tracked(requestId);
+		const most = tracked === undefined ? 0 : loadable(tracked);
+		if (numExternalTokens > most) {
 			throw invalid(
-				`numExternalTokens is ${numExternalTokens}, and nothing is to be loaded for ${requestId}: pass what ` +
-					"getNumNewMatchedTokens said last",
+				`numExternalTokens is ${numExternalTokens}, and ${most} tokens are loaded for ${requestId} at most: pass what ` +
+					"getNumNewMatchedTokens said for these blocks, or 0",
 			);
 		}
-		if (tracker === undefined) {
+		if (tracked === undefined) {
 			return;
 		}
+		const { tracker } = tracked;
 		const before = tracker.state;
 		const state = this.#table.allocate(requestId, blockIds, numExternalTokens > 0);
 		if (state === "WAITING_FOR_LOAD") {
 			this.#loading.add(requestId);
+			tracked.loads = Math.max(tracked.loads, numExternalTokens);
 		}
 		if (before !== "PREFETCHING") {
 			return;
@@ -343,7 +347,7 @@ export class SchedulerConnector {
 			}
 			handles[count] = tracked.tracker.handle;
 			scheduled[count] = now as number;
-			tokens[count] = this.#storableTokens(tracked, now as number, loading);
+			tokens[count] = this.#storableTokens(tracked, allTokenIds, now as number, loading);
 			// Most requests get no block in a step.
 			const lists = given === null || given === undefined ? NONE : blockLists(given, groups);
 			for (let group = 0; group < groups; group++) {
@@ -504,13 +508,15 @@ export class SchedulerConnector {
 	/** The tracker of a request; after a preemption a new one. */
 	#track(request: EngineRequest): RequestTracker {
 		const { requestId, cacheSalt, numPromptTokens } = request;
-		const misspelt = saltOf(request) === "" ? misnamedSalt(request) : undefined;
+		const known = this.#requests.get(requestId);
+		const isSeen = known?.request === request;
+		const misspelt = !isSeen && saltOf(request) === "" ? misnamedSalt(request) : undefined;
 		if (misspelt !== undefined) {
 			throw invalid(
-				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's`,
+				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's; ` +
+					"rename it if it names no tenant",
 			);
 		}
-		const known = this.#requests.get(requestId);
 		if (known !== undefined) {
 			checkSame(known, request);
 			if (request.status !== "PREEMPTED" || this.#goesOn(known.tracker, request)) {
@@ -538,7 +544,8 @@ export class SchedulerConnector {
 			cacheSalt,
 			maxStoredTokens: Math.min(promptOnly ? prompt : U32_MAX, maxOffloadTokens),
 		});
-		this.#requests.set(requestId, { tracker, request, tokens: new SharedTokens(), firstTokens });
+		const tokens = new SharedTokens();
+		this.#requests.set(requestId, { tracker, request, tokens, firstTokens, loads: 0 });
 		return tracker;
 	}
 
@@ -581,7 +588,7 @@ export class SchedulerConnector {
 		if (!same) {
 			throw invalid(
 				`request ${requestId} is resumed with other blocks than it is known to have: ask for it again, with the ` +
-					"status PREEMPTED, and tell its blocks by updateStateAfterAlloc",
+					"status PREEMPTED, and tell its blocks by updateStateAfterAlloc; give relocationWindow where a sliding window gives blocks up",
 			);
 		}
 	}
@@ -597,7 +604,8 @@ export class SchedulerConnector {
 		return tracked;
 	}
 
-	#hashedTokens({ allTokenIds, numBlockHashes }: EngineRequest): number {
+	#hashedTokens(request: EngineRequest, allTokenIds = request.allTokenIds): number {
+		const { numBlockHashes } = request;
 		if (numBlockHashes === undefined) {
 			return allTokenIds.length;
 		}
@@ -608,6 +616,7 @@ export class SchedulerConnector {
 	/** Tokens that may be stored at the end of a step: those that are surely good then. */
 	#storableTokens(
 		{ request, tracker }: Tracked,
+		allTokenIds: EngineRequest["allTokenIds"],
 		scheduled: number,
 		loading: ReadonlySet<number>,
 	): number {
@@ -617,7 +626,7 @@ export class SchedulerConnector {
 		if (this.#unknown.has(request.requestId) || (loading.size > 0 && onLoad())) {
 			return tracker.numStoredTokens;
 		}
-		const hashed = this.#hashedTokens(request);
+		const hashed = this.#hashedTokens(request, allTokenIds);
 		const { numComputedTokens } = request;
 		if (numComputedTokens === undefined) {
 			return hashed;
@@ -650,23 +659,39 @@ export class SchedulerConnector {
 	}
 }
 
-/** Refuses a request that has the id of another one, which would be given what is that one's. */
-function checkSame({ request: known, tracker }: Tracked, request: EngineRequest): void {
-	const { requestId, allTokenIds } = request;
+/**
+ * Refuses a request that has the id of another one, which would be given what is that one's. Its prompt tells: what came
+ * after it may have been replaced.
+ */
+function checkSame(
+	{ request: known, tracker, firstTokens }: Tracked,
+	request: EngineRequest,
+): void {
+	const { requestId } = request;
 	if (saltOf(request) !== tracker.cacheSalt) {
 		throw invalid(`request ${requestId} had another cacheSalt before: ${END_FIRST}`);
 	}
-	if (request === known || allTokenIds === known.allTokenIds) {
+	if (request === known) {
 		return;
 	}
-	const most = Math.min(allTokenIds.length, known.allTokenIds.length);
-	for (let at = 0; at < most; at++) {
-		if (allTokenIds[at] !== known.allTokenIds[at]) {
+	const [before, now] = [known.allTokenIds, request.allTokenIds]; // which may be getters
+	const most = Math.min(firstTokens, before.length, now.length);
+	for (let at = 0; before !== now && at < most; at++) {
+		if (before[at] !== now[at]) {
 			throw invalid(
 				`request ${requestId} had another token at position ${at} before: ${END_FIRST}`,
 			);
 		}
 	}
+}
+
+/** Tokens that may be counted as loaded into a request's blocks. */
+function loadable({ tracker, loads }: Tracked): number {
+	const { state, numExternalHitTokens, numLocalHitTokens } = tracker;
+	if (state === "PREFETCHING" || state === "WAITING_FOR_LOAD") {
+		return Math.max(0, numExternalHitTokens - numLocalHitTokens);
+	}
+	return state === "READY" ? loads : 0; // told again when they are there
 }
 
 const END_FIRST = "call requestFinished for the one that had this id first";

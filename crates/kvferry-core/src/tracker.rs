@@ -333,7 +333,8 @@ impl Trackers {
             if let Some((known, id)) = others {
                 return Err(Error::invalid(format!(
                     "the request was allocated block {id} where it has block {known}: one that was preempted is \
-                     asked for again, with the status PREEMPTED, before it has other blocks"
+                     asked for again, with the status PREEMPTED, before it has other blocks; one that has ended is \
+                     removed first; a sliding window that gives blocks up takes a relocation window"
                 )));
             }
         }
