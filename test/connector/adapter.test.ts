@@ -171,7 +171,7 @@ describe("options", () => {
 		["m@1", /'@'/],
 		["", /modelName is empty/],
 		["m".repeat(4097), /4096/],
-	])("name no model that no key can hold: %.5s", async (modelName, message) => {
+	])("name no model that no key can hold (%#)", async (modelName, message) => {
 		await using via = await Server.start({ listen: false, memory: 2 ** 20 });
 		for (const create of [createSchedulerAdapter, createWorkerAdapter]) {
 			expect(() => create({ via, modelName })).toThrow(
