@@ -353,16 +353,12 @@ export class TrackerTable {
 	 */
 	add(request: TrackedRequest): RequestTracker {
 		checkSpelled("TrackerTable.add", request, REQUEST);
-		const misspelt = saltOf(request) === "" ? misnamedSalt(request) : undefined;
-		if (misspelt !== undefined) {
-			throw invalid(`the request has a ${misspelt}, and no cacheSalt: name it so`);
-		}
+		const cacheSalt = namedSaltOf("the request", request);
 		const { requestId, numTokens, maxStoredTokens = U32_MAX, state = "PREFETCHING" } = request;
 		checkText("requestId", requestId);
 		if (this.#requests.has(requestId)) {
 			throw invalid(`request ${requestId} is tracked already: remove it first`);
 		}
-		const cacheSalt = saltOf(request);
 		const { numScheduledTokens = 0, numLocalHitTokens = 0 } = request;
 		const { numExternalHitTokens = 0, numStoredTokens = 0 } = request;
 		const counts = {
@@ -505,6 +501,19 @@ export function saltOf({ cacheSalt }: { readonly cacheSalt?: string | null | und
 	const salt = checkSalt(cacheSalt);
 	if (salt !== "") {
 		wrap(() => native().checkSalt(salt));
+	}
+	return salt;
+}
+
+/** The same, of what has no salt under another name either, which would leave the request everybody's. */
+export function namedSaltOf(what: string, of: Parameters<typeof saltOf>[0]): string {
+	const salt = saltOf(of);
+	const misspelt = salt === "" ? misnamedSalt(of) : undefined;
+	if (misspelt !== undefined) {
+		throw invalid(
+			`${what} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's; ` +
+				"rename it if it names no tenant",
+		);
 	}
 	return salt;
 }

@@ -1,12 +1,5 @@
-import {
-	checkInteger,
-	checkObject,
-	checkText,
-	checkTokenIds,
-	invalid,
-	misnamedSalt,
-} from "../arguments.js";
-import { saltOf } from "../tracker.js";
+import { checkInteger, checkObject, checkText, checkTokenIds, invalid } from "../arguments.js";
+import { namedSaltOf } from "../tracker.js";
 
 const U32_MAX = 2 ** 32 - 1;
 
@@ -86,12 +79,7 @@ export function readMetadata(metadata: ConnectorMetadata): {
 			);
 		}
 		checkOperation(requestId, op);
-		const cacheSalt = saltOf(request);
-		const misspelt = cacheSalt === "" ? misnamedSalt(request) : undefined;
-		if (misspelt !== undefined) {
-			throw invalid(`the metadata of ${requestId} has a ${misspelt}, and no cacheSalt: name it so`);
-		}
-		return { ...request, cacheSalt };
+		return { ...request, cacheSalt: namedSaltOf(`the metadata of ${requestId}`, request) };
 	});
 	return { requests, loadAsync };
 }

@@ -8,13 +8,13 @@ import {
 	checkText,
 	checkTokenIds,
 	invalid,
-	misnamedSalt,
 	warningsTo,
 } from "../arguments.js";
 import type { KvEvents } from "../events.js";
 import {
 	type BlockIds,
 	blockLists,
+	namedSaltOf,
 	type RequestTracker,
 	type StepArrays,
 	type StepPlan,
@@ -509,13 +509,8 @@ export class SchedulerConnector {
 	#track(request: EngineRequest): RequestTracker {
 		const { requestId, cacheSalt, numPromptTokens } = request;
 		const known = this.#requests.get(requestId);
-		const isSeen = known?.request === request;
-		const misspelt = !isSeen && saltOf(request) === "" ? misnamedSalt(request) : undefined;
-		if (misspelt !== undefined) {
-			throw invalid(
-				`request ${requestId} has a ${misspelt}, and no cacheSalt: name it so, or what it stores is everybody's; ` +
-					"rename it if it names no tenant",
-			);
+		if (known?.request !== request) {
+			namedSaltOf(`request ${requestId}`, request);
 		}
 		if (known !== undefined) {
 			checkSame(known, request);
