@@ -173,6 +173,13 @@ describe("kvferry doctor", () => {
 		});
 	});
 
+	it("is told the server as the other commands are, too", () => {
+		expect(doctorOptions(["--url", "localhost:1"])).toHaveProperty("url", "localhost:1");
+		expect(() => doctorOptions(["--url=a:1", "--server=b:1"])).toThrow(
+			/--url a:1 and --server b:1/,
+		);
+	});
+
 	it("names a PrefixCache's model by its identity", () => {
 		const { prompt } = doctorOptions(["--tokens", "f", "--identity", "abc"]);
 		expect(prompt).toEqual({
@@ -288,7 +295,6 @@ describe("kvferry bench", () => {
 
 describe("a flag of another command", () => {
 	it.each([
-		["doctor --url", () => doctorOptions(["--url", "tcp://a:1"]), "--server"],
 		["quota --url", () => quotaOptions(["--url", "tcp://a:1"]), "--http"],
 		["ping --port", () => clientOptions(["--port", "1"]), "--url"],
 	])("is answered with all that there are, and no guess: %s", (_, parse, flag) => {

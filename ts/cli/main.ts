@@ -42,7 +42,7 @@ ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON o
 	[
 		"doctor",
 		`  doctor   tell why a prompt misses; exits with 1 when anything is found
-             --server URL       the server (tcp://127.0.0.1:5555)
+             --url URL          the server (tcp://127.0.0.1:5555); --server is the same
              --token-file FILE  its admin token, else KVFERRY_TOKEN of the environment
              --timeout-ms N     wait for each answer at most that long (3000)
              --tokens FILE      the prompt's token ids, as JSON or separated by spaces; - is stdin

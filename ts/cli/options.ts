@@ -15,6 +15,7 @@ import {
 } from "./settings.js";
 import { bytes, bytesOrNone, checkHost, flag, httpUrl, integer, policy } from "./values.js";
 
+const SERVER = "tcp://127.0.0.1:5555";
 /** Bytes that a benchmark may store. */
 const BENCH_MAX = 4 * 2 ** 30;
 /** Prompts that `kvferry bench` stores at most: more tell no more, and take minutes. */
@@ -142,7 +143,7 @@ export function serveOptions(
  */
 export function clientOptions(args: string[]): ClientOptions {
 	const values = parse(args, {
-		url: { type: "string", default: "tcp://127.0.0.1:5555" },
+		url: { type: "string", default: SERVER },
 		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
@@ -292,7 +293,8 @@ export function replayOptions(args: string[]): ReplayOptions {
  */
 export function doctorOptions(args: string[]): DoctorOptions {
 	const values = parse(args, {
-		server: { type: "string", default: "tcp://127.0.0.1:5555" },
+		url: { type: "string" },
+		server: { type: "string" },
 		"token-file": { type: "string" },
 		"timeout-ms": { type: "string", default: "3000" },
 		tokens: { type: "string" },
@@ -305,7 +307,10 @@ export function doctorOptions(args: string[]): DoctorOptions {
 		"hash-seed": { type: "string" },
 		json: { type: "boolean", default: false },
 	});
-	const { tokens: file, model, identity, salt } = values;
+	const { url, server = url, tokens: file, model, identity, salt } = values;
+	if (url !== undefined && url !== server) {
+		throw invalid(`--url ${url} and --server ${server}: give one of them; they mean the same.`);
+	}
 	const { "chunk-size": chunkSize, "hash-algorithm": hashAlgorithm, "hash-seed": seed } = values;
 	const worldSize = values["world-size"];
 	const of = [model, identity].filter((name) => name !== undefined);
@@ -340,7 +345,7 @@ export function doctorOptions(args: string[]): DoctorOptions {
 		cacheSalt: checkSalt(salt),
 	};
 	return {
-		url: values.server,
+		url: server ?? SERVER,
 		...fileOf(values["token-file"]),
 		timeoutMs: integer(flag("timeout-ms", values["timeout-ms"]), 1, 2 ** 31 - 1),
 		...(file === undefined ? {} : { prompt: { file, ...prompt } }),
