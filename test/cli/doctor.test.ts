@@ -103,7 +103,7 @@ describe("kvferry doctor", () => {
 			"another model",
 			prompt(2),
 			["--model", "m"],
-			/note.*No engine[\s\S]*another model \(kvferry\//,
+			/note.*No engine.* for model m [\s\S]*another model \(the identity whose SHA-256 begins with [0-9a-f]{12}\), not for m:/,
 		],
 		["another chunk size", prompt(2), ["--chunk-size", "256"], /have 16 tokens, not 256/],
 		["another algorithm", prompt(2), ["--hash-algorithm", "sha256_cbor"], /blake3.*sha256_cbor/],

@@ -4,7 +4,7 @@ import { KvferryError } from "../errors.js";
 import type { Explanation } from "../native-binding.js";
 import type { Status } from "../server.js";
 import { tokenOf } from "../token.js";
-import { explainMiss } from "./miss.js";
+import { called, explainMiss } from "./miss.js";
 import { type DoctorOptions, doctorOptions } from "./options.js";
 import { readTokens } from "./tokens.js";
 
@@ -286,7 +286,7 @@ async function examinePrompt(
 		checks.push(
 			of(
 				"note",
-				`No engine is registered now for model ${question.modelName} with world size ` +
+				`No engine is registered now for model ${called(question.modelName)} with world size ` +
 					`${question.kvWorldSize}: until one is, lookups find nothing.`,
 			),
 		);

@@ -11,7 +11,8 @@ export function explainMiss(
 	status: Status,
 ): string[] {
 	const { chunks, hitChunks } = explanation;
-	const { modelName, kvWorldSize } = question;
+	const { kvWorldSize } = question;
+	const model = called(question.modelName);
 	const first = hitChunks * chunkSize;
 	const what =
 		`${hitChunks} of ${chunks} whole chunks hit. The first that does not is chunk ${hitChunks} ` +
@@ -37,7 +38,7 @@ export function explainMiss(
 	}
 	if (missing.otherModels.length > 0) {
 		reasons.push(
-			`It is stored for another model (${list(missing.otherModels)}), not for ${modelName}: the ` +
+			`It is stored for another model (${list(missing.otherModels.map(called))}), not for ${model}: the ` +
 				"engine that looks it up registers another name.",
 		);
 	}
@@ -51,7 +52,7 @@ export function explainMiss(
 		const layouts = missing.otherLayouts.map(({ shape, dtype }) => `${shape.join(" × ")} ${dtype}`);
 		reasons.push(
 			`It is stored in another layout (${list(layouts)}) than the engine registered last for ` +
-				`${modelName}: another element type, number of layers or width is another cache.`,
+				`${model}: another element type, number of layers or width is another cache.`,
 		);
 	}
 	if (missing.removed !== undefined) {
@@ -86,6 +87,12 @@ function forWhom(by: Removal["by"]): string {
 	return by.own
 		? "what the same tenant stored"
 		: `what the tenant ${by.tenant} stored (as /metrics and kvferry quota --json call it)`;
+}
+
+/** A model as messages name it: the one of a PrefixCache is made of its identity, which only who asks knows. */
+export function called(modelName: string): string {
+	const [, digest] = /^kvferry\/([0-9a-f]{12})[0-9a-f]{52}$/.exec(modelName) ?? [];
+	return digest === undefined ? modelName : `the identity whose SHA-256 begins with ${digest}`;
 }
 
 function time(ms: number): string {
