@@ -21,6 +21,7 @@ mod save;
 pub(crate) mod shared;
 #[cfg(test)]
 pub(crate) mod tests;
+mod watched;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -133,13 +134,13 @@ pub struct DiskStatus {
     pub save_failures: u64,
     /// Saves refused because the queue was full.
     pub dropped_full: u64,
-    /// Saves refused because the disk had failed.
+    /// Saves refused because the disk had failed, or hung.
     pub dropped_failed: u64,
     /// Saves refused because the object is larger than the disk.
     pub dropped_large: u64,
     /// Saves refused because the bytes had another checksum than they were stored with.
     pub dropped_damaged: u64,
-    /// Loads refused because too many were waiting.
+    /// Loads refused because too many were waiting, or the disk hung.
     pub refused_loads: u64,
     /// Objects loaded.
     pub loads: u64,
@@ -159,7 +160,7 @@ pub struct DiskStatus {
     pub read_bytes: u64,
     /// Files of other versions of the format that are still there, and those that nobody needs and that could not be removed.
     pub other_versions: u64,
-    /// Why saves are refused just now.
+    /// Why saves are refused just now; where the disk hangs, loads are, too.
     pub failed: Option<String>,
 }
 
@@ -204,6 +205,8 @@ pub(crate) struct Times {
     pub(crate) pause: Duration,
     /// A load writes the file's time when that is older than this.
     pub(crate) stamp: Duration,
+    /// A file operation that takes longer stands for a disk that hangs.
+    pub(crate) hang: Duration,
 }
 
 impl Default for Times {
@@ -214,6 +217,7 @@ impl Default for Times {
             shrunk: Duration::from_secs(60),
             pause: Duration::from_millis(20),
             stamp: Duration::from_secs(600),
+            hang: Duration::from_secs(10),
         }
     }
 }
@@ -273,11 +277,12 @@ impl Disk {
         Ok(disk)
     }
 
-    /// The object's bytes if it can be loaded. No I/O.
+    /// The object's bytes if it can be loaded: not while a file operation has been under way for ten seconds, which others
+    /// would wait behind. No I/O.
     pub fn find(&self, chunk: &[u8; 32], space: &[u8; 32], rank: u32) -> Option<u64> {
         let id = ObjectId { chunk: *chunk, space: *space, rank };
         let state = self.shared.lock();
-        let object = state.index.get(&id).filter(|_| !state.closing);
+        let object = state.index.get(&id).filter(|_| !state.closing && !self.shared.hangs());
         object.map(|object| object.named.length)
     }
 
@@ -314,7 +319,7 @@ impl Disk {
 
     /// Loads the object's `length` bytes to `offset`, which must stay until `done` is called; until then, and after
     /// anything but `Ok(Some(_))`, what lies there may be anything. The object is not evicted before. `false`: too
-    /// many loads are waiting or the disk is closed; counted, and `done` is not called.
+    /// many loads are waiting, or the disk hangs, both of them counted, or it is closed; `done` is not called.
     #[must_use = "a load that was refused calls nothing back"]
     pub fn load(
         &self,

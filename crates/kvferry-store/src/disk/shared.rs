@@ -15,6 +15,7 @@ use super::files::Files;
 use super::format::{self, Named};
 use super::health::{Health, Leave};
 use super::index::{Index, Object, Victim};
+use super::watched::{Running, Watched};
 use super::{DiskOptions, DiskStatus, LoadDone, Loaded, Saved, SummedDone, Times};
 use crate::index::ObjectId;
 use crate::probe::is_probe;
@@ -269,6 +270,7 @@ pub(crate) enum NoRoom {
 
 pub(crate) struct Shared {
     pub(crate) files: Arc<dyn Files>,
+    running: Arc<Running>,
     pub(crate) bound: u64,
     pub(crate) times: Times,
     queue_bytes: u64,
@@ -286,8 +288,10 @@ impl Shared {
         times: Times,
         state: State,
     ) -> Self {
+        let running = Arc::<Running>::default();
         Self {
-            files,
+            files: Arc::new(Watched { files, running: Arc::clone(&running) }),
+            running,
             bound: options.bytes,
             times,
             queue_bytes: options.queue_bytes,
@@ -315,6 +319,21 @@ impl Shared {
                 condition.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
             }
         }
+    }
+
+    /// Whether whoever waited for a file now might wait for ever.
+    pub(crate) fn hangs(&self) -> bool {
+        self.running.longest().is_some_and(|(time, _)| time > self.times.hang)
+    }
+
+    /// Why it does.
+    fn hang(&self) -> Option<String> {
+        let (time, doing) = self.running.longest().filter(|(time, _)| *time > self.times.hang)?;
+        Some(format!(
+            "the disk tier hangs: the system has not answered for {} s, where it is to {doing} in {}; look at its log",
+            time.as_secs(),
+            self.files.directory().display()
+        ))
     }
 
     /// What was being done to which file, and the system's reason.
@@ -349,7 +368,8 @@ impl Shared {
             state.status.dropped_full += counted;
             return false;
         }
-        match state.health.ask(Instant::now()) {
+        let leave = if self.hangs() { Leave::Refused } else { state.health.ask(Instant::now()) };
+        match leave {
             Leave::Granted => {}
             Leave::Trial => task.trial = true,
             Leave::Refused => {
@@ -369,7 +389,7 @@ impl Shared {
 
     pub(crate) fn accept_load(&self, mut task: LoadTask, done: LoadDone) -> bool {
         let mut state = self.lock();
-        if state.closing || state.loads.len() >= LOADS_MAX {
+        if state.closing || state.loads.len() >= LOADS_MAX || self.hangs() {
             state.status.refused_loads += u64::from(!state.closing);
             return false;
         }
@@ -461,7 +481,7 @@ impl Shared {
             queue_saves: state.outstanding.len() as u64,
             queue_loads: state.loads.len() as u64 + state.loading,
             other_versions: state.index.others(),
-            failed: state.health.reason().map(str::to_owned),
+            failed: self.hang().or_else(|| state.health.reason().map(str::to_owned)),
             ..state.status.clone()
         }
     }

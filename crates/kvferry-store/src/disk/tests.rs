@@ -1,5 +1,6 @@
 mod clears;
 mod fakes;
+mod hangs;
 mod removals;
 
 use std::collections::HashMap;
@@ -15,8 +16,8 @@ use kvferry_core::cache::Memory;
 use kvferry_core::key::{Dtype, Layout};
 use kvferry_core::{ErrorCode, Result};
 
-use self::fakes::gated_saves;
 pub(crate) use self::fakes::{Faulty, Gate, Operation};
+use self::fakes::{gated, gated_saves};
 use super::files::{Entry, Files, Handle, SystemFiles};
 use super::power::Volatile;
 use super::{Disk, DiskOptions, Loaded, Saved, Times};
@@ -303,15 +304,7 @@ fn what_was_removed_while_it_is_loaded_is_a_miss_and_no_damage() {
     for is_held in held {
         let directory = Directory::new();
         let gate = Arc::new(Gate::default());
-        let faulty = {
-            let gate = Arc::clone(&gate);
-            Faulty::on(&directory, move |operation| {
-                if is_held(operation) {
-                    gate.pass();
-                }
-                Ok(())
-            })
-        };
+        let faulty = gated(&directory, &gate, is_held);
         let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
         (0..8).for_each(|number| save_page(&disk, number).unwrap());
         gate.shut();
@@ -684,15 +677,7 @@ fn a_restart_knows_what_was_loaded_last() {
 fn what_a_load_waits_for_is_not_evicted() {
     let directory = Directory::new();
     let gate = Arc::new(Gate::default());
-    let faulty = {
-        let gate = Arc::clone(&gate);
-        Faulty::on(&directory, move |operation| {
-            if matches!(operation, Operation::Open) {
-                gate.pass();
-            }
-            Ok(())
-        })
-    };
+    let faulty = gated(&directory, &gate, |operation| matches!(operation, Operation::Open));
     let times = Times { pause: Duration::ZERO, ..Times::default() };
     let disk = Disk::open_on(&directory.options(3 * FILE), faulty, times).unwrap();
     (0..3).for_each(|number| save_page(&disk, number).unwrap());

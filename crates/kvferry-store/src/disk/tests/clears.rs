@@ -95,15 +95,7 @@ fn a_power_loss_at_any_step_of_a_clear_leaves_all_that_it_cleared_or_nothing() {
 fn a_clear_outlives_a_close_that_runs_out_of_time() {
     let directory = Directory::new();
     let gate = Arc::new(Gate::default());
-    let slow = {
-        let gate = Arc::clone(&gate);
-        Faulty::on(&directory, move |operation| {
-            if matches!(operation, Operation::Remove) {
-                gate.pass();
-            }
-            Ok(())
-        })
-    };
+    let slow = gated(&directory, &gate, |operation| matches!(operation, Operation::Remove));
     let disk = Disk::open_on(&directory.options(MIB), slow, Times::default()).unwrap();
     (0..9).for_each(|number| save_page(&disk, number).unwrap());
     gate.shut();
@@ -134,15 +126,7 @@ fn a_clear_outlives_a_close_that_runs_out_of_time() {
 fn no_cleared_file_goes_before_the_disk_says_that_it_was_cleared() {
     let directory = Directory::new();
     let gate = Arc::new(Gate::default());
-    let faulty = {
-        let gate = Arc::clone(&gate);
-        Faulty::on(&directory, move |operation| {
-            if matches!(operation, Operation::Rename) {
-                gate.pass();
-            }
-            Ok(())
-        })
-    };
+    let faulty = gated(&directory, &gate, |operation| matches!(operation, Operation::Rename));
     let disk = Disk::open_on(&directory.options(MIB), faulty, Times::default()).unwrap();
     (0..9).for_each(|number| save_page(&disk, number).unwrap());
     gate.shut();

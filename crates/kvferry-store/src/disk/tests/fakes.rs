@@ -108,15 +108,24 @@ impl Handle for FaultyHandle {
     }
 }
 
-/// Files that are created only while `gate` is open.
-pub(super) fn gated_saves(directory: &Directory, gate: &Arc<Gate>) -> Arc<dyn Files> {
+/// Files of which such operations only happen while `gate` is open.
+pub(super) fn gated(
+    directory: &Directory,
+    gate: &Arc<Gate>,
+    is_held: impl Fn(&Operation) -> bool + Send + Sync + 'static,
+) -> Arc<dyn Files> {
     let gate = Arc::clone(gate);
     Faulty::on(directory, move |operation| {
-        if matches!(operation, Operation::Create) {
+        if is_held(operation) {
             gate.pass();
         }
         Ok(())
     })
+}
+
+/// The same of files that are created.
+pub(super) fn gated_saves(directory: &Directory, gate: &Arc<Gate>) -> Arc<dyn Files> {
+    gated(directory, gate, |operation| matches!(operation, Operation::Create))
 }
 
 /// Holds threads up while it is shut.
