@@ -286,6 +286,18 @@ describe.skipIf(!hasRedis())("a cache with Redis", () => {
 			.toBe("");
 	});
 
+	it("says which credentials are missing", async () => {
+		const [process] = await redis("--requirepass", "hunter2");
+		for (const credentials of ["", ":wrong@"]) {
+			const url = `redis://${credentials}127.0.0.1:${process.port}/0`;
+			const serving = kept(await ServerProcess.start("--remote", url));
+			const via = kept(await Client.connect({ url: serving.url }));
+			await expect
+				.poll(async () => (await via.status()).remote_failure, { timeout: 20_000 })
+				.toMatch(/auth.*give .*KVFERRY_REDIS_PASSWORD/i);
+		}
+	});
+
 	it("tells operators of it, and no password", async () => {
 		const [process] = await redis("--requirepass", "hunter2");
 		const http = await freePort();
@@ -487,6 +499,19 @@ describe.skipIf(moto === undefined)("a cache with S3", () => {
 		expect(await read(cache, 3, { seed: 1 })).toBe(0);
 		await cache.store(tokens(3, 1), bytesOf(1));
 		expect(await read(cache, 3, { seed: 1 })).toBe(3);
+	});
+
+	it("says which credentials are missing", async () => {
+		const { url } = await s3();
+		for (const name of Object.keys(credentials)) {
+			delete process.env[name];
+		}
+		process.env.AWS_EC2_METADATA_DISABLED = "true"; // the machine's role, which is asked over the network
+		const started = kept(await ServerProcess.start("--remote", url));
+		const via = kept(await Client.connect({ url: started.url }));
+		await expect
+			.poll(async () => (await via.status()).remote_failure, { timeout: 20_000 })
+			.toMatch(/credential.*give .*AWS_ACCESS_KEY_ID/);
 	});
 
 	it("takes an object that was changed for a miss", async () => {

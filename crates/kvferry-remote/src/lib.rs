@@ -30,9 +30,10 @@ pub fn open(url: &str) -> Result<RemoteOptions> {
     Ok(RemoteOptions { objects, prefix })
 }
 
-/// What an engine says is wrong. `passing`: it may answer another time.
-fn failure(place: &str, passing: bool, reason: &str) -> Error {
+/// What an engine says is wrong, and what helps if that is known. `passing`: it may answer another time.
+fn failure(place: &str, passing: bool, reason: &str, remedy: Option<&str>) -> Error {
     let code = if passing { ErrorCode::Unreachable } else { ErrorCode::System };
     let line: String = reason.lines().next().unwrap_or_default().chars().take(TEXT_MAX).collect();
-    Error::new(code, format!("{place}: {line}"))
+    let remedy = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
+    Error::new(code, format!("{place}: {line}{remedy}"))
 }

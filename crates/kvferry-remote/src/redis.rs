@@ -31,6 +31,8 @@ const CONNECT: Duration = Duration::from_secs(1);
 const CONNECT_ALL: Duration = Duration::from_secs(5);
 /// What a cluster's client waits for one of its nodes.
 const ANSWER: Duration = Duration::from_secs(10);
+const CREDENTIALS: &str = "give what it takes: KVFERRY_REDIS_PASSWORD in the environment, and where it has users \
+                           KVFERRY_REDIS_USERNAME";
 /// Questions that a cluster is asked at a time.
 const AT_ONCE: usize = 64;
 
@@ -219,7 +221,7 @@ impl Redis {
         };
         asked.await.map_err(|error| {
             let passing = is_passing(&error);
-            failure(&self.place, passing, &error.to_string())
+            failure(&self.place, passing, &error.to_string(), remedy(&error))
         })
     }
 
@@ -229,6 +231,15 @@ impl Redis {
             Connection::Cluster(mut cluster) => command.query_async(&mut cluster).await,
         })
         .await
+    }
+}
+
+fn remedy(error: &RedisError) -> Option<&'static str> {
+    match error.code() {
+        Some("NOAUTH" | "WRONGPASS") => Some(CREDENTIALS),
+        _ if error.kind() == ErrorKind::AuthenticationFailed => Some(CREDENTIALS),
+        Some("NOPERM") => Some("let its user read, write and remove the keys of the prefix"),
+        _ => None,
     }
 }
 

@@ -15,6 +15,8 @@ use crate::failure;
 
 /// How long connecting may take. What waits for it has a deadline of its own.
 const CONNECT: Duration = Duration::from_secs(1);
+const CREDENTIALS: &str = "give what may use the bucket: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the \
+                           environment, a profile, or the machine's role";
 /// Where the URL and the environment name none.
 const REGION: &str = "us-east-1";
 /// Requests of the first round of a question, and how many times as many there are in each further one: S3 takes money
@@ -51,7 +53,10 @@ impl S3 {
     fn failure(&self, error: &opendal::Error) -> Error {
         let passing = error.is_temporary()
             || matches!(error.kind(), ErrorKind::Unexpected | ErrorKind::RateLimited);
-        failure(&self.place, passing, &error.to_string())
+        let reason = error.to_string();
+        let is_refused = error.kind() == ErrorKind::PermissionDenied;
+        let remedy = (is_refused || reason.contains("credential")).then_some(CREDENTIALS);
+        failure(&self.place, passing, &reason, remedy)
     }
 
     async fn length(&self, key: &str) -> Result<Option<u64>> {
