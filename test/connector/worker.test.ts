@@ -154,6 +154,18 @@ describe("a worker's connector", () => {
 		expect(connector.getBlockIdsWithLoadErrors().size).toBe(0);
 	});
 
+	it("names no block that the engine has itself, where the last one is missing", async () => {
+		const via = await server();
+		const engine = new Engine({ planes: "fused", kvLayout: "NHD" });
+		await using adapter = createWorkerAdapter({ via, modelName: "m" });
+		await adapter.registerKvCaches(engine.caches, engine.layout);
+		const blockIds = [[5, 6, 7]];
+		const op = { tokenIds: TOKENS, start: 0, end: CHUNK, blockIds, skipFirstNTokens: 2 * BLOCK };
+		adapter.batchedSubmitRetrieveRequests(["r"], [op]);
+		await adapter.waitForLoads();
+		expect([...adapter.getBlockIdsWithLoadErrors()]).toEqual([7]);
+	});
+
 	it("uses nothing of a load whose slots were used anew while it copied", async () => {
 		const via = await server();
 		const engine = new Engine({ planes: "fused", kvLayout: "NHD" });
@@ -517,7 +529,7 @@ describe("memory that does not fit", () => {
 		});
 	}
 
-	it("may be shared by layers, as K with K and V with V alone", async () => {
+	it("is no layer's twice: what uses another layer's KV is left out", async () => {
 		const via = await server();
 		const { numBlocks, blockSize, numKvHeads, headSize } = good.layout;
 		const bytes = (numBlocks ?? 0) * (blockSize ?? 16) * numKvHeads * headSize * 2;
@@ -528,16 +540,19 @@ describe("memory that does not fit", () => {
 			await using adapter = createWorkerAdapter({ via, modelName: "m" });
 			await adapter.registerKvCaches(kv, layout);
 		};
-		await register({ a: [part(0), part(1)], b: [part(0), part(1)] });
-		for (const b of [
-			[part(1), part(2)],
-			[all.subarray(2, bytes + 2), part(2)],
+		for (const [b, message] of [
+			[[part(0), part(1)], /layer a and layer b have the same memory: name it once/],
+			[[part(1), part(2)], /layer a and layer b have the same memory/],
+			[[all.subarray(2, bytes + 2), part(2)], /arrays of layer a and of layer b overlap/],
 		] as const) {
 			await expect(register({ a: [part(0), part(1)], b: [...b] })).rejects.toMatchObject({
 				code: "INVALID_ARGUMENT",
-				message: expect.stringMatching(/arrays of layer a and of layer b overlap/),
+				message: expect.stringMatching(message),
 			});
 		}
+		await expect(register({ a: [part(0), part(0)] })).rejects.toThrow(
+			/layer a and of layer a overlap/,
+		);
 	});
 
 	it("a step with blocks beyond the pool stores nothing and leaves the engine computing", async () => {

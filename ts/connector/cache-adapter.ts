@@ -296,6 +296,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 	/** Memory that is only had during a call; undefined when copies run by themselves. */
 	#borrowed: Uint8Array[] | undefined;
 	#arraysPerLayer = 1;
+	/** Tokens. */
+	#blockSize = 1;
 	#registering = false;
 	#closed = false;
 	readonly #loads = new Set<Promise<void>>();
@@ -403,9 +405,8 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 					);
 				}
 				this.#borrowed = await registerArrays(worker, arrays, gpu);
-				if (blockStride === undefined) {
-					checkApart(arrays, perLayer, (at) => layers[Math.floor(at / perLayer)]?.[0] ?? "");
-				}
+				const layerOf = (at: number) => layers[Math.floor(at / perLayer)]?.[0] ?? "";
+				checkApart(arrays, blockStride !== undefined, layerOf);
 				if (this.#closed) {
 					throw new KvferryError("CLOSED", "The adapter was shut down; create another one.");
 				}
@@ -415,6 +416,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 			}
 			this.#native = worker;
 			this.#arraysPerLayer = perLayer;
+			this.#blockSize = blockSize;
 		} finally {
 			this.#registering = this.#native !== undefined;
 		}
@@ -572,7 +574,7 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 		ended();
 		this.#loading.delete(loading);
 		if (!loaded) {
-			for (const block of blocksToFill(op)) {
+			for (const block of blocksToFill(op, this.#blockSize)) {
 				this.#errors.add(block);
 			}
 		}

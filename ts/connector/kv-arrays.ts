@@ -80,12 +80,12 @@ function arrayOf(name: string, array: KvArray, separate: boolean): AnyArray {
 }
 
 /**
- * Refuses arrays that overlap, of which one load would write over another. Layers may have the same memory, as those that
- * share their KV have.
+ * Refuses arrays that overlap, of which one load would write over another; with `takeTurns`, where their blocks may lie in
+ * each other's gaps, only those that are the same.
  */
 export function checkApart(
 	arrays: readonly AnyArray[],
-	perLayer: number,
+	takeTurns: boolean,
 	layerOf: (at: number) => string,
 ): void {
 	const places = new Map<unknown, { at: number; start: bigint; end: bigint }[]>();
@@ -107,12 +107,17 @@ export function checkApart(
 			if (before === undefined || before.end <= place.start) {
 				continue;
 			}
-			// K with K, and V with V.
-			const same = before.start === place.start && before.at % perLayer === place.at % perLayer;
-			if (!same) {
+			const [one, other] = [layerOf(before.at), layerOf(place.at)];
+			if (before.start === place.start && one !== other) {
 				throw invalid(
-					`the arrays of layer ${layerOf(before.at)} and of layer ${layerOf(place.at)} overlap: give each memory of its ` +
-						"own, or the layout's blockStride where their blocks take turns",
+					`layer ${one} and layer ${other} have the same memory: name it once; a layer that uses another's KV has none ` +
+						"to be stored",
+				);
+			}
+			if (before.start === place.start || !takeTurns) {
+				throw invalid(
+					`the arrays of layer ${one} and of layer ${other} overlap: give each memory of its own, or the layout's ` +
+						"blockStride where their blocks take turns",
 				);
 			}
 		}

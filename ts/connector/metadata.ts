@@ -43,11 +43,17 @@ export interface ConnectorMetadata {
 	readonly loadAsync?: boolean | undefined;
 }
 
-/** The blocks that a load writes to: not those that the engine has whole itself. */
-export function blocksToFill({ start, end, blockIds, skipFirstNTokens }: LoadStoreOp): number[] {
+/**
+ * The blocks that a load writes to: not those that the engine has whole itself. Where it is not known how many tokens a
+ * block has, it may be one or a few of those as well.
+ */
+export function blocksToFill(
+	{ start, end, blockIds, skipFirstNTokens }: LoadStoreOp,
+	blockSize?: number,
+): number[] {
 	return blockIds.flatMap((blocks) => {
-		// The last block may be missing: see `blockIds`.
-		const size = Math.floor((end - start) / blocks.length);
+		// The last block may be missing, see `blockIds`, so a block has so many tokens at most.
+		const size = blockSize ?? Math.floor((end - start) / blocks.length);
 		return blocks.slice(Math.floor(skipFirstNTokens / size));
 	});
 }
