@@ -236,12 +236,7 @@ impl Spans {
             }
             self.spans[self.count] = Span { bytes, ..span };
             self.count += 1;
-            span = Span {
-                to: span.to.wrapping_add(bytes),
-                from: span.from.wrapping_add(bytes),
-                bytes: span.bytes - bytes,
-                ..span
-            };
+            span = span.behind(bytes);
         }
     }
 

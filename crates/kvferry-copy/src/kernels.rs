@@ -8,6 +8,8 @@
 use std::ops::Range;
 use std::ptr;
 
+use crate::folded::FoldSpans;
+
 /// Bytes that lie together on both sides.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Span {
@@ -29,6 +31,16 @@ impl Span {
         ahead: ptr::null(),
         keep: ptr::null_mut(),
     };
+
+    /// The rest of it, behind so many bytes.
+    pub(crate) fn behind(self, bytes: usize) -> Self {
+        Self {
+            to: self.to.wrapping_add(bytes),
+            from: self.from.wrapping_add(bytes),
+            bytes: self.bytes - bytes,
+            ..self
+        }
+    }
 }
 
 /// Copies each span. Nobody else sees all that was written before [`Kernel::fence`].
@@ -44,20 +56,22 @@ pub(crate) struct Kernel {
     name: &'static str,
     copy: CopySpans,
     copy_twice: CopySpans,
+    /// Of those that can.
+    pub(crate) fold: Option<FoldSpans>,
 }
 
 /// Spans from here on are copied side by side; shorter ones have ended before their streams are recognised.
-const SIDE_BY_SIDE: usize = 1024;
+pub(crate) const SIDE_BY_SIDE: usize = 1024;
 /// From here on spans need no prefetch of ours.
-const LONG: usize = 32 << 10;
+pub(crate) const LONG: usize = 32 << 10;
 /// Bytes of the prefetch ahead, where spans are not copied side by side.
 const AHEAD: usize = 2048;
 /// Shorter spans are memcpy's.
 const SHORT: usize = 128;
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 /// Bytes of one turn of the loops.
-const TURN: usize = 4 * LINE;
+pub(crate) const TURN: usize = 4 * LINE;
 /// Spans that are copied side by side.
 const STREAMS: usize = 4;
 
@@ -68,7 +82,8 @@ impl Kernel {
     }
 
     /// What any processor has.
-    const PLAIN: Self = Self { name: "memcpy", copy: plain::<false>, copy_twice: plain::<true> };
+    const PLAIN: Self =
+        Self { name: "memcpy", copy: plain::<false>, copy_twice: plain::<true>, fold: None };
 
     /// All that this processor can run, the best first.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
@@ -78,16 +93,23 @@ impl Kernel {
                 name: "AVX-512",
                 copy: avx512::copy::<false>,
                 copy_twice: avx512::copy::<true>,
+                fold: crate::folded::best(),
             }),
             #[cfg(target_arch = "x86_64")]
             is_x86_feature_detected!("avx2").then_some(Self {
                 name: "AVX2",
                 copy: avx2::copy::<false>,
                 copy_twice: avx2::copy::<true>,
+                fold: None,
             }),
             // Untested: there was no such machine.
             #[cfg(target_arch = "aarch64")]
-            Some(Self { name: "NEON", copy: neon::copy::<false>, copy_twice: neon::copy::<true> }),
+            Some(Self {
+                name: "NEON",
+                copy: neon::copy::<false>,
+                copy_twice: neon::copy::<true>,
+                fold: None,
+            }),
             Some(Self::PLAIN),
         ]
         .into_iter()
@@ -290,16 +312,16 @@ macro_rules! kernel {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(crate) mod x86 {
     use std::arch::x86_64::*;
 
     use super::{LINE, Span};
 
     /// Non-temporal stores are assembly, which AddressSanitizer does not look into.
-    const SANITIZED: bool = cfg!(kvferry_sanitized);
+    pub(crate) const SANITIZED: bool = cfg!(kvferry_sanitized);
 
     #[inline]
-    pub(super) fn prefetch(from: *const u8) {
+    pub(crate) fn prefetch(from: *const u8) {
         // SAFETY: a hint, which reads nothing and may name any address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
     }

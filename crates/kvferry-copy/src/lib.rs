@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "memory regions and copies live here")]
 
 pub mod cuda;
+mod folded;
 mod host;
 mod kernels;
 #[cfg(target_os = "linux")]

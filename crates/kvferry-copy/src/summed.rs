@@ -1,14 +1,16 @@
 //! Copies that are summed. What is written goes to a buffer too, from the same registers, and the buffer is summed: so
 //! the sum is that of what was written, whoever changes the source meanwhile.
 
+use std::ops::Range;
 use std::ptr;
 
 use kvferry_core::Result;
 use kvferry_core::copy_plan::{Direction, Piece, Stretch};
 use kvferry_core::copy_sums::{CopySums, StretchSum};
 
+use crate::folded::{self, LANES, Run};
 use crate::host::{HostArrays, Part, Place, length};
-use crate::kernels::Span;
+use crate::kernels::{SIDE_BY_SIDE, Span, TURN};
 
 /// Small enough for the first cache, beside what is read.
 const BUFFER: usize = 16 << 10;
@@ -39,21 +41,27 @@ impl<'a> Summed<'a> {
     pub(crate) fn copy(&mut self) -> Result<CopySums> {
         let stretches = self.part.plan.stretches(self.part.bytes.clone());
         let mut sums: Vec<StretchSum> = stretches.iter().map(|_| StretchSum::new()).collect();
-        let mut pieces: Vec<OfStretch> = Vec::new();
+        let (mut pieces, mut foldable) = (Vec::<OfStretch>::new(), Vec::new());
         let direction = self.part.plan.direction();
         for (number, stretch) in stretches.iter().enumerate() {
             match &stretch.copied {
-                Some(bytes) => self.part.plan.pieces(bytes.clone(), |piece| {
-                    let to = match self.part.place {
-                        Place::Here(start) => self.arrays.span(direction, &piece, start).to.addr(),
-                        Place::Elsewhere => 0,
-                    };
-                    cut(piece, to, |piece| pieces.push((number, piece)));
-                    Ok(())
-                })?,
+                Some(bytes) => match self.foldable(bytes)? {
+                    Some(spans) => foldable.push((number, spans)),
+                    None => self.part.plan.pieces(bytes.clone(), |piece| {
+                        let to = match self.part.place {
+                            Place::Here(start) => {
+                                self.arrays.span(direction, &piece, start).to.addr()
+                            }
+                            Place::Elsewhere => 0,
+                        };
+                        cut(piece, to, |piece| pieces.push((number, piece)));
+                        Ok(())
+                    })?,
+                },
                 None => self.sum_pool(stretch, &mut sums[number])?,
             }
         }
+        self.fold(&foldable, &mut sums);
         let mut rest = &pieces[..];
         while !rest.is_empty() {
             let mut room = BUFFER as u64;
@@ -76,6 +84,60 @@ impl<'a> Summed<'a> {
         let mut all = CopySums::default();
         stretches.iter().zip(&sums).for_each(|(stretch, sum)| all.add(stretch, sum));
         Ok(all)
+    }
+
+    /// The spans of some of the plan's bytes, if they can be folded.
+    fn foldable(&self, bytes: &Range<u64>) -> Result<Option<Vec<Span>>> {
+        let Place::Here(start) = self.part.place else { return Ok(None) };
+        if self.arrays.kernel.fold.is_none() {
+            return Ok(None);
+        }
+        let (mut spans, mut fit) = (Vec::new(), true);
+        self.part.plan.pieces(bytes.clone(), |piece| {
+            let span = self.arrays.span(self.part.plan.direction(), &piece, start);
+            fit &= folded::fits(&span) && span.bytes >= SIDE_BY_SIDE;
+            spans.push(span);
+            Ok(())
+        })?;
+        Ok(fit.then_some(spans))
+    }
+
+    /// Copies and sums stretches without the buffer.
+    fn fold(&self, stretches: &[(usize, Vec<Span>)], sums: &mut [StretchSum]) {
+        let Some(fold) = self.arrays.kernel.fold else { return };
+        let total: usize =
+            stretches.iter().flat_map(|(_, spans)| spans).map(|span| span.bytes).sum();
+        // As many bytes of each lane, but for the last.
+        let of_lane = total.div_ceil(LANES).next_multiple_of(TURN).max(TURN);
+        let mut lanes: [(Vec<Span>, Vec<Run>); LANES] = Default::default();
+        let mut at = 0;
+        for (stretch, spans) in stretches {
+            let mut seed = StretchSum::SEED;
+            for span in spans {
+                let mut rest = *span;
+                while rest.bytes > 0 {
+                    let bytes = rest.bytes.min(of_lane - at % of_lane);
+                    let (spans, runs) = &mut lanes[at / of_lane];
+                    spans.push(Span { bytes, ..rest });
+                    match runs.last_mut().filter(|run| run.stretch == *stretch) {
+                        Some(run) => run.spans += 1,
+                        None => runs.push(Run::new(*stretch, std::mem::take(&mut seed))),
+                    }
+                    at += bytes;
+                    rest = rest.behind(bytes);
+                }
+            }
+        }
+        // SAFETY: the plan stays within the arrays and the pool's ranges, its pieces do not overlap where they are
+        // written, and arrays and pool are different memory. The kernel is one of this processor's, and the spans fit.
+        unsafe { fold(lanes.each_mut().map(|(spans, runs)| (&spans[..], &mut runs[..]))) };
+        for run in lanes.iter().flat_map(|(_, runs)| runs) {
+            let sum = &mut sums[run.stretch];
+            match run.seed {
+                0 => sum.update_folded(&run.folded, run.bytes),
+                _ => *sum = StretchSum::from_folded(&run.folded),
+            }
+        }
     }
 
     /// Copies pieces that together fit into the buffer, which has their bytes then.

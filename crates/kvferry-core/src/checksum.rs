@@ -29,27 +29,32 @@ const ONE: u64 = 1 << 63;
 
 /// The product of two polynomials, modulo CRC-64/NVME's. The checksum of A and B together is that of A times
 /// x^(8 * bytes of B), plus that of B: so zlib's crc32_combine has it, and crc-fast too, but for 30 µs each time.
-fn multiply(a: u64, mut b: u64) -> u64 {
+const fn multiply(mut a: u64, mut b: u64) -> u64 {
     let mut product = 0;
-    for power in (0..64).rev() {
-        product ^= b & 0u64.wrapping_sub(a >> power & 1);
+    while a != 0 {
+        product ^= b & 0u64.wrapping_sub(a >> 63);
         b = b >> 1 ^ POLYNOMIAL & 0u64.wrapping_sub(b & 1);
+        a <<= 1;
     }
     product
 }
 
 /// x^(8 * bytes).
-fn power_of_x(mut bytes: u64) -> u64 {
-    let (mut power, mut square) = (ONE, ONE >> 8);
-    while bytes > 0 {
-        if bytes & 1 == 1 {
-            power = multiply(power, square);
-        }
-        square = multiply(square, square);
-        bytes >>= 1;
-    }
-    power
+fn power_of_x(bytes: u64) -> u64 {
+    let squares = POWERS.iter().enumerate().filter(|(bit, _)| bytes >> bit & 1 == 1);
+    squares.fold(ONE, |power, (_, square)| multiply(power, *square))
 }
+
+/// x^(8 * 2^n), for each n.
+const POWERS: [u64; 64] = {
+    let mut powers = [ONE >> 8; 64];
+    let mut n = 1;
+    while n < 64 {
+        powers[n] = multiply(powers[n - 1], powers[n - 1]);
+        n += 1;
+    }
+    powers
+};
 
 #[cfg(test)]
 mod tests {

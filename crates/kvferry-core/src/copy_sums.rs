@@ -24,6 +24,9 @@ struct Summed {
 pub struct StretchSum(Digest);
 
 impl StretchSum {
+    /// What a checksum begins with: the first eight bytes are taken exclusive or this.
+    pub const SEED: u64 = !0;
+
     /// Of no bytes yet.
     #[expect(clippy::new_without_default, reason = "it is begun, never had")]
     pub fn new() -> Self {
@@ -34,13 +37,37 @@ impl StretchSum {
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
+
+    /// Of a stretch's first bytes, of which only some are known that leave the same remainder, divided by the polynomial,
+    /// where [`StretchSum::SEED`] was added to the first eight.
+    pub fn from_folded(folded: &[u8]) -> Self {
+        Self(remainder(folded))
+    }
+
+    /// The stretch's next `length` bytes, of which only some are known that leave the same remainder.
+    pub fn update_folded(&mut self, folded: &[u8], length: u64) {
+        let state = remainder(folded).get_state();
+        let state = Joiner::default().join(self.0.get_state(), state, length);
+        self.0 = Digest::new_with_init_state(CrcAlgorithm::Crc64Nvme, state);
+    }
+
+    /// The checksum of what came.
+    pub fn finish(&self) -> u64 {
+        self.0.finalize()
+    }
+}
+
+fn remainder(folded: &[u8]) -> Digest {
+    let mut remainder = Digest::new_with_init_state(CrcAlgorithm::Crc64Nvme, 0);
+    remainder.update(folded);
+    remainder
 }
 
 impl CopySums {
     /// A stretch, all of whose bytes came.
     pub fn add(&mut self, stretch: &Stretch, sum: &StretchSum) {
         let Stretch { chunk, at, length, .. } = *stretch;
-        self.0.push(Summed { chunk, at, length, sum: sum.0.finalize() });
+        self.0.push(Summed { chunk, at, length, sum: sum.finish() });
     }
 
     /// Those of another part of the plan.
@@ -119,7 +146,7 @@ mod tests {
             sums.add(stretch, &sum(stretch.pool, stretch.length));
         }
         let object = shape.object_bytes();
-        let expected = [0, 4096].map(|slot| sum(slot, object).0.finalize());
+        let expected = [0, 4096].map(|slot| sum(slot, object).finish());
         assert_eq!(sums.finish(&plan).unwrap(), expected);
 
         let mut missing = CopySums::default();
