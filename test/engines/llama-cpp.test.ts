@@ -200,7 +200,23 @@ describe("what a sequence holds itself", () => {
 		await cache.restore(sequence, prompt);
 		await complete(sequence, prompt, 1);
 		await sequence.eraseContextTokenRanges([{ start: 70, end: 80 }]);
-		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 64 });
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 0 });
+		// Another prompt that begins with the same token: what has moved is left behind.
+		const other = [prompt[0] as number, ...engine.tokens.slice(200, 240)];
+		await cache.restore(sequence, other);
+		await complete(sequence, other, 1);
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 32 });
+	});
+
+	it("is not stored where the engine has moved it among the same tokens", async () => {
+		const { context, cache } = await newCache(await newServer(), { contextSize: 256 });
+		const sequence = context.getSequence();
+		const prompt = Array<number>(250).fill(engine.tokens[5] as number);
+		await cache.restore(sequence, prompt);
+		await sequence.evaluateWithoutGeneratingNewTokens(prompt);
+		await sequence.evaluateWithoutGeneratingNewTokens(prompt.slice(0, 20)); // the engine makes room
+		expect(sequence.contextTokens).toEqual(prompt.slice(0, sequence.nextTokenIndex));
+		expect(await cache.save(sequence)).toMatchObject({ storedTokens: 0 });
 	});
 });
 

@@ -223,7 +223,13 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		if (sequence.nextTokenIndex > 0) {
 			await sequence.adaptStateToTokens(Array.from(ids.subarray(0, -1)), false);
 		}
-		this.#provenance.look(sequence, call.salt, ids);
+		const { sound } = this.#provenance.look(sequence, call.salt);
+		const unsound = sequence.nextTokenIndex - sound;
+		if (unsound > 0 && unsound < this.chunkSize) {
+			// Nothing behind such tokens is stored: a few are dropped, or a sequence would never be stored again.
+			await sequence.adaptStateToTokens(Array.from(ids.subarray(0, sound)), false);
+			this.#provenance.look(sequence, call.salt);
+		}
 		const local = sequence.nextTokenIndex;
 		const usable = Math.min(ids.length - 1, sequence.contextSize);
 		if (this.#wholeChunks(usable) <= local) {
@@ -242,10 +248,10 @@ export class LlamaPrefixCache implements AsyncDisposable {
 				return { ...NOTHING, lookupMs: file.lookupMs };
 			}
 			await load(sequence, file);
-			this.#provenance.markLoaded(sequence, call.salt, ids);
+			this.#provenance.markLoaded(sequence, call.salt);
 			return { hitTokens: file.tokens, bytes: file.bytes, lookupMs: file.lookupMs };
 		} catch (error) {
-			this.#provenance.look(sequence, call.salt, ids);
+			this.#provenance.look(sequence, call.salt);
 			return { ...NOTHING, failure: troubleOf(error) };
 		} finally {
 			file?.release();
@@ -253,23 +259,33 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	}
 
 	/**
-	 * Stores what the sequence holds, in whole chunks, unless the cache has it already. Tokens that a
-	 * context shift has moved are left out: their state is not that of a prefix.
+	 * Stores what the sequence holds, in whole chunks, unless the cache has it already. Nothing is stored where a
+	 * context shift may have moved tokens since the cache last saw the sequence: their state is not that of a prefix. So save before
+	 * tokens are erased, be it from the end.
 	 *
 	 * @param sequence Of the cache's context, and not being evaluated.
 	 * @throws {@link KvferryError} `INVALID_ARGUMENT`, `INVALID_SALT`, `ABORTED`, `CLOSED`.
 	 */
 	async save(sequence: EngineSequence, options: RequestOptions = {}): Promise<SaveResult> {
+		return await this.#saved(sequence, options, false);
+	}
+
+	/** @param chat Whether nothing but a chat session has used the sequence since the last look. */
+	async #saved(
+		sequence: EngineSequence,
+		options: RequestOptions,
+		chat: boolean,
+	): Promise<SaveResult> {
 		const started = performance.now();
 		const call = this.#begin("save", sequence, options);
 		return await this.#calls.track(async () => {
-			const stored = await this.#save(sequence, call);
+			const stored = await this.#save(sequence, call, chat);
 			return { ...stored, durationMs: performance.now() - started };
 		});
 	}
 
-	async #save(sequence: EngineSequence, call: Call): Promise<Stored> {
-		const { sound, cached } = this.#provenance.look(sequence, call.salt);
+	async #save(sequence: EngineSequence, call: Call, chat: boolean): Promise<Stored> {
+		const { sound, cached } = this.#provenance.look(sequence, call.salt, chat);
 		const count = this.#wholeChunks(sound);
 		if (count === 0) {
 			return UNSAVED;
@@ -330,7 +346,7 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		const restored = await this.restore(sequence, tokens, request);
 		const response = await session.prompt(text, promptOptions);
 		// The engine's answer stays, also where the cache was closed meanwhile.
-		const saved = await this.save(sequence, request).catch(
+		const saved = await this.#saved(sequence, request, true).catch(
 			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
 		);
 		return { response, restored, saved };

@@ -1,6 +1,6 @@
 import type { EngineSequence } from "./node-llama-cpp.js";
 
-type Tokens = ArrayLike<number>;
+type Tokens = readonly number[];
 
 /** A sequence as it was when it was last looked at. */
 interface Sighting {
@@ -10,26 +10,18 @@ interface Sighting {
 	readonly sound: number;
 	/** The tokens that its sequence's meter had counted. */
 	readonly metered: number;
-	/** The prompt that was going to be evaluated. */
-	readonly announced: Tokens;
 	/** How many leading tokens the cache holds, for tokens of this salt. */
 	readonly cached: number;
 	readonly salt: string;
 }
 
-const UNSEEN: Sighting = {
-	context: [],
-	sound: 0,
-	metered: 0,
-	announced: [],
-	cached: 0,
-	salt: "",
-};
+const UNSEEN: Sighting = { context: [], sound: 0, metered: 0, cached: 0, salt: "" };
 
 /**
  * Knows which of a sequence's tokens may be stored. A context shift erases tokens and moves those behind
  * them: their state still carries what was erased, so it belongs to no prefix that tokens could
- * name. The engine does not tell, but its token meter and the tokens themselves do.
+ * name. The engine does not tell, and where tokens repeat, moved ones look like those that were there before. But
+ * its token meter counts each evaluated and each moved token: where it counts as many as there are new ones, none moved.
  */
 export class Provenance {
 	readonly #sightings = new WeakMap<EngineSequence, Sighting>();
@@ -37,28 +29,22 @@ export class Provenance {
 	/**
 	 * Looks at a sequence, before or after evaluating.
 	 *
-	 * @param announced The tokens that will be evaluated, from the first; default those of the last sighting.
+	 * @param chat Whether nothing but a chat session has used it since the last look.
 	 * @returns How many leading tokens may be stored, and how many of them the cache already holds.
 	 */
-	look(
-		sequence: EngineSequence,
-		salt: string,
-		announced?: Tokens,
-	): { sound: number; cached: number } {
+	look(sequence: EngineSequence, salt: string, chat = false): { sound: number; cached: number } {
 		const last = this.#sightings.get(sequence) ?? UNSEEN;
 		const context = sequence.contextTokens;
 		const kept = commonPrefix(context, last.context);
+		const meter = metered(sequence);
+		const count = meter - last.metered;
+		const inPlace =
+			allCounted(context, kept, count, last.context) ||
+			(chat && last.context.length + count < sequence.contextSize - 1);
 		const cached = last.salt === salt ? Math.min(last.cached, kept) : 0;
-		const now = {
-			context,
-			sound: soundTokens(context, kept, metered(sequence), last),
-			metered: metered(sequence),
-			announced: announced ?? last.announced,
-			cached,
-			salt,
-		};
-		this.#sightings.set(sequence, now);
-		return { sound: now.sound, cached };
+		const sound = inPlace ? soundTokens(context, kept, last.sound) : 0;
+		this.#sightings.set(sequence, { context, sound, metered: meter, cached, salt });
+		return { sound, cached };
 	}
 
 	/** Remembers that the cache holds the sequence's leading `tokens` tokens. */
@@ -68,57 +54,34 @@ export class Provenance {
 	}
 
 	/** Remembers that the sequence was filled from the cache, and with nothing else. */
-	markLoaded(sequence: EngineSequence, salt: string, announced: Tokens): void {
+	markLoaded(sequence: EngineSequence, salt: string): void {
 		const context = sequence.contextTokens;
+		const { length } = context;
 		this.#sightings.set(sequence, {
 			context,
-			sound: context.length,
+			sound: length,
 			metered: metered(sequence),
-			announced,
-			cached: context.length,
+			cached: length,
 			salt,
 		});
 	}
 }
 
-function soundTokens(context: Tokens, kept: number, meter: number, last: Sighting): number {
-	if (kept > last.sound) {
-		return last.sound;
-	}
-	const grown = context.length - kept;
-	// The meter counts shifted tokens too, so a shift of what was there before has to be seen itself.
-	if (meter - last.metered === grown && !isShifted(context, kept, last.context)) {
-		return context.length;
-	}
-	return Math.max(kept, commonPrefix(context, last.announced));
+/** How much of `context` is sound where no token has moved. */
+function soundTokens(context: Tokens, kept: number, before: number): number {
+	return kept > before ? before : context.length;
 }
 
-/** Whether some end of what followed `kept` in `before` stands at `kept` now. */
-function isShifted(context: Tokens, kept: number, before: Tokens): boolean {
-	// Knuth, Morris and Pratt: linear, whatever the tokens repeat.
-	const moved: number[] = [];
-	for (let i = kept; i < context.length && i < before.length; i++) {
-		moved.push(context[i] as number);
-	}
-	const borders = [0];
-	for (let i = 1, border = 0; i < moved.length; i++) {
-		border = step(moved, borders, border, moved[i] as number);
-		borders.push(border);
-	}
-	let matched = 0;
-	for (let i = kept + 1; i < before.length; i++) {
-		matched = step(moved, borders, matched, before[i] as number);
-	}
-	return matched > 0;
-}
-
-/** How much of `pattern` ends at `next`, when `matched` of it ended before. */
-function step(pattern: Tokens, borders: Tokens, matched: number, next: number): number {
-	let length = matched;
-	while (length > 0 && pattern[length] !== next) {
-		length = borders[length - 1] as number;
-	}
-	return pattern[length] === next ? length + 1 : length;
+/**
+ * Whether each token behind `kept` was evaluated, once, and nothing else was. Each that moved was counted as well: then the first
+ * of the new ones is one of those that stood behind.
+ */
+function allCounted(context: Tokens, kept: number, count: number, before: Tokens): boolean {
+	const first = context[kept];
+	return (
+		count === context.length - kept &&
+		(first === undefined || before.indexOf(first, kept + 1) === -1)
+	);
 }
 
 function metered({ tokenMeter }: EngineSequence): number {
