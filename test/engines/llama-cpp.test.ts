@@ -245,15 +245,45 @@ describe("a chat", () => {
 		const { context, cache } = await newCache(await newServer());
 		const session = engine.createSession(context.getSequence(), "Be brief.");
 		let closing: Promise<void> | undefined;
-		const answer = await cache.prompt(session, QUESTION, {
-			maxTokens: 4,
-			onTextChunk: () => {
-				closing ??= cache.close();
-			},
-		});
-		expect(answer).toMatchObject({ saved: { storedTokens: 0, failure: { code: "CLOSED" } } });
+		const onTextChunk = () => {
+			closing ??= cache.close();
+		};
+		const answering = cache.prompt(session, QUESTION, { maxTokens: 4, onTextChunk });
+		const waiting = cache.prompt(session, QUESTION, { maxTokens: 4 });
+		const failure = { code: "CLOSED" };
+		const answer = await answering;
+		expect(answer).toMatchObject({ saved: { storedTokens: 0, failure } });
 		expect(answer.response).not.toBe("");
+		const next = await waiting;
+		expect(next).toMatchObject({ restored: { hitTokens: 0, failure }, saved: { failure } });
+		expect(next.response).not.toBe("");
 		await closing;
+		session.dispose();
+	});
+
+	it("takes prompts one after the other, as the session does", async () => {
+		const system = "The ferry costs forty crowns, a bicycle ten, and dogs are free of charge.";
+		const options = { temperature: 0, maxTokens: 8 };
+		const questions = [QUESTION, "And the ferry itself?"];
+		const plain = engine.createSession((await newContext()).getSequence(), system);
+		const expected = await Promise.all(questions.map((text) => plain.prompt(text, options)));
+		plain.dispose();
+
+		const { context, cache } = await newCache(await newServer());
+		const session = engine.createSession(context.getSequence(), system);
+		const reason = new Error("changed my mind");
+		const [first = "", second = ""] = questions;
+		const asked = [cache.prompt(session, first, options)];
+		const controller = new AbortController();
+		const left = cache.prompt(session, "Hello", { ...options, signal: controller.signal });
+		asked.push(cache.prompt(session, second, options));
+		controller.abort(reason);
+		await expect(left).rejects.toBe(reason);
+		const answers = await Promise.all(asked);
+		expect(answers.map(({ response }) => response)).toEqual(expected);
+		// The second goes on from the first one's answer: nothing was erased, or loaded, beside it.
+		const ready = answers.map(({ restored }) => restored.readyTokens);
+		expect(ready).toEqual([0, expect.toSatisfy((tokens: number) => tokens > CHUNK)]);
 		session.dispose();
 	});
 

@@ -320,7 +320,8 @@ export class LlamaPrefixCache implements AsyncDisposable {
 
 	/**
 	 * Prompts a chat session, with the cache before and after: the answer is what `session.prompt` alone
-	 * would have answered. It comes after it was stored; `onTextChunk` and `onToken` do not wait.
+	 * would have answered. It comes after it was stored; `onTextChunk` and `onToken` do not wait. Prompts of one sequence
+	 * wait for each other, as those of a session do.
 	 *
 	 * @param session On a sequence of the cache's context.
 	 * @param text The user's message.
@@ -342,14 +343,19 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		checkSpelling("prompt", promptOptions);
 		const request = { cacheSalt, timeoutMs };
 		const { sequence } = session;
-		const tokens = promptTokens(session, text, promptOptions);
-		const restored = await this.restore(sequence, tokens, request);
-		const response = await session.prompt(text, promptOptions);
-		// The engine's answer stays, also where the cache was closed meanwhile.
-		const saved = await this.#saved(sequence, request, true).catch(
-			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
-		);
-		return { response, restored, saved };
+		this.#begin("prompt", sequence, request);
+		return await inTurn(sequence, promptOptions.signal, async () => {
+			const tokens = promptTokens(session, text, promptOptions);
+			const restored = await this.restore(sequence, tokens, request).catch((error: unknown) =>
+				unrestored(sequence, error),
+			);
+			const response = await session.prompt(text, promptOptions);
+			// The engine's answer stays, also where the cache was closed meanwhile.
+			const saved = await this.#saved(sequence, request, true).catch(
+				(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
+			);
+			return { response, restored, saved };
+		});
 	}
 
 	/**
@@ -400,6 +406,38 @@ async function load(sequence: EngineSequence, file: LlamaStateFile): Promise<voi
 		await sequence.clearHistory();
 		throw error;
 	}
+}
+
+/** The last of the prompts that use a sequence. */
+const turns = new WeakMap<EngineSequence, Promise<void>>();
+
+/** Runs `work` once nothing that was asked for before uses the sequence; `work` is left out if the signal aborts sooner. */
+async function inTurn<T>(
+	sequence: EngineSequence,
+	signal: AbortSignal | undefined,
+	work: () => Promise<T>,
+): Promise<T> {
+	const before = turns.get(sequence) ?? Promise.resolve();
+	const own = (async () => {
+		await waitFor(() => before, signal).catch((error: unknown) => {
+			throw signal?.aborted ? signal.reason : error; // as the session does
+		});
+		return await work();
+	})();
+	turns.set(
+		sequence,
+		Promise.allSettled([before, own]).then(() => {}),
+	);
+	return await own;
+}
+
+/** A prompt's restore that failed: a cache that was closed while it waited is no reason not to answer. */
+function unrestored(sequence: EngineSequence, error: unknown): RestoreResult {
+	const failure = fromNative(error);
+	if (failure.code !== "CLOSED") {
+		throw failure;
+	}
+	return { ...NOTHING, readyTokens: sequence.nextTokenIndex, durationMs: 0, failure };
 }
 
 /** The tokens that `session.prompt` is going to evaluate. A wrong guess costs hits, nothing else. */
