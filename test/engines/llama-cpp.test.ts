@@ -1,4 +1,6 @@
-import { open, readFile } from "node:fs/promises";
+import { copyFile, mkdtemp, open, readFile, rename, rm, unlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from "vitest";
 import { doctorOptions } from "../../ts/cli/options.js";
 import { Client } from "../../ts/client.js";
@@ -388,6 +390,28 @@ describe("the identity", () => {
 		const { events } = await via.events();
 		const { prompt } = doctorOptions(["--tokens", "f", "--identity", cache.identity]);
 		expect(events.map(({ modelName }) => modelName)).toEqual([prompt?.modelName]);
+	});
+
+	it("is not that of a file which took the place of the loaded one", async () => {
+		const directory = await mkdtemp(join(tmpdir(), "kvferry-test-"));
+		handles.push(() => rm(directory, { recursive: true }));
+		const paths = ["v1", "v2"].map((version) => join(directory, `${version}.gguf`));
+		const [path = "", aside = ""] = paths;
+		await copyFile(engine.modelPath, path);
+		const context = await engine.createContextOf(path);
+		handles.push(() => context.dispose());
+		const via = await newServer();
+		const unknown = {
+			code: "IDENTITY_UNKNOWN",
+			message: expect.stringMatching(/replaced.*`modelSha256`/),
+		};
+		for (const putAway of [rename, unlink]) {
+			await putAway(path, aside);
+			await writeFile(path, "other weights");
+			await expect(openCache(context, via)).rejects.toMatchObject(unknown);
+			await rename(aside, path).catch(() => {});
+		}
+		await openCache(context, via, { modelSha256: "0".repeat(64) });
 	});
 });
 

@@ -29,7 +29,10 @@ export interface TestSession extends EngineChatSession {
 export interface Engine {
 	/** 1,100 tokens and more. */
 	readonly tokens: number[];
+	readonly modelPath: string;
 	createContext(options?: object): Promise<TestContext>;
+	/** A context of a model that is loaded for it. */
+	createContextOf(modelPath: string): Promise<TestContext>;
 	createSession(contextSequence: TestSequence, systemPrompt: string): TestSession;
 	dispose(): Promise<void>;
 }
@@ -52,6 +55,9 @@ export async function openEngine(): Promise<Engine> {
 	const document = readFileSync(join(example, "document.txt"), "utf8");
 	return {
 		tokens: model.tokenize(document),
+		modelPath,
+		createContextOf: async (path) =>
+			(await llama.loadModel({ modelPath: path })).createContext({ contextSize: 256, threads: 1 }),
 		createContext: (options = {}) =>
 			model.createContext({ contextSize: 512, batchSize: 128, threads: 1, ...options }),
 		createSession: (contextSequence, systemPrompt) =>

@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
@@ -127,6 +127,16 @@ describe("the identity", () => {
 		await expect(
 			identityOf(context({ ...model(), fileInfo: split }), { modelPath: "/models/model.gguf" }),
 		).rejects.toMatchObject(unknown(/3 files.*`modelSha256`/));
+	});
+
+	it("stays that of the file that a model was loaded from", async () => {
+		const loaded = model();
+		const modelPath = join(directory, "model.gguf");
+		writeFileSync(modelPath, "weights");
+		const first = await identityOf(context(loaded), { modelPath });
+		writeFileSync(modelPath, "other weights");
+		expect(await identityOf(context(loaded), { modelPath })).toBe(first);
+		expect(await identityOf(context(model()), { modelPath })).not.toBe(first);
 	});
 
 	it("refuses a hash and a file that cannot be the model's", async () => {

@@ -1,3 +1,4 @@
+import { readFile, realpath } from "node:fs/promises";
 import { basename, isAbsolute } from "node:path";
 import { KvferryError } from "../errors.js";
 import type { WaitOptions } from "../waiting.js";
@@ -117,5 +118,40 @@ async function modelDigest(
 				"pass one hash over all of them in the option `modelSha256`.",
 		);
 	}
-	return fileSha256(path, options.signal);
+	const known = digests.get(model);
+	if (known?.path === path) {
+		return known.sha256;
+	}
+	const sha256 = await fileSha256(path, options.signal);
+	if (await isReplaced(path, model)) {
+		throw new KvferryError(
+			"IDENTITY_UNKNOWN",
+			`${path} was replaced after the model was loaded, or was read by useDirectIo, which hides that: ` +
+				"pass the loaded file's hash in the option `modelSha256`.",
+		);
+	}
+	digests.set(model, { path, sha256 });
+	return sha256;
+}
+
+/** What a model's file was when it was first asked for: the file may be replaced while the model is in use. */
+const digests = new WeakMap<EngineModel, { path: string; sha256: string }>();
+
+/** Whether the file is known to be another than the loaded one: Linux tells which files the engine has mapped. */
+async function isReplaced(path: string, model: EngineModel): Promise<boolean> {
+	let maps: string;
+	let target: string;
+	try {
+		maps = await readFile("/proc/self/maps", "utf8");
+		target = await realpath(path);
+	} catch {
+		return false; // not Linux, say
+	}
+	const mapped = new Set(maps.split("\n").map((line) => line.slice(line.indexOf("/"))));
+	if (mapped.has(`${target} (deleted)`)) {
+		return true;
+	}
+	// Without a GPU the engine reads the weights where they are mapped, for as long as the model is in use.
+	const stays = Reflect.get(model, "useMmap") === true && model.llama.gpu === false;
+	return stays && !mapped.has(target);
 }
