@@ -370,6 +370,59 @@ describe("a server or a client that was closed", () => {
 	});
 });
 
+describe("a call that its signal ends", () => {
+	const aborted = { code: "ABORTED" };
+
+	it("changes nothing where it had ended before", async () => {
+		const { context, cache } = await newCache(await newServer());
+		const sequence = context.getSequence();
+		await sequence.evaluateWithoutGeneratingNewTokens(engine.tokens.slice(0, 20));
+		const signal = AbortSignal.abort();
+		const other = engine.tokens.slice(100, 120);
+		await expect(cache.restore(sequence, other, { signal })).rejects.toMatchObject(aborted);
+		expect(sequence.nextTokenIndex).toBe(20);
+		await expect(cache.save(sequence, { signal })).rejects.toMatchObject(aborted);
+		await expect(cache.save(sequence, { signal: "x" as never })).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+		});
+	});
+
+	it("ends a prompt that waits for the cache, and leaves one that was answered its answer", async () => {
+		await using server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: server.url });
+		handles.push(() => client.close());
+		const { context, cache } = await newCache(client);
+		const system = "The ferry costs forty crowns, a bicycle ten, and dogs are free of charge.";
+		const sequence = context.getSequence();
+		const session = engine.createSession(sequence, system);
+		const timeoutMs = 60_000;
+		await server.stop();
+		const reason = new Error("changed my mind");
+		const left = new AbortController();
+		setTimeout(() => left.abort(reason), 100);
+		const options = { signal: left.signal, maxTokens: 4, timeoutMs };
+		await expect(cache.prompt(session, "What does it cost?", options)).rejects.toBe(reason);
+
+		server.process.kill("SIGCONT");
+		const stop = new AbortController();
+		const save = sequence.saveStateToFile.bind(sequence);
+		sequence.saveStateToFile = async (path) => {
+			server.process.kill("SIGSTOP");
+			setTimeout(() => stop.abort(reason), 100);
+			return await save(path);
+		};
+		const { response, saved } = await cache.prompt(session, "What does it cost?", {
+			signal: stop.signal,
+			maxTokens: 4,
+			timeoutMs,
+		});
+		expect(response).not.toBe("");
+		expect(saved).toMatchObject({ storedTokens: 0, failure: aborted });
+		await server.kill();
+		session.dispose();
+	});
+});
+
 describe("a prompt shorter than a chunk", () => {
 	it("is neither loaded nor stored, and that is no trouble", async () => {
 		const { context, cache } = await newCache(await newServer());

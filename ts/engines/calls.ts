@@ -1,7 +1,7 @@
 import { checkOptions, checkSalt, invalid, misnamedSalt, shown } from "../arguments.js";
 import { REQUEST_OPTIONS, type RequestOptions } from "../cache.js";
 import { type ErrorCode, fromNative, KvferryError } from "../errors.js";
-import { timeoutOf } from "../waiting.js";
+import { throwIfAborted, timeoutOf } from "../waiting.js";
 
 /** {@link RequestOptions}, with the defaults filled in. */
 export interface Call {
@@ -23,7 +23,7 @@ export class Calls {
 	/**
 	 * @param of The call.
 	 * @param known The names of its options.
-	 * @throws {@link KvferryError} `CLOSED`, `INVALID_SALT`, `INVALID_ARGUMENT`.
+	 * @throws {@link KvferryError} `CLOSED`, `INVALID_SALT`, `INVALID_ARGUMENT`, `ABORTED`.
 	 */
 	begin(of: string, options: RequestOptions, known: Record<string, true> = REQUEST_OPTIONS): Call {
 		if (this.#closing !== undefined) {
@@ -32,7 +32,9 @@ export class Calls {
 		checkOptions(of, options, known);
 		const { cacheSalt = this.#defaults.cacheSalt, signal } = options;
 		const { timeoutMs = this.#defaults.timeoutMs } = options;
-		return { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
+		const call = { salt: checkSalt(cacheSalt), timeoutMs: timeoutOf({ timeoutMs }), signal };
+		throwIfAborted(signal); // before anything is changed, and where nothing is waited for
+		return call;
 	}
 
 	/** Runs a call that {@link Calls.close} waits for. */

@@ -325,7 +325,8 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	 *
 	 * @param session On a sequence of the cache's context.
 	 * @param text The user's message.
-	 * @param options Those of `session.prompt`, and `cacheSalt` and `timeoutMs` of the cache.
+	 * @param options Those of `session.prompt`, and `cacheSalt` and `timeoutMs` of the cache. The signal ends the cache's waits,
+	 * too: an answer that is there already comes with the failure `ABORTED` beside it.
 	 * @throws What `session.prompt` throws, and {@link KvferryError} as {@link LlamaPrefixCache.restore}
 	 * does.
 	 */
@@ -346,12 +347,14 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		this.#begin("prompt", sequence, request);
 		return await inTurn(sequence, promptOptions.signal, async () => {
 			const tokens = promptTokens(session, text, promptOptions);
-			const restored = await this.restore(sequence, tokens, request).catch((error: unknown) =>
-				unrestored(sequence, error),
+			const { signal } = promptOptions;
+			const restored = await this.restore(sequence, tokens, { ...request, signal }).catch(
+				(error: unknown) => unrestored(sequence, error),
 			);
 			const response = await session.prompt(text, promptOptions);
-			// The engine's answer stays, also where the cache was closed meanwhile.
-			const saved = await this.#saved(sequence, request, true).catch(
+			// The engine's answer stays, also where the cache was closed meanwhile. One that the signal has cut off is stored as well.
+			const waiting = signal?.aborted ? request : { ...request, signal };
+			const saved = await this.#saved(sequence, waiting, true).catch(
 				(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
 			);
 			return { response, restored, saved };
@@ -431,10 +434,13 @@ async function inTurn<T>(
 	return await own;
 }
 
-/** A prompt's restore that failed: a cache that was closed while it waited is no reason not to answer. */
+/**
+ * A prompt's restore that failed. A cache that was closed while the prompt waited is no reason not to answer; what becomes of one
+ * whose signal has aborted is the session's to say.
+ */
 function unrestored(sequence: EngineSequence, error: unknown): RestoreResult {
 	const failure = fromNative(error);
-	if (failure.code !== "CLOSED") {
+	if (failure.code !== "CLOSED" && failure.code !== "ABORTED") {
 		throw failure;
 	}
 	return { ...NOTHING, readyTokens: sequence.nextTokenIndex, durationMs: 0, failure };
