@@ -612,6 +612,7 @@ describe("misuse", () => {
 		await complete(sequence, engine.tokens.slice(0, 4), 1);
 		await expect(openCache(context, via, { sequence })).rejects.toEqual(refused);
 		await sequence.clearHistory();
+		const elsewhere = (await newContext()).getSequence();
 		for (const [given, message] of [
 			[
 				{ modelpath: "m" },
@@ -623,6 +624,7 @@ describe("misuse", () => {
 			],
 			[{ via: Promise.resolve(via) }, "via is a promise, await it: "],
 			[{ via: undefined }, "via is missing: "],
+			[{ sequence: elsewhere }, "the sequence is of another context: "],
 			[{ context: undefined }, "context is missing: give await model.createContext()"],
 			[{ context: newContext() }, "context is a promise, await it: "],
 		] as const) {

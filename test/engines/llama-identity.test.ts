@@ -119,6 +119,12 @@ describe("the identity", () => {
 		await expect(
 			identity(context(model(), { _loraAdapters: new Set([{}]) })),
 		).rejects.toMatchObject(unknown(/`lora`/));
+		const adapted = context(model(), { _loraAdapters: new Set([{}]) });
+		await expect(identity(adapted, { lora: "" })).rejects.toMatchObject(unknown(/`lora`/));
+		await expect(identity(adapted, { lora: null as never })).rejects.toMatchObject({
+			code: "INVALID_ARGUMENT",
+			message: expect.stringMatching(/^lora/),
+		});
 		await expect(identity(context(model(), { _loraAdapters: undefined }))).rejects.toMatchObject(
 			unknown(/`lora`/),
 		);

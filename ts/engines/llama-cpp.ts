@@ -481,6 +481,9 @@ async function sampleState(
 				"or pass an empty one as `sequence`",
 		);
 	}
+	if (given !== undefined && given.context !== context) {
+		throw invalid("the sequence is of another context: pass an empty one of the cache's context");
+	}
 	if (given !== undefined && given.nextTokenIndex !== 0) {
 		throw invalid(`the sequence holds ${given.nextTokenIndex} tokens: pass an empty one`);
 	}

@@ -1,5 +1,6 @@
 import { readFile, realpath } from "node:fs/promises";
 import { basename, isAbsolute } from "node:path";
+import { checkText } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 import type { WaitOptions } from "../waiting.js";
 import { canonicalJson, fileSha256 } from "./identity.js";
@@ -69,15 +70,19 @@ export async function identityOf(
 
 function loraOf(context: EngineContext, named: string | undefined): string {
 	if (named !== undefined) {
-		return named;
+		checkText("lora", named);
 	}
 	const adapters: unknown = Reflect.get(context, "_loraAdapters");
-	if (adapters instanceof Set && adapters.size === 0) {
+	const some = adapters instanceof Set ? adapters.size > 0 : undefined;
+	if (named !== undefined && !(some && named === "")) {
+		return named;
+	}
+	if (some === false) {
 		return "";
 	}
 	throw new KvferryError(
 		"IDENTITY_UNKNOWN",
-		adapters instanceof Set
+		some
 			? "The context has LoRA adapters: name them, with their scales, in the option `lora`."
 			: "This release of node-llama-cpp does not tell whether the context has LoRA adapters: " +
 					'pass the option `lora`, "" for none.',
