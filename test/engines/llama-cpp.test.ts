@@ -289,6 +289,33 @@ describe("a chat", () => {
 		session.dispose();
 	});
 
+	it("costs no more after a context shift than without the cache", async () => {
+		const via = await newServer();
+		const options = { temperature: 0, maxTokens: 4 };
+		/** Tokens that each of some prompts evaluates. */
+		const evaluated = async (cached: boolean) => {
+			const { context, cache } = await newCache(via, { contextSize: 256 });
+			const sequence = context.getSequence();
+			const contextShift = { size: 130 };
+			const session = engine.createSession(sequence, "You are a guide.", { contextShift });
+			const counts: number[] = [];
+			for (let i = 0; i < 9; i++) {
+				const before = sequence.tokenMeter.usedInputTokens;
+				const text = `Question ${i}: what is the price of the ferry, a bicycle, a dog, a horse and a cart?`;
+				await (cached ? cache.prompt(session, text, options) : session.prompt(text, options));
+				counts.push(sequence.tokenMeter.usedInputTokens - before);
+			}
+			session.dispose();
+			return counts;
+		};
+		const alone = await evaluated(false);
+		expect(Math.max(...alone.slice(1))).toBeGreaterThan(2 * (alone[1] as number)); // it has shifted
+		const cached = await evaluated(true);
+		for (const [i, count] of cached.entries()) {
+			expect(count).toBeLessThanOrEqual(alone[i] as number);
+		}
+	});
+
 	it("throws what the session throws", async () => {
 		const { context, cache } = await newCache(await newServer());
 		const session = engine.createSession(context.getSequence(), "Be brief.");

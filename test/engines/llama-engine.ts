@@ -33,7 +33,7 @@ export interface Engine {
 	createContext(options?: object): Promise<TestContext>;
 	/** A context of a model that is loaded for it. */
 	createContextOf(modelPath: string): Promise<TestContext>;
-	createSession(contextSequence: TestSequence, systemPrompt: string): TestSession;
+	createSession(contextSequence: TestSequence, systemPrompt: string, options?: object): TestSession;
 	dispose(): Promise<void>;
 }
 
@@ -60,8 +60,8 @@ export async function openEngine(): Promise<Engine> {
 			(await llama.loadModel({ modelPath: path })).createContext({ contextSize: 256, threads: 1 }),
 		createContext: (options = {}) =>
 			model.createContext({ contextSize: 512, batchSize: 128, threads: 1, ...options }),
-		createSession: (contextSequence, systemPrompt) =>
-			new LlamaChatSession({ contextSequence, systemPrompt }),
+		createSession: (contextSequence, systemPrompt, options = {}) =>
+			new LlamaChatSession({ contextSequence, systemPrompt, ...options }),
 		dispose: () => llama.dispose(),
 	};
 }

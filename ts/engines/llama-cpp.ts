@@ -344,13 +344,18 @@ export class LlamaPrefixCache implements AsyncDisposable {
 		checkSpelling("prompt", promptOptions);
 		const request = { cacheSalt, timeoutMs };
 		const { sequence } = session;
-		this.#begin("prompt", sequence, request);
+		const { salt } = this.#begin("prompt", sequence, request);
 		return await inTurn(sequence, promptOptions.signal, async () => {
 			const tokens = promptTokens(session, text, promptOptions);
 			const { signal } = promptOptions;
-			const restored = await this.restore(sequence, tokens, { ...request, signal }).catch(
-				(error: unknown) => unrestored(sequence, error),
-			);
+			// A prompt that does not fit is made to by the session, nobody knows how: what the sequence holds is left to it.
+			const restored =
+				tokens.length < sequence.contextSize
+					? await this.restore(sequence, tokens, { ...request, signal }).catch((error: unknown) =>
+							unrestored(sequence, error),
+						)
+					: { ...NOTHING, readyTokens: sequence.nextTokenIndex, durationMs: 0 };
+			this.#provenance.look(sequence, salt); // from here on, only the session uses it
 			const response = await session.prompt(text, promptOptions);
 			// The engine's answer stays, also where the cache was closed meanwhile. One that the signal has cut off is stored as well.
 			const waiting = signal?.aborted ? request : { ...request, signal };
@@ -446,7 +451,9 @@ function unrestored(sequence: EngineSequence, error: unknown): RestoreResult {
 	return { ...NOTHING, readyTokens: sequence.nextTokenIndex, durationMs: 0, failure };
 }
 
-/** The tokens that `session.prompt` is going to evaluate. A wrong guess costs hits, nothing else. */
+/**
+ * The tokens that `session.prompt` is going to evaluate. A wrong guess costs what the sequence holds behind it, nothing else.
+ */
 function promptTokens(
 	session: EngineChatSession,
 	text: string,
@@ -458,7 +465,8 @@ function promptTokens(
 ): number[] {
 	const { responsePrefix = "" } = options;
 	const chatHistory = [
-		...session.getChatHistory(),
+		// After a context shift the session goes on from what it has kept of the history.
+		...(session.getLastEvaluationContextWindow() ?? session.getChatHistory()),
 		{ type: "user", text },
 		{ type: "model", response: responsePrefix === "" ? [] : [responsePrefix] },
 	];

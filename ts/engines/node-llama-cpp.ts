@@ -71,6 +71,8 @@ export interface EngineChatSession {
 	};
 	// biome-ignore lint/suspicious/noExplicitAny: each item goes back into the wrapper unread
 	getChatHistory(): any[];
+	// biome-ignore lint/suspicious/noExplicitAny: the same
+	getLastEvaluationContextWindow(): any[] | null;
 	// biome-ignore lint/suspicious/noExplicitAny: options are the session's own
 	prompt(text: string, options?: any): Promise<string>;
 }
