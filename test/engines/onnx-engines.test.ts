@@ -263,6 +263,7 @@ describe.skipIf(engine === undefined)("transformers.js", () => {
 			const cold = await run("cold", dtype, url);
 			expect(warm.logits).toHaveLength(8);
 			expect(warm.logits).toEqual(cold.logits); // bit by bit
+			expect(await run("unmasked", dtype, url)).toEqual(warm);
 			const single = await run("single", dtype, url);
 			expect(warm.sequence).toEqual(single.sequence);
 			expect(warm.sequence).toHaveLength(PROMPT.length + 8);

@@ -2,8 +2,8 @@
 //
 //   onnx-process.mjs MODE MODEL-DIRECTORY DTYPE SERVER-URL "[token, …]" SPLIT
 //
-// MODE "store" has the cache generate behind the prompt's first SPLIT tokens; "load" behind the whole prompt;
-// "cold" does the same in two calls of generate, without the cache; "single" in one.
+// MODE "store" has the cache generate behind the prompt's first SPLIT tokens; "load" behind the whole prompt, and
+// "unmasked" without an attention mask; "cold" does the same in two calls of generate, without the cache; "single" in one.
 // Prints { hitTokens, storedTokens, sequence, logits }.
 
 import { createRequire } from "node:module";
@@ -78,7 +78,10 @@ async function run() {
 	const modelPath = `${directory}/onnx/${dtype === "fp16" ? "model_fp16" : "model"}.onnx`;
 	const options = { model, Tensor, DynamicCache, modelPath, via: client };
 	const cache = await OnnxPrefixCache.open(options);
-	const generated = await cache.generate(mode === "store" ? first : whole);
+	const { attention_mask: _, ...unmasked } = whole;
+	const generated = await cache.generate(
+		mode === "store" ? first : mode === "unmasked" ? unmasked : whole,
+	);
 	await cache.close();
 	await client.close();
 	return generated;

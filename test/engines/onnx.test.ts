@@ -248,8 +248,10 @@ describe("generate", () => {
 	}
 	const int64 = (values: bigint[]): EngineTensor => ({
 		...{ type: "int64", data: BigInt64Array.from(values), dims: [1, values.length] },
+		location: "cpu",
 	});
 	const prompt = int64(tokens(95).map(BigInt));
+	const mask = int64(new Array(95).fill(1n));
 
 	async function newModel() {
 		const model = new FakeModel();
@@ -266,11 +268,13 @@ describe("generate", () => {
 		expect(second).toMatchObject({ loaded: { hitTokens: 64 }, saved: { bytes: 0 } });
 		const [cold, warm] = model.asked;
 		expect(cold).toEqual({
-			...{ input_ids: prompt, max_length: 5, return_dict_in_generate: true },
+			...{ input_ids: prompt, attention_mask: mask, max_length: 5, return_dict_in_generate: true },
 			past_key_values: new Past(undefined),
 		});
 		expect(warm?.past_key_values.entries).toEqual(feedsOf(64));
-		expect(await cache.generate({ input_ids: prompt })).toMatchObject({ loaded: { hitTokens: 0 } });
+		expect(await cache.generate({ input_ids: prompt, attention_mask: mask })).toMatchObject({
+			loaded: { hitTokens: 0 },
+		});
 		await expect(
 			cache.generate({ input_ids: prompt, cache_salt: "tenant" } as never),
 		).rejects.toMatchObject({
@@ -296,7 +300,9 @@ describe("generate", () => {
 				message: expect.stringMatching(reason),
 			});
 		};
-		await refused({ attention_mask: int64([0n, 1n]) }, /without padding/);
+		await refused({ attention_mask: int64([0n, ...tokens(94).map(() => 1n)]) }, /without padding/);
+		await refused({ attention_mask: int64([1n, 1n]) }, /for 2 tokens and input_ids has 95/);
+		await refused({ attention_mask: "1" as never }, /attention_mask must be an object/);
 		await refused({ past_key_values: {} }, /leave them out/);
 		await refused({ input_ids: { ...prompt, dims: [5, 19] } }, /int64 \[5,19\]/);
 		await refused({ input_ids: undefined as unknown as EngineTensor }, /input_ids must be/);

@@ -154,8 +154,8 @@ export interface GenerateResult<T extends EngineTensor = EngineTensor> {
 export interface GenerateOptions extends Omit<RequestOptions, "signal"> {
 	/** The prompt's tokens, int64 [1, tokens]. */
 	readonly input_ids: EngineTensor;
-	/** All ones: a padded prompt has another KV. */
-	readonly attention_mask?: EngineTensor;
+	/** All ones, as many as `input_ids`: a padded prompt has another KV. Default: just these. */
+	readonly attention_mask?: EngineTensor | undefined;
 	readonly [option: string]: unknown;
 }
 
@@ -429,9 +429,12 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 		const { cacheSalt, timeoutMs, ...inputs } = options;
 		checkSpelling("generate", inputs);
 		const request = { cacheSalt, timeoutMs };
-		const { feeds, ...loaded } = await this.load(promptOf(inputs), request);
+		const prompt = promptOf(inputs);
+		const { feeds, ...loaded } = await this.load(prompt, request);
 		const { sequences, past_key_values } = await model.generate({
 			...inputs,
+			// Without one, transformers.js takes all tokens for such that come behind what is loaded.
+			attention_mask: inputs.attention_mask ?? this.#ones(prompt.length),
 			past_key_values: new DynamicCache(loaded.hitTokens > 0 ? feeds : undefined),
 			return_dict_in_generate: true,
 		});
@@ -439,6 +442,10 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
 		);
 		return { sequences, loaded, saved }; // whatever became of the cache, this was computed
+	}
+
+	#ones(tokens: number): T {
+		return new this.#options.Tensor("int64", new BigInt64Array(tokens).fill(1n), [1, tokens]);
 	}
 
 	/**
@@ -493,9 +500,18 @@ function promptOf(inputs: GenerateOptions): BigInt64Array {
 	if (type !== "int64" || dims.length !== 2 || dims[0] !== 1) {
 		throw invalid(`input_ids is ${type} [${dims}]: it must be int64 [1, tokens]`);
 	}
-	const mask = attention_mask?.data as BigInt64Array | undefined;
-	if (mask?.some((seen) => Number(seen) !== 1)) {
-		throw invalid("attention_mask hides tokens: give the prompt without padding");
+	const prompt = data as BigInt64Array;
+	if (attention_mask !== undefined && attention_mask !== null) {
+		checkObject("attention_mask", attention_mask);
+		const mask = attention_mask.data as BigInt64Array;
+		if (mask?.length !== prompt.length) {
+			throw invalid(
+				`attention_mask is for ${mask?.length ?? "no"} tokens and input_ids has ${prompt.length}: give the tokenizer's, or none`,
+			);
+		}
+		if (mask.some((seen) => Number(seen) !== 1)) {
+			throw invalid("attention_mask hides tokens: give the prompt without padding");
+		}
 	}
-	return data as BigInt64Array;
+	return prompt;
 }
