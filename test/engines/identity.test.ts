@@ -1,5 +1,13 @@
 import { createHash } from "node:crypto";
-import { mkdtempSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import {
+	mkdtempSync,
+	readdirSync,
+	readFileSync,
+	rmSync,
+	statSync,
+	utimesSync,
+	writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
@@ -36,6 +44,25 @@ describe("the hash of a model's file", () => {
 		expect(await fileSha256(file)).toBe(sha256);
 		writeFileSync(join(memory, name), "{");
 		expect(await fileSha256(file)).toBe(sha256);
+	});
+
+	it("is another one's where the file was replaced and its times were set back, as tar does", async () => {
+		const file = join(directory, "model.gguf");
+		const unpack = (weights: string) => {
+			writeFileSync(file, weights);
+			utimesSync(file, 1, 1);
+			return statSync(file, { bigint: true });
+		};
+		const first = unpack("weights of v1");
+		const sha256 = await fileSha256(file);
+		let second = unpack("weights of v2");
+		while (second.ctimeNs === first.ctimeNs) {
+			second = unpack("weights of v2"); // the clock of a file system goes in steps
+		}
+		expect([second.ino, second.size, second.mtimeNs]).toEqual([
+			...[first.ino, first.size, first.mtimeNs],
+		]);
+		expect(await fileSha256(file)).not.toBe(sha256);
 	});
 
 	it("is computed each time where nothing can be remembered", async () => {

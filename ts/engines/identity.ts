@@ -9,6 +9,8 @@ import { throwIfAborted } from "../waiting.js";
 interface Remembered {
 	readonly size: string;
 	readonly mtimeNs: string;
+	/** What unpacks or copies a file may set the other time back; this one nobody sets. */
+	readonly ctimeNs: string;
 	readonly sha256: string;
 }
 
@@ -20,17 +22,15 @@ interface Remembered {
  */
 export async function fileSha256(path: string, signal?: AbortSignal): Promise<string> {
 	try {
-		const { dev, ino, size, mtimeNs } = await stat(path, { bigint: true });
-		const key = { size: String(size), mtimeNs: String(mtimeNs) };
-		const memory = join(cacheDirectory(), `sha256-${dev}-${ino}.json`);
-		const known = await recall(memory);
-		if (known?.size === key.size && known.mtimeNs === key.mtimeNs) {
+		const before = await asItIs(path);
+		const known = await recall(before.memory);
+		if (known !== undefined && isSame(known, before)) {
 			return known.sha256;
 		}
 		const sha256 = await hashFile(path, signal);
-		const after = await stat(path, { bigint: true });
-		if (after.ino === ino && after.size === size && after.mtimeNs === mtimeNs) {
-			await remember(memory, { ...key, sha256 });
+		const { memory, ...after } = await asItIs(path);
+		if (memory === before.memory && isSame(after, before)) {
+			await remember(memory, { ...after, sha256 });
 		}
 		return sha256;
 	} catch (error) {
@@ -39,6 +39,23 @@ export async function fileSha256(path: string, signal?: AbortSignal): Promise<st
 			cause: error,
 		});
 	}
+}
+
+type Version = Omit<Remembered, "sha256">;
+
+/** What tells that a file was not changed, and where its hash is remembered. */
+async function asItIs(path: string): Promise<Version & { readonly memory: string }> {
+	const { dev, ino, size, mtimeNs, ctimeNs } = await stat(path, { bigint: true });
+	return {
+		memory: join(cacheDirectory(), `sha256-${dev}-${ino}.json`),
+		size: String(size),
+		mtimeNs: String(mtimeNs),
+		ctimeNs: String(ctimeNs),
+	};
+}
+
+function isSame(a: Version, b: Version): boolean {
+	return a.size === b.size && a.mtimeNs === b.mtimeNs && a.ctimeNs === b.ctimeNs;
 }
 
 async function hashFile(path: string, signal: AbortSignal | undefined): Promise<string> {
