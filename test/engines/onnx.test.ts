@@ -370,6 +370,21 @@ describe("misuse", () => {
 		await expect(cache.load([1, 0.5])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([1n, -1n])).rejects.toEqual(code("INVALID_TOKEN"));
 		await expect(cache.load([2 ** 31])).rejects.toEqual(code("INVALID_TOKEN"));
+		for (const [token, message] of [
+			[null, "null"],
+			["", '""'],
+			["7", '"7"'],
+			[[], "of type object"],
+			[false, "of type boolean"],
+			[undefined, "missing"],
+			[Symbol("token"), "of type symbol"],
+			[-1n, "-1"],
+		] as const) {
+			await expect(cache.load([0, token] as never), message).rejects.toMatchObject({
+				code: "INVALID_TOKEN",
+				message: `Token 1 is ${message}: tokens are integers from 0 to 2147483647.`,
+			});
+		}
 		await expect(cache.load("a text" as never)).rejects.toThrow(
 			/^tokens is "a text": give an array/,
 		);

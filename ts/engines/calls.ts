@@ -102,11 +102,13 @@ export function toTokenIds(
 	// A loop: Uint32Array.from with a function takes half as long again.
 	const ids = new Uint32Array(tokens.length);
 	for (let i = 0; i < ids.length; i++) {
-		const id = Number(tokens[i]);
+		const token: unknown = tokens[i];
+		// Number() of null, "" and [] is 0, which is a token.
+		const id = (typeof token === "bigint" ? Number(token) : token) as number;
 		if (!(Number.isInteger(id) && id >= 0 && id < 2 ** 31)) {
 			throw new KvferryError(
 				"INVALID_TOKEN",
-				`Token ${i} is ${tokens[i]}: tokens are integers from 0 to 2147483647.`,
+				`Token ${i} is ${typeof token === "bigint" ? token : shown(token)}: tokens are integers from 0 to 2147483647.`,
 			);
 		}
 		ids[i] = id;
