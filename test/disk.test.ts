@@ -127,6 +127,20 @@ describe("a cache with a disk", () => {
 		expect(second.status()).toMatchObject({ leases: 0, promoted_chunks: 60, disk_loads: 60 });
 	});
 
+	it("is closed for each who closes it only when all is written", async () => {
+		const disk = directory();
+		const first = await server(disk);
+		await (await cacheOf(first)).store(tokens(60 * CHUNK), bytesOf);
+		const order: string[] = [];
+		const closing = first.close().then(() => order.push("first"));
+		await first.close();
+		order.push("second");
+		const second = await server(disk); // the directory is free
+		expect(second.status()).toMatchObject({ disk_objects: 60 });
+		await closing;
+		expect(order).toEqual(["first", "second"]);
+	});
+
 	it("counts hits by the tier that they came from", async () => {
 		const disk = directory();
 		const first = await server(disk);

@@ -150,7 +150,7 @@ export class Server implements AsyncDisposable {
 	readonly chunkSize: number;
 	readonly #native: NativeServer;
 	#timer: NodeJS.Timeout | undefined;
-	#closed = false;
+	#closing: Promise<void> | undefined;
 
 	private constructor(server: NativeServer, chunkSize: number) {
 		this.#native = server;
@@ -273,7 +273,7 @@ export class Server implements AsyncDisposable {
 	 * @internal
 	 */
 	get trouble(): KvferryError | undefined {
-		return this.#closed
+		return this.#closing !== undefined
 			? new KvferryError("CLOSED", "The server was closed; start another one.")
 			: undefined;
 	}
@@ -301,12 +301,12 @@ export class Server implements AsyncDisposable {
 
 	/**
 	 * Ends all connections and drops what is in memory; before, what is not on the disk or in the remote yet is
-	 * written, for 30 seconds at most. Calling it again does nothing.
+	 * written, for 30 seconds at most. Calling it again waits for the same.
 	 */
 	async close(): Promise<void> {
-		this.#closed = true;
 		clearInterval(this.#timer);
-		await waitFor(() => this.#native.close(), undefined);
+		this.#closing ??= waitFor(() => this.#native.close(), undefined);
+		await this.#closing;
 	}
 
 	/** The same as {@link Server.close}. */
