@@ -291,6 +291,40 @@ describe("generate", () => {
 		expect(saved).toMatchObject({ storedTokens: 0, failure: { code: "INVALID_ARGUMENT" } });
 	});
 
+	it("ends with its signal, beside what the caller stops it by", async () => {
+		const { model, cache } = await newModel();
+		type Criterion = (sequences: bigint[][]) => boolean[];
+		const own: Criterion = (sequences) => sequences.map(() => false);
+		const list = { [Symbol.iterator]: () => [own][Symbol.iterator]() }; // as StoppingCriteriaList
+		const generate = model.generate.bind(model);
+		for (const stopping_criteria of [undefined, null, own, [own], list]) {
+			const controller = new AbortController();
+			const { signal } = controller;
+			const stopped: boolean[][] = [];
+			model.generate = async (options) => {
+				const criteria = Reflect.get(options, "stopping_criteria") as Criterion[];
+				const ask = () => stopped.push(criteria.flatMap((criterion) => criterion([[7n]])));
+				ask();
+				controller.abort();
+				ask();
+				return await generate(options);
+			};
+			const generating = cache.generate({ input_ids: prompt, signal, stopping_criteria });
+			await expect(generating).rejects.toEqual(code("ABORTED"));
+			const others = stopping_criteria ? [false] : [];
+			expect(stopped).toEqual([
+				[...others, false],
+				[...others, true],
+			]);
+		}
+		expect(model.asked).toHaveLength(5);
+		const signal = AbortSignal.abort();
+		const late = cache.generate({ input_ids: prompt, signal });
+		await expect(late).rejects.toEqual(code("ABORTED"));
+		expect(model.asked).toHaveLength(5);
+		expect(model.asked[0]).not.toHaveProperty("signal");
+	});
+
 	it("refuses prompts whose tokens do not tell their KV", async () => {
 		const { model, cache } = await newModel();
 		const refused = async (options: Partial<GenerateOptions>, reason: RegExp) => {

@@ -151,7 +151,12 @@ export interface GenerateResult<T extends EngineTensor = EngineTensor> {
 }
 
 /** Inputs of a prompt, as a tokenizer of transformers.js gives them, and options of `model.generate`. */
-export interface GenerateOptions extends Omit<RequestOptions, "signal"> {
+export interface GenerateOptions extends RequestOptions {
+	/**
+	 * Ends the call with `ABORTED`: while it loads at once, then with the next token. Once all is generated, it ends only
+	 * the store.
+	 */
+	readonly signal?: AbortSignal | undefined;
 	/** The prompt's tokens, int64 [1, tokens]. */
 	readonly input_ids: EngineTensor;
 	/** All ones, as many as `input_ids`: a padded prompt has another KV. Default: just these. */
@@ -416,7 +421,7 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	 * Has transformers.js's model go on with a prompt, with the cache before and after: the result is what
 	 * `model.generate` alone would have given, if the model computes the same for a prompt in two parts.
 	 *
-	 * @param options What `model.generate` takes: `input_ids` and so on, and `cacheSalt` and `timeoutMs` of the cache.
+	 * @param options What `model.generate` takes: `input_ids` and so on, and {@link RequestOptions} of the cache.
 	 * @throws What `model.generate` throws, and {@link KvferryError} as {@link OnnxPrefixCache.load} does.
 	 */
 	async generate(options: GenerateOptions): Promise<GenerateResult<T>> {
@@ -426,18 +431,20 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 				"generate needs the options `model` and `DynamicCache` of OnnxPrefixCache.open",
 			);
 		}
-		const { cacheSalt, timeoutMs, ...inputs } = options;
+		const { cacheSalt, timeoutMs, signal, ...inputs } = options;
 		checkSpelling("generate", inputs);
-		const request = { cacheSalt, timeoutMs };
+		const request = { cacheSalt, timeoutMs, signal };
 		const prompt = promptOf(inputs);
 		const { feeds, ...loaded } = await this.load(prompt, request);
 		const { sequences, past_key_values } = await model.generate({
 			...inputs,
 			// Without one, transformers.js takes all tokens for such that come behind what is loaded.
 			attention_mask: inputs.attention_mask ?? this.#ones(prompt.length),
+			...(signal === undefined ? {} : { stopping_criteria: stoppedBy(signal, inputs) }),
 			past_key_values: new DynamicCache(loaded.hitTokens > 0 ? feeds : undefined),
 			return_dict_in_generate: true,
 		});
+		throwIfAborted(signal);
 		const saved = await this.save(sequences.data, past_key_values, request).catch(
 			(error: unknown): SaveResult => ({ ...UNSAVED, durationMs: 0, failure: fromNative(error) }),
 		);
@@ -487,6 +494,13 @@ function sessionOf({ session, model }: OnnxPrefixCacheOptions): EngineSession {
 		throw invalid("pass onnxruntime's `session`, or transformers.js's `model`");
 	}
 	return found;
+}
+
+/** The caller's criteria, if there are any, and one that stops when the signal has aborted. */
+function stoppedBy(signal: AbortSignal, { stopping_criteria }: GenerateOptions): unknown[] {
+	const given = stopping_criteria ?? []; // null is transformers.js's default
+	const criteria = Symbol.iterator in Object(given) ? (given as Iterable<unknown>) : [given];
+	return [...criteria, (sequences: unknown[]) => sequences.map(() => signal.aborted)];
 }
 
 /** The tokens of a prompt for transformers.js. */
