@@ -46,6 +46,17 @@ describe("a parallel strategy", () => {
 		expect(ParallelStrategy.of(hybrid)).toMatchObject({ useMla: false, storesKv: true });
 	});
 
+	it("is recognised across the two builds of the package", async () => {
+		const { ParallelStrategy: Other } = await import(
+			"../ts/parallel.js?build=cjs" as "../ts/parallel.js"
+		);
+		expect(Other).not.toBe(ParallelStrategy);
+		const parallelStrategy = Other.tensorParallel(2, 1);
+		expect(strategyOf({ parallelStrategy })).toBe(parallelStrategy);
+		expect(parallelStrategy).toBeInstanceOf(ParallelStrategy);
+		expect({ ...parallelStrategy }).not.toBeInstanceOf(ParallelStrategy);
+	});
+
 	it("has names for the plain cases", () => {
 		expect(ParallelStrategy.single()).toMatchObject({
 			worldSize: 1,

@@ -61,6 +61,15 @@ describe("a prefix index", () => {
 		expect([...index.matchPrefixes(blocks)]).toEqual([4]);
 	});
 
+	it("takes hashes of the package's other build", async () => {
+		const other = await import("../ts/hash.js?build=cjs" as "../ts/hash.js");
+		expect(other.Hashes).not.toBe(Hashes);
+		const index = new PrefixIndex({ capacity: 10 });
+		expect(index.insert(other.chunkHashes(Uint32Array.from(range(0, 512)))).inserted).toBe(2);
+		const short = other.blockHashes(range(0, 64), { algorithm: "xxhash_cbor", seed: "0" });
+		expect(() => index.insert(short)).toThrow(/^hashes of 16 bytes do not fit/);
+	});
+
 	it("takes many requests as one array with offsets, and writes where the caller says", () => {
 		const index = new PrefixIndex({ capacity: 100 });
 		index.insert(hashes([1, 2, 3, 4]));

@@ -9,6 +9,7 @@ import {
 	invalid,
 	named,
 } from "./arguments.js";
+import { brand } from "./brand.js";
 import { KvferryError, wrap } from "./errors.js";
 import { native } from "./native.js";
 
@@ -198,6 +199,8 @@ export class Hashes implements Iterable<Uint8Array> {
 		}
 	}
 }
+
+brand(Hashes, "Hashes");
 
 /** What the two hashers of the addon have in common. */
 interface NativeHasher {

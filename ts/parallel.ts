@@ -1,4 +1,5 @@
 import { checkBoolean, checkInteger, checkOptions, invalid } from "./arguments.js";
+import { brand } from "./brand.js";
 import { wrap } from "./errors.js";
 import { native } from "./native.js";
 import type { NativeStrategy } from "./native-binding.js";
@@ -158,6 +159,8 @@ export class ParallelStrategy {
 		return ParallelStrategy.of({ pipelineParallelSize: size, rank });
 	}
 }
+
+brand(ParallelStrategy, "ParallelStrategy");
 
 /** The former parameters: no MLA, and every rank stores. */
 export interface LooseParallelism {
