@@ -15,6 +15,20 @@ it("a client whose close was refused for its options is open, and closes later",
 	await expect(client.ping()).rejects.toMatchObject({ code: "CLOSED" });
 });
 
+it("a hit whose cache is closed before it is loaded says so", async () => {
+	await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: 64 });
+	await using client = await Client.connect({ url: `tcp://${server.address}` });
+	await using cache = await PrefixCache.open({ via: client, identity: "m", bytesPerChunk: 1000 });
+	await cache.store(prompt, bytesOf);
+	const hit = await cache.lookup(prompt);
+	await cache.close();
+	expect(await hit.load()).toEqual([]);
+	expect(hit).toMatchObject({
+		chunks: 2,
+		failure: { code: "CLOSED", message: expect.stringContaining(`tcp://${server.address}`) },
+	});
+});
+
 it("calls that wait refuse an option that they do not have", async () => {
 	await using server = await Server.start({ port: 0, memory: 2 ** 20, chunkSize: 64 });
 	await using client = await Client.connect({ url: `tcp://${server.address}` });

@@ -333,12 +333,17 @@ impl Client {
         &self.shared.writers
     }
 
-    /// Bytes of one object of the instance.
+    /// Bytes of one object of the instance; closed, where it is forgotten: by its own end, or by the client's, whose
+    /// goodbye takes a while.
     pub(crate) fn object_bytes(&self, instance: u64) -> Result<u64> {
         let registrations = lock(&self.shared.registrations);
         let layout = registrations.iter().find(|(known, _)| *known == instance);
         let (_, layout) = layout.ok_or_else(|| {
-            Error::invalid(format!("instance {instance} is not registered with this client"))
+            let message = format!(
+                "a cache of the client of {} was closed, or the client; open another one",
+                self.shared.address
+            );
+            Error::new(ErrorCode::Closed, message)
         })?;
         layout.object_bytes(lock(&self.shared.info).chunk_size)
     }

@@ -751,7 +751,7 @@ async fn keys_that_servers_meet_with_silence_are_not_sent() {
         assert_eq!(code(client.lookup(&key, soon()).await), Some(expected), "{key:?}");
     }
     let unknown = client.prepare_store(&key(), 1, soon()).await;
-    assert_eq!(code(unknown), Some(ErrorCode::InvalidArgument), "an instance of nobody");
+    assert_eq!(code(unknown), Some(ErrorCode::Closed), "an instance that is registered no longer");
     assert_eq!(router.so_far(), []);
 }
 
@@ -1289,6 +1289,33 @@ async fn closing_ends_requests_under_way() {
     router.received(|request| matches!(request, Request::Ping { .. })).await;
     client.close().await;
     assert_eq!(code(ping.await.unwrap()), Some(ErrorCode::Closed));
+}
+
+#[tokio::test]
+async fn what_is_asked_beside_a_close_is_closed() {
+    let (name, _region) = pool("beside");
+    let mut router = Router::start(&name, |_, request| {
+        matches!(request, Request::Unregister { .. }).then_some(Answer::Silence)
+    })
+    .await;
+    let client = Arc::new(Client::connect(router.options()).await.unwrap());
+    let instance = client.register(layout(), soon()).await.unwrap();
+    let gone = client.register(layout(), soon()).await.unwrap();
+    drop(client.unregister(gone, soon()));
+    let closing = Arc::clone(&client);
+    let refused = async |instance| {
+        let store = client.prepare_store(&key(), instance, soon()).await;
+        assert_eq!(code(store), Some(ErrorCode::Closed));
+        let retrieve = client.prepare_retrieve(&key(), instance, soon()).await;
+        assert_eq!(code(retrieve), Some(ErrorCode::Closed));
+    };
+    refused(gone).await;
+    let closing = tokio::spawn(async move { closing.close().await });
+    router.received(|request| matches!(request, Request::Unregister { .. })).await;
+    refused(instance).await;
+    assert!(!closing.is_finished(), "it waits for the server to hear of it");
+    closing.await.unwrap();
+    refused(instance).await;
 }
 
 #[tokio::test]
