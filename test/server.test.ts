@@ -37,9 +37,19 @@ describe("a server with httpPort", () => {
 		).rejects.toMatchObject({ code: "INVALID_ARGUMENT" });
 	});
 
-	it("listens to nobody when it does not listen", async () => {
-		await expect(Server.start({ listen: false, httpPort: 0, memory })).rejects.toMatchObject({
+	it.each([
+		["httpPort", 0],
+		["port", 0],
+		["host", "127.0.0.1"],
+		["shmName", "pool"],
+		["listenPublic", true],
+		["tokenFile", "/tokens"],
+		["ipc", "/run/kvferry/ipc"],
+	])("listens to nobody when it does not listen: refuses %s", async (name, value) => {
+		const options = { listen: false, memory, [name]: value };
+		await expect(Server.start(options)).rejects.toMatchObject({
 			code: "INVALID_ARGUMENT",
+			message: `${name} is ${JSON.stringify(value)}, with listen: false; leave one of them out`,
 		});
 	});
 });

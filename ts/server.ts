@@ -28,7 +28,7 @@ export type EvictionPolicy = "default" | "lru" | "arc" | "s3fifo";
 export interface ServerOptions extends Pick<WaitOptions, "signal"> {
 	/**
 	 * Whether other processes may connect. Without it the cache is this process's own: no socket, and
-	 * no shared memory. Default true.
+	 * no shared memory, and options about these are refused. Default true.
 	 */
 	readonly listen?: boolean;
 	/**
@@ -128,6 +128,17 @@ const OPTIONS = {
 	signal: true,
 } satisfies Record<keyof ServerOptions, true>;
 
+/** Options that say how others reach the server. */
+const LISTENING = [
+	"host",
+	"listenPublic",
+	"tokenFile",
+	"ipc",
+	"port",
+	"httpPort",
+	"shmName",
+] as const satisfies (keyof ServerOptions)[];
+
 /** Figures of a server by name: counts, bytes, seconds and words. */
 export type Status = Record<string, number | string>;
 
@@ -208,16 +219,15 @@ export class Server implements AsyncDisposable {
 		for (const [name, path] of Object.entries({ tokenFile, ipc })) {
 			if (path !== undefined) {
 				checkText(name, path);
-				if (!listen) {
-					throw invalid(`${name} is given, with listen: false; leave one of them out.`);
-				}
 			}
 		}
 		if (httpPort !== undefined) {
 			checkInteger("httpPort", httpPort, 0, 65_535);
-			if (!listen) {
-				throw invalid(`httpPort is ${httpPort}, with listen: false; leave one of them out.`);
-			}
+		}
+		const given = LISTENING.find((name) => (options[name] ?? false) !== false);
+		if (!listen && given !== undefined) {
+			const value = JSON.stringify(options[given]);
+			throw invalid(`${given} is ${value}, with listen: false; leave one of them out`);
 		}
 		if (disk !== undefined && (await stat(disk).catch(() => undefined))?.isFile()) {
 			throw invalid(`disk ${disk} is a file: give a directory, which is made where it is missing`);
@@ -239,7 +249,7 @@ export class Server implements AsyncDisposable {
 					listenPublic,
 					...(tokenFile === undefined ? {} : { tokenFile }),
 					...(ipc === undefined ? {} : { ipc }),
-					...(listen && shmName !== undefined ? { shmName } : {}),
+					...(shmName === undefined ? {} : { shmName }),
 					...(httpPort === undefined ? {} : { httpPort }),
 				}),
 			signal,
