@@ -340,6 +340,13 @@ describe("generate", () => {
 		await refused({ past_key_values: {} }, /leave them out/);
 		await refused({ input_ids: { ...prompt, dims: [5, 19] } }, /int64 \[5,19\]/);
 		await refused({ input_ids: undefined as unknown as EngineTensor }, /input_ids must be/);
+		await refused({ input_ids: {} as EngineTensor }, /must be an int64 tensor/);
+		for (const options of [undefined, null, "a text"]) {
+			await expect(cache.generate(options as never)).rejects.toMatchObject({
+				code: "INVALID_ARGUMENT",
+				message: "the options of generate must be an object",
+			});
+		}
 		expect(model.asked).toEqual([]);
 	});
 });
@@ -472,6 +479,10 @@ describe("misuse", () => {
 			});
 		}
 		await expect(openCache(via, { session: undefined })).rejects.toEqual(refused);
+		await expect(openCache(via, { layout: null as never })).rejects.toThrow(/^layout must be/);
+		const silent = { ...session, inputMetadata: {} as never };
+		await expect(openCache(via, { session: silent })).rejects.toEqual(code("IDENTITY_UNKNOWN"));
+		await openCache(via, { session: silent, layout: LAYOUT });
 		await expect(openCache(via, { Tensor: {} as typeof FakeTensor })).rejects.toEqual(refused);
 		await expect(openCache(via, { cacheSalt: "\ud800" })).rejects.toEqual(code("INVALID_SALT"));
 		await expect(openCache(via, { session: sessionOf(0, LAYOUT) })).rejects.toEqual(
@@ -497,6 +508,8 @@ describe("misuse", () => {
 		await refused(72, {}, /hold 70 tokens and 72 were given/);
 		for (const [tensor, reason] of [
 			[undefined, /neither present.1.key nor past_key_values.1.key/],
+			[null, /present.1.key is null: it must be the engine's tensor/],
+			[{}, /present.1.key is of type object: it must be/],
 			[float([1, 70, 2, 24]), /\[1,70,2,24\]: it must be float32 \[1, 2, tokens, 24\]/],
 			[float([2, 2, 70, 24], 2 * 2 * 70 * 24), /batch of 2/],
 			[float([2, 70, 24]), /it must be/],
@@ -505,6 +518,7 @@ describe("misuse", () => {
 			[detached, /does not have 13440 bytes/],
 			[new FakeTensor("float16", new Uint16Array(2 * 70 * 24), [1, 2, 70, 24]), /is float16/],
 			[{ ...float([1, 2, 70, 24]), location: "gpu-buffer" }, /lies in a gpu-buffer/],
+			[{ ...float([1, 2, 70, 24], 1), location: null }, /does not have 13440 bytes/],
 		] as const) {
 			await refused(70, { "present.1.key": tensor }, reason);
 		}

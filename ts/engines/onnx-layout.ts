@@ -1,4 +1,4 @@
-import { checkInteger, invalid } from "../arguments.js";
+import { checkHandle, checkInteger, checkObject, invalid } from "../arguments.js";
 import { KvferryError } from "../errors.js";
 import type { EngineSession, EngineTensor, EngineValue } from "./onnxruntime.js";
 
@@ -45,10 +45,11 @@ const PLAIN_INPUTS: ReadonlySet<string> = new Set([
 export function layoutOf(session: EngineSession, given: OnnxLayout | undefined): KvLayout {
 	const names = kvNames(session);
 	checkGiven(given);
+	const metadata = Array.isArray(session.inputMetadata) ? session.inputMetadata : [];
 	const found: Partial<Record<keyof OnnxLayout, number | string>> = {};
 	for (const name of names) {
 		const input = `past_key_values.${name}`;
-		const value = session.inputMetadata?.find((value) => value.name === input);
+		const value = metadata.find((value) => value?.name === input);
 		for (const [part, size] of Object.entries(value ? told(input, value) : {})) {
 			const key = part as keyof OnnxLayout;
 			found[key] ??= size;
@@ -136,6 +137,7 @@ function checkGiven(given: OnnxLayout | undefined): void {
 	if (given === undefined) {
 		return;
 	}
+	checkObject("layout", given);
 	checkInteger("layout.kvHeads", given.kvHeads, 1, 2 ** 20);
 	checkInteger("layout.headSize", given.headSize, 1, 2 ** 20);
 	if (!Object.hasOwn(DTYPES, given.dtype)) {
@@ -175,7 +177,9 @@ export function heldBy(tensors: object, layout: KvLayout): Held {
 		if (tensor === undefined) {
 			throw invalid(`there is neither present.${name} nor past_key_values.${name}: give them all`);
 		}
-		const { type, dims, location = "cpu" } = tensor;
+		checkHandle(of, tensor, "dims", "it must be the engine's tensor");
+		const { type, dims } = tensor;
+		const location = tensor.location ?? "cpu";
 		const [batch, heads, tokens = 0, size] = dims;
 		held ??= tokens;
 		const { kvHeads, headSize, dtype } = layout;

@@ -4,6 +4,7 @@
  * @packageDocumentation
  */
 import { setImmediate } from "node:timers/promises";
+import { types } from "node:util";
 import {
 	checkInteger,
 	checkObject,
@@ -426,11 +427,12 @@ export class OnnxPrefixCache<T extends EngineTensor = EngineTensor> implements A
 	 */
 	async generate(options: GenerateOptions): Promise<GenerateResult<T>> {
 		const { model, DynamicCache } = this.#options;
-		if (model === undefined || DynamicCache === undefined) {
+		if (typeof model?.generate !== "function" || typeof DynamicCache !== "function") {
 			throw invalid(
 				"generate needs the options `model` and `DynamicCache` of OnnxPrefixCache.open",
 			);
 		}
+		checkObject("the options of generate", options);
 		const { cacheSalt, timeoutMs, signal, ...inputs } = options;
 		checkSpelling("generate", inputs);
 		const request = { cacheSalt, timeoutMs, signal };
@@ -511,21 +513,20 @@ function promptOf(inputs: GenerateOptions): BigInt64Array {
 	}
 	checkObject("input_ids", input_ids);
 	const { type, dims, data } = input_ids;
-	if (type !== "int64" || dims.length !== 2 || dims[0] !== 1) {
-		throw invalid(`input_ids is ${type} [${dims}]: it must be int64 [1, tokens]`);
+	if (type !== "int64" || dims?.length !== 2 || dims[0] !== 1 || !types.isBigInt64Array(data)) {
+		throw invalid(`input_ids is ${type} [${dims}]: it must be an int64 tensor [1, tokens]`);
 	}
-	const prompt = data as BigInt64Array;
 	if (attention_mask !== undefined && attention_mask !== null) {
 		checkObject("attention_mask", attention_mask);
 		const mask = attention_mask.data as BigInt64Array;
-		if (mask?.length !== prompt.length) {
+		if (mask?.length !== data.length) {
 			throw invalid(
-				`attention_mask is for ${mask?.length ?? "no"} tokens and input_ids has ${prompt.length}: give the tokenizer's, or none`,
+				`attention_mask is for ${mask?.length ?? "no"} tokens and input_ids has ${data.length}: give the tokenizer's, or none`,
 			);
 		}
 		if (mask.some((seen) => Number(seen) !== 1)) {
 			throw invalid("attention_mask hides tokens: give the prompt without padding");
 		}
 	}
-	return prompt;
+	return data;
 }
