@@ -189,7 +189,7 @@ export function checkTokens(tokens: unknown): asserts tokens is Uint32Array {
 	checkAttached("tokens", tokens);
 }
 
-/** The salt to use: absent, null and "" are the same. Characters and length are checked natively. */
+/** The salt to use: absent, null and "" are the same, where no default was put in. Characters and length are checked natively. */
 export function checkSalt(salt: unknown): string {
 	if (salt === undefined || salt === null) {
 		return "";

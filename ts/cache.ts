@@ -55,7 +55,8 @@ const OPTIONS = {
 export interface RequestOptions extends WaitOptions {
 	/**
 	 * The tenant: what is stored with one salt is never found with another. At most 128 characters
-	 * without `@ / \` and NUL. "" is the same as none.
+	 * without `@ / \` and NUL. "" and null are the same as none, also in a call on an engine's cache that was opened with a
+	 * salt, which is that of calls that leave it out.
 	 */
 	readonly cacheSalt?: string | null | undefined;
 }

@@ -120,7 +120,9 @@ describe("a stored prompt", () => {
 		await cache.save(tokens(40), presentOf(session, LAYOUT, 40));
 		expect(await cache.load(tokens(40))).toMatchObject(hit(32));
 		expect(await cache.load(tokens(40), { cacheSalt: "other" })).toMatchObject(hit(0));
+		expect(await cache.load(tokens(40), { cacheSalt: undefined })).toMatchObject(hit(32));
 		expect(await cache.load(tokens(40), { cacheSalt: null })).toMatchObject(hit(0));
+		expect(await cache.load(tokens(40), { cacheSalt: "" })).toMatchObject(hit(0));
 		for (const options of [
 			{ modelId: "another" },
 			{ engine: "cuda" },
