@@ -10,7 +10,8 @@ export interface WaitOptions {
 	readonly signal?: AbortSignal | undefined;
 	/**
 	 * Milliseconds, 1 to 2^31 - 1, after which a wait for the cache ends with `TIMEOUT`. A call may wait
-	 * more than once: a store for its room and for its commit. Default 5,000.
+	 * more than once: a store for its room and for its commit. Default 5,000; a connected `Client` gives a request up
+	 * after that in any case, so that more helps its `connect`, and a `Server` in this process.
 	 */
 	readonly timeoutMs?: number | undefined;
 }
