@@ -50,7 +50,8 @@ pub struct PrefixCache {
     nonce: u64,
     requests: AtomicU64,
     stores: Arc<Mutex<Stores>>,
-    damaged: AtomicU64,
+    /// Its readings count, too: who sees that a chunk is damaged finds it counted.
+    damaged: Arc<AtomicU64>,
 }
 
 /// Stores under way. Unregistering gives their slots to others, so it waits for the last of them.
@@ -78,6 +79,8 @@ pub struct Reading {
     payload_bytes: u64,
     /// Places of slots whose bytes were not what was stored.
     damaged: Mutex<BTreeSet<usize>>,
+    /// The cache's.
+    damaged_chunks: Arc<AtomicU64>,
 }
 
 /// Chunks being stored.
@@ -155,7 +158,7 @@ impl PrefixCache {
             nonce,
             requests: AtomicU64::new(0),
             stores: Arc::default(),
-            damaged: AtomicU64::new(0),
+            damaged: Arc::default(),
         })
     }
 
@@ -208,6 +211,7 @@ impl PrefixCache {
             identities: self.identities(&hit.hashes, &hit.key.cache_salt),
             payload_bytes: self.payload_bytes,
             damaged: Mutex::default(),
+            damaged_chunks: Arc::clone(&self.damaged),
         }))
     }
 
@@ -225,7 +229,6 @@ impl PrefixCache {
             let damaged = damaged.into_iter().filter_map(|place| reading.slots.get(place).cloned());
             let damaged: Vec<Slot> = damaged.collect();
             if !damaged.is_empty() {
-                self.damaged.fetch_add(damaged.len() as u64, Ordering::Relaxed);
                 // They stay a miss when this fails.
                 let _ = self.cache.discard(self.instance, &damaged, deadline).await;
             }
@@ -456,7 +459,9 @@ impl Reading {
     }
 
     fn note_damage(&self, place: usize) {
-        self.damaged.lock().unwrap_or_else(PoisonError::into_inner).insert(place);
+        if self.damaged.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
+            self.damaged_chunks.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

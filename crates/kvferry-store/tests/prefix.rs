@@ -71,6 +71,7 @@ fn put(cache: &PrefixCache, tokens: &[u32]) -> Vec<u32> {
 fn get(cache: &PrefixCache, tokens: &[u32]) -> u32 {
     let hit = now(cache.lookup(tokens, "", deadline())).unwrap();
     let Some(reading) = now(cache.load(&hit, deadline())).unwrap() else { return 0 };
+    let damaged = cache.damaged_chunks();
     let whole = (0..reading.chunks()).take_while(|chunk| {
         let mut bytes = payload(99);
         let whole =
@@ -79,6 +80,8 @@ fn get(cache: &PrefixCache, tokens: &[u32]) -> u32 {
         whole
     });
     let whole = u32::try_from(whole.count()).unwrap();
+    let counted = cache.damaged_chunks() - damaged;
+    assert_eq!(counted, u64::from(whole < reading.chunks()), "before the load is ended");
     assert!(now(cache.finish(&hit, Some(reading), deadline())).unwrap());
     whole
 }
