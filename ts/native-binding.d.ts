@@ -209,11 +209,11 @@ export declare class PagedWorker {
   /** Begins to copy out of registered memory. */
   startOut(store: PagedStore): void
   /**
-   * Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, its room
-   * is given back. The time begins with the copy's end.
+   * Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, it is
+   * abandoned. The time begins with the copy's end.
    */
   commit(store: PagedStore, timeoutMs: number): Promise<number>
-  /** Gives a store's room back, after the copy that was begun. */
+  /** Gives a store's room back, after the copy that was begun, unless that ended in doubt. */
   abandon(store: PagedStore, timeoutMs: number): Promise<undefined>
   /** Unregisters. */
   close(timeoutMs: number): Promise<undefined>

@@ -50,6 +50,7 @@ codes! {
     MAP_FAILED = 205, c"CUDA_ERROR_MAP_FAILED", c"mapping of buffer object failed";
     ECC_UNCORRECTABLE = 214, c"CUDA_ERROR_ECC_UNCORRECTABLE", c"uncorrectable ECC error encountered";
     INVALID_PTX = 218, c"CUDA_ERROR_INVALID_PTX", c"a PTX JIT compilation failed";
+    CONTAINED = 226, c"CUDA_ERROR_CONTAINED", c"Invalid access of peer GPU memory over nvlink or a hardware error";
     OPERATING_SYSTEM = 304, c"CUDA_ERROR_OPERATING_SYSTEM", c"OS call failed or operation not supported on this OS";
     INVALID_HANDLE = 400, c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle";
     NOT_FOUND = 500, c"CUDA_ERROR_NOT_FOUND", c"named symbol not found";
@@ -67,9 +68,10 @@ codes! {
     UNKNOWN = 999, c"CUDA_ERROR_UNKNOWN", c"unknown error";
 }
 
-/// Codes after which "any further CUDA work will return the same error" (Driver API, Data types, `CUresult`).
+/// Codes after which "any further CUDA work will return the same error" (Driver API, Data types, `CUresult`); of 710 it says
+/// that the context cannot be used any more. Of `DEVICE_UNAVAILABLE` and `ECC_UNCORRECTABLE` it says nothing of the kind.
 pub(crate) fn is_sticky(code: u32) -> bool {
-    matches!(code, ECC_UNCORRECTABLE | ILLEGAL_ADDRESS | LAUNCH_TIMEOUT | 710 | 714..=719)
+    matches!(code, CONTAINED | ILLEGAL_ADDRESS | LAUNCH_TIMEOUT | 710 | 714..=719)
 }
 
 /// A code's name for a message.

@@ -58,6 +58,11 @@ impl Cache for Client {
         })
     }
 
+    fn give_up(&self, instance: u64) {
+        // The server has it until the connection ends, which the permits of what is written keep open.
+        self.forget(instance);
+    }
+
     fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64> {
         Box::pin(async move {
             let chunks = self.chunks(key)?;

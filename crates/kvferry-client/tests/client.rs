@@ -535,6 +535,28 @@ async fn what_a_gpu_still_writes_keeps_its_slots_and_holds_nobody_up() {
 }
 
 #[tokio::test]
+async fn an_instance_that_was_given_up_is_not_unregistered() {
+    let (name, _region) = pool("given_up");
+    let mut router = Router::honest(&name).await;
+    let client = Client::connect(router.options()).await.unwrap();
+    let doubtful = client.register(layout(), soon()).await.unwrap();
+    let other = client.register(layout(), soon()).await.unwrap();
+    client.prepare_store(&key(), doubtful, soon()).await.unwrap();
+    client.give_up(doubtful);
+    client.close().await;
+    let unregistered: Vec<u64> = router
+        .so_far()
+        .into_iter()
+        .filter_map(|request| match request {
+            Request::Unregister { instance_id } => Some(instance_id),
+            Request::AbandonStore { instance_id, .. } => Some(instance_id),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(unregistered, [other]);
+}
+
+#[tokio::test]
 async fn what_is_loaded_is_confirmed_before_the_lease_ends() {
     let (name, region) = pool("load");
     region.write(4096, b"second").unwrap();

@@ -121,6 +121,11 @@ pub trait Cache: Send + Sync {
     /// Forgets the instance; slots that were granted to it become free.
     fn unregister(&self, instance: u64, deadline: Instant) -> CacheFuture<'_, ()>;
 
+    /// In place of [`Cache::unregister`] where something may write to what the instance was granted for as long as this
+    /// process lives: none of it is granted to anybody again until then. What is still ended by its commit or
+    /// abandonment, whose caller knows better, comes back.
+    fn give_up(&self, instance: u64);
+
     /// How many leading chunks of `key`'s range every rank has. Takes a lease on each, for each
     /// reader, until it is retrieved, released or the request ends.
     fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64>;

@@ -21,8 +21,15 @@ pub trait KvMemory: Send + Sync {
     /// [`ErrorCode::Closed`] after [`KvMemory::close`]; what the memory's device says. Nothing is copied then.
     fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, sums: bool) -> Result<Copying>;
 
-    /// Lets no more copies begin, and returns when none is under way. The memory may be freed then.
+    /// Lets no more copies begin, and returns when none is under way. The memory may be freed then, unless there is a
+    /// [`KvMemory::doubt`].
     fn close(&self);
+
+    /// Why copies may be under way that nothing will tell the end of, where that is so: see [`Copying::doubt`]. It is there
+    /// to stay.
+    fn doubt(&self) -> Option<Error> {
+        None
+    }
 }
 
 /// A copy that was begun. Dropping it does not end it.
@@ -38,6 +45,7 @@ struct State {
     arrays: usize,
     checksums: Vec<u64>,
     ended: Option<Result<()>>,
+    in_doubt: bool,
 }
 
 /// A state whose changes may be waited for: each from a level on, so that a change wakes only those whom it concerns.
@@ -95,6 +103,13 @@ impl Copying {
     pub async fn ended(&self) -> Result<()> {
         self.0.until(usize::MAX, |state| state.ended.clone()).await
     }
+
+    /// The error that it ended with, where nothing says whether the device is done with it: what was to be written may be
+    /// written at any later time, so it must never be another's.
+    pub fn doubt(&self) -> Option<Error> {
+        let inner = self.0.lock();
+        inner.state.ended.clone().filter(|_| inner.state.in_doubt)?.err()
+    }
 }
 
 impl Progress {
@@ -112,6 +127,14 @@ impl Progress {
     pub fn end(&self, result: Result<()>) {
         self.0.change(usize::MAX, |state| {
             state.ended.get_or_insert(result);
+        });
+    }
+
+    /// Nobody will learn whether something of it is under way: see [`Copying::doubt`].
+    pub fn end_in_doubt(&self, error: Error) {
+        self.0.change(usize::MAX, |state| {
+            state.in_doubt |= state.ended.is_none();
+            state.ended.get_or_insert(Err(error));
         });
     }
 }
@@ -208,5 +231,24 @@ mod tests {
         assert_eq!(pin!(copying.array(1)).poll(&mut context), Poll::Ready(Ok(())));
         assert!(matches!(pin!(copying.array(2)).poll(&mut context), Poll::Ready(Err(_))));
         assert!(matches!(pin!(copying.ended()).poll(&mut context), Poll::Ready(Err(_))));
+        assert_eq!(copying.doubt(), None);
+    }
+
+    #[test]
+    fn a_copy_that_ended_in_doubt_says_so_and_no_other_does() {
+        let error = || Error::new(ErrorCode::CudaFailed, "no answer");
+        let (progress, copying) = copying();
+        assert_eq!(copying.doubt(), None);
+        progress.end_in_doubt(error());
+        progress.end(Ok(())); // too late
+        let mut context = Context::from_waker(Waker::noop());
+        assert_eq!(pin!(copying.ended()).poll(&mut context), Poll::Ready(Err(error())));
+        assert_eq!(copying.doubt(), Some(error()));
+        for (end, late) in [(Ok(()), error()), (Err(error()), error())] {
+            let (progress, copying) = super::copying();
+            progress.end(end);
+            progress.end_in_doubt(late);
+            assert_eq!(copying.doubt(), None, "it had ended");
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! A cache as an engine with a paged KV pool uses it: what the scheduler asks, and what a worker copies.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::cache::{Cache, Memory, Slot};
 use crate::copy_plan::{ChunkCopy, CopyPlan, CopyShape, Direction};
+use crate::copying::{Copying, KvMemory};
 use crate::defect::{Defect, is_active};
 use crate::key::{Key, check_model_name, check_salt};
 use crate::kv_layout::KvLayout;
@@ -51,6 +52,8 @@ pub struct Worker {
     block_size: u32,
     chunk_size: u32,
     instance: u64,
+    /// Why, when nothing tells whether copies of its memory have ended: see [`Cache::give_up`].
+    given_up: OnceLock<Error>,
 }
 
 /// Chunks that may be copied into blocks. Ends with [`Worker::finish`].
@@ -158,7 +161,8 @@ impl Worker {
         let registration = layout.registration(&place.model_name, place.world_size, chunk_size);
         let instance = cache.register(registration, deadline).await?;
         let (shape, block_size) = (Arc::new(layout.copy_shape(chunk_size)), layout.block_size);
-        Ok(Self { cache, place, worker_id, shape, block_size, chunk_size, instance })
+        let given_up = OnceLock::new();
+        Ok(Self { cache, place, worker_id, shape, block_size, chunk_size, instance, given_up })
     }
 
     /// What its copies have in common.
@@ -166,13 +170,39 @@ impl Worker {
         &self.shape
     }
 
-    /// Forgets the memory; what is stored stays.
+    /// Closes the memory that its copies run to and from. To be called before it is unregistered, and before the cache
+    /// goes: what ended in doubt keeps its slots.
+    pub fn close(&self, memory: &dyn KvMemory) {
+        memory.close();
+        if let Some(doubt) = memory.doubt() {
+            self.give_up(doubt);
+        }
+    }
+
+    /// Forgets the memory; what is stored stays. Nothing is forgotten where slots of it may yet be written to.
     pub async fn unregister(&self, deadline: Instant) -> Result<()> {
-        self.cache.unregister(self.instance, deadline).await
+        match self.given_up.get() {
+            Some(_) => Ok(()),
+            None => self.cache.unregister(self.instance, deadline).await,
+        }
+    }
+
+    fn give_up(&self, why: Error) {
+        if self.given_up.set(why).is_ok() {
+            self.cache.give_up(self.instance);
+        }
+    }
+
+    fn check_goes_on(&self) -> Result<()> {
+        self.given_up.get().map_or(Ok(()), |why| Err(why.clone()))
     }
 
     /// Begins to load the range's chunks; a load without memory when any of them is gone.
+    ///
+    /// # Errors
+    /// What the cache says; why a copy ended in doubt, from then on.
     pub async fn load(&self, range: Range, deadline: Instant) -> Result<Load> {
+        self.check_goes_on()?;
         let key = self.place.key(range, Some(self.worker_id));
         let grant = self.cache.prepare_retrieve(&key, self.instance, deadline).await?;
         Ok(match grant {
@@ -249,7 +279,11 @@ impl Worker {
     }
 
     /// Reserves room for those chunks of the range that are not stored.
+    ///
+    /// # Errors
+    /// As [`Worker::load`].
     pub async fn store(&self, range: Range, deadline: Instant) -> Result<Store> {
+        self.check_goes_on()?;
         let key = self.place.key(range, Some(self.worker_id));
         let grant = self.cache.prepare_store(&key, self.instance, deadline).await?;
         if is_active(Defect::CommitBeforeFill) {
@@ -296,8 +330,18 @@ impl Worker {
         Ok(if visible { chunks } else { 0 })
     }
 
-    /// Gives the room back; nothing of it becomes visible.
-    pub async fn abandon(&self, store: Store, deadline: Instant) -> Result<()> {
+    /// Gives the room back; nothing of it becomes visible. `copying` is the copy that was begun, which has ended. Where that
+    /// was in doubt, nothing is given back: what is written late would be in another's object.
+    pub async fn abandon(
+        &self,
+        store: Store,
+        copying: Option<&Copying>,
+        deadline: Instant,
+    ) -> Result<()> {
+        if let Some(doubt) = copying.and_then(Copying::doubt) {
+            self.give_up(doubt);
+            return Ok(());
+        }
         if store.chunks.is_empty() {
             return Ok(());
         }

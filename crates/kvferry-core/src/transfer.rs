@@ -120,7 +120,7 @@ impl Worker {
             Some(copies) => begin(transfer, into, copies),
             None => Ok(None),
         });
-        let copied = ended(transfer, begun).await;
+        let copied = ended(transfer, &begun).await;
         let sums = match &copied {
             Ok(Some(copying)) if into.verify => Some(copying.checksums()),
             _ => None,
@@ -134,7 +134,8 @@ impl Worker {
     /// cache's answers may take `timeout`.
     ///
     /// # Errors
-    /// As [`Worker::plan_store`]; what the cache or the memory says. Nothing is stored then.
+    /// As [`Worker::plan_store`]; what the cache or the memory says. Nothing is stored then, and its room is given back as
+    /// [`Worker::abandon`] does.
     pub async fn store_blocks(
         &self,
         range: Range,
@@ -146,12 +147,13 @@ impl Worker {
         let store = self.store(range, Instant::now() + timeout).await?;
         let planned = self.plan_store(&store, from.blocks);
         let begun = planned.and_then(|copies| begin(transfer, from, copies));
-        let copied = ended(transfer, begun).await;
+        let copied = ended(transfer, &begun).await;
         let until = Instant::now() + timeout;
         match copied {
             Ok(Some(copying)) => self.commit(store, &copying.checksums(), until).await,
             not => {
-                let abandoned = self.abandon(store, until).await;
+                let copying = begun.as_ref().ok().and_then(Option::as_ref);
+                let abandoned = self.abandon(store, copying, until).await;
                 not.and(abandoned).map(|()| 0)
             }
         }
@@ -163,10 +165,13 @@ fn begin(transfer: &Transfer, blocks: Blocks<'_>, copies: Copies) -> Result<Opti
 }
 
 /// Waits for the end of what was begun.
-async fn ended(transfer: &Transfer, begun: Result<Option<Copying>>) -> Result<Option<Copying>> {
-    match &begun {
+async fn ended<'a>(
+    transfer: &Transfer,
+    begun: &'a Result<Option<Copying>>,
+) -> Result<Option<&'a Copying>> {
+    match begun {
         Ok(Some(copying)) => copying.ended().await?,
         Ok(None) | Err(_) => transfer.over(),
     }
-    begun
+    begun.as_ref().map(Option::as_ref).map_err(Clone::clone)
 }

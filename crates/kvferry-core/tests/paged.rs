@@ -45,6 +45,8 @@ struct Recorder {
     hangs: bool,
     /// The checksums of commits.
     sums: Mutex<Vec<u64>>,
+    /// How the instance ended.
+    instance: Mutex<Vec<&'static str>>,
 }
 
 impl Recorder {
@@ -84,7 +86,13 @@ impl Cache for Recorder {
     }
 
     fn unregister(&self, _: u64, _: Instant) -> CacheFuture<'_, ()> {
+        self.instance.lock().unwrap().push("unregister");
         answer(())
+    }
+
+    fn give_up(&self, instance: u64) {
+        assert_eq!(instance, 1);
+        self.instance.lock().unwrap().push("give_up");
     }
 
     fn lookup<'a>(&'a self, key: &'a Key, _: Instant) -> CacheFuture<'a, u64> {
@@ -201,7 +209,7 @@ fn the_salt_is_dropped_at_no_operation_of_scheduler_and_worker() {
     let store = now(worker.store(range(), deadline())).unwrap();
     assert_eq!(now(worker.commit(store, &[], deadline())).unwrap(), 1);
     let store = now(worker.store(range(), deadline())).unwrap();
-    now(worker.abandon(store, deadline())).unwrap();
+    now(worker.abandon(store, None, deadline())).unwrap();
 
     let asked = recorder.asked.lock().unwrap();
     let salts: Vec<_> = asked.iter().map(|(by, key)| (*by, &*key.cache_salt)).collect();
@@ -223,19 +231,25 @@ struct Slow {
     shape: Arc<CopyShape>,
     copies: Mutex<Vec<(Direction, Option<Progress>)>>,
     refuses: bool,
+    /// Its copies may be under way for ever.
+    in_doubt: bool,
 }
 
 impl Slow {
     fn of(worker: &Worker) -> Self {
         let shape = Arc::clone(worker.shape());
-        Self { shape, copies: Mutex::default(), refuses: false }
+        Self { shape, copies: Mutex::default(), refuses: false, in_doubt: false }
     }
 
     /// Ends the copy that was begun last.
     fn end(&self, result: Result<()>) {
-        let progress = self.copies.lock().unwrap().last_mut().unwrap().1.take().unwrap();
+        let progress = self.progress();
         progress.checksums(vec![7]);
         progress.end(result);
+    }
+
+    fn progress(&self) -> Progress {
+        self.copies.lock().unwrap().last_mut().unwrap().1.take().unwrap()
     }
 
     fn begun(&self) -> Vec<Direction> {
@@ -258,6 +272,10 @@ impl KvMemory for Slow {
     }
 
     fn close(&self) {}
+
+    fn doubt(&self) -> Option<Error> {
+        self.in_doubt.then(broken)
+    }
 }
 
 fn broken() -> Error {
@@ -324,6 +342,42 @@ fn a_store_that_cannot_be_copied_gives_its_room_back() {
 }
 
 #[test]
+fn a_store_that_ends_in_doubt_gives_nothing_back_and_is_the_workers_last() {
+    let recorder = Arc::new(Recorder::default());
+    let (_, worker) = worker(&recorder);
+    let (memory, transfer) = (Slow::of(&worker), Transfer::default());
+    let from = blocks(&memory, &[0], false);
+    {
+        let mut store = pin!(worker.store_blocks(range(), from, &transfer, MINUTE));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(store.as_mut().poll(&mut context).is_pending());
+        memory.progress().end_in_doubt(broken());
+        assert_eq!(store.as_mut().poll(&mut context), Poll::Ready(Err(broken())));
+    }
+    assert_eq!(operations(&recorder), ["prepare_store"], "neither committed nor abandoned");
+    let later = Transfer::default();
+    assert_eq!(now(worker.store_blocks(range(), from, &later, MINUTE)), Err(broken()));
+    assert_eq!(now(worker.load_blocks(range(), from, &later, MINUTE)), Err(broken()));
+    worker.close(&memory);
+    now(worker.unregister(deadline())).unwrap();
+    assert_eq!(operations(&recorder), [""; 0]);
+    assert_eq!(*recorder.instance.lock().unwrap(), ["give_up"]);
+}
+
+#[test]
+fn memory_that_is_closed_in_doubt_is_given_up_and_other_memory_unregistered() {
+    for (in_doubt, end) in [(true, "give_up"), (false, "unregister")] {
+        let recorder = Arc::new(Recorder::default());
+        let (_, worker) = worker(&recorder);
+        // Of a store that was begun nobody waits for the end.
+        let _store = now(worker.store(range(), deadline())).unwrap();
+        worker.close(&Slow { in_doubt, ..Slow::of(&worker) });
+        now(worker.unregister(deadline())).unwrap();
+        assert_eq!(*recorder.instance.lock().unwrap(), [end]);
+    }
+}
+
+#[test]
 fn a_copy_that_was_forbidden_never_begins() {
     let recorder = Arc::new(Recorder::default());
     let (_, worker) = worker(&recorder);
@@ -343,16 +397,23 @@ fn a_copy_that_was_forbidden_never_begins() {
 fn a_load_ends_its_leases_however_it_ends() {
     let recorder = Arc::new(Recorder::default());
     let (_, worker) = worker(&recorder);
-    for (verify, end, expected) in
-        [(false, Ok(()), Ok(1)), (true, Ok(()), Ok(0)), (false, Err(broken()), Err(broken()))]
-    {
+    // Late reads of a slot harm nobody: its lease ends in doubt, too.
+    for (verify, end, expected) in [
+        (false, Some(Ok(())), Ok(1)),
+        (true, Some(Ok(())), Ok(0)),
+        (false, Some(Err(broken())), Err(broken())),
+        (false, None, Err(broken())),
+    ] {
         let (memory, transfer) = (Slow::of(&worker), Transfer::default());
         let mut load =
             pin!(worker.load_blocks(range(), blocks(&memory, &[3], verify), &transfer, MINUTE));
         let mut context = Context::from_waker(Waker::noop());
         assert!(load.as_mut().poll(&mut context).is_pending());
         assert_eq!(operations(&recorder), ["prepare_retrieve"]);
-        memory.end(end);
+        match end {
+            Some(end) => memory.end(end),
+            None => memory.progress().end_in_doubt(broken()),
+        }
         // With `verify` nothing may be used: the slot's writer told no checksum.
         assert_eq!(load.as_mut().poll(&mut context), Poll::Ready(expected));
         assert_eq!(operations(&recorder), ["commit_retrieve"]);

@@ -114,6 +114,7 @@ struct Copies {
 /// KV memory that copies run to and from by themselves.
 pub(crate) struct Registered {
     pub(crate) memory: Box<dyn KvMemory>,
+    worker: Arc<Worker>,
     /// What keeps the memory alive, if it is JavaScript's.
     _arrays: Vec<Uint8Array>,
 }
@@ -220,9 +221,15 @@ impl Copies {
     }
 }
 
+impl Registered {
+    fn close(&self) {
+        self.worker.close(&*self.memory);
+    }
+}
+
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.memory.close();
+        self.close();
     }
 }
 
@@ -232,14 +239,14 @@ fn close_with(env: &Env, memory: &Arc<OnceLock<Registered>>) -> Result<()> {
         if let Some(memory) = memory.upgrade()
             && let Some(memory) = memory.get()
         {
-            memory.memory.close();
+            memory.close();
         }
     };
     env.add_env_cleanup_hook(Arc::downgrade(memory), close).map(drop)
 }
 
 /// Waits until nothing is copied any more.
-async fn copied(copying: Option<Copying>) -> kvferry_core::Result<()> {
+async fn copied(copying: Option<&Copying>) -> kvferry_core::Result<()> {
     match copying {
         Some(copying) => copying.ended().await,
         None => Ok(()),
@@ -365,8 +372,8 @@ impl PagedWorker {
         // SAFETY: a SharedArrayBuffer can neither move nor be detached, and the references to the arrays go after
         // the memory was closed: by its drop, or by the hook when the environment ends before.
         let arrays_by_address = unsafe { HostArrays::new(self.inner.shape().clone(), &places) };
-        let memory = Box::new(HostMemory::new(arrays_by_address.map_err(to_napi)?));
-        self.register(env, Registered { memory, _arrays: arrays })
+        let memory = HostMemory::new(arrays_by_address.map_err(to_napi)?);
+        self.register(env, Box::new(memory), arrays)
     }
 
     /// Names host memory by address, which copies then run to and from by themselves. It must stay until
@@ -376,8 +383,8 @@ impl PagedWorker {
         let places = self.places(addresses).map_err(to_napi)?;
         // SAFETY: who calls promises it, see `KvPointer` in `ts/connector/adapter.ts`.
         let arrays = unsafe { HostArrays::new(self.inner.shape().clone(), &places) };
-        let memory = Box::new(HostMemory::new(arrays.map_err(to_napi)?));
-        self.register(env, Registered { memory, _arrays: Vec::new() })
+        let memory = HostMemory::new(arrays.map_err(to_napi)?);
+        self.register(env, Box::new(memory), Vec::new())
     }
 
     /// Names a GPU's memory by address, which copies then run to and from by themselves. It must stay until
@@ -482,7 +489,7 @@ impl PagedWorker {
         let (copies, verify) = (Arc::clone(&load.copies), load.verify.get() == Some(&true));
         let (inner, load) = (Arc::clone(&self.inner), take(&load.inner)?);
         begin(env, async move {
-            let copied = copied(copies.under_way()).await;
+            let copied = copied(copies.under_way().as_ref()).await;
             let checksums = verify.then(|| copies.checksums());
             let held = inner.finish(load, checksums, deadline(timeout_ms)).await;
             copied.and(held)
@@ -535,8 +542,8 @@ impl PagedWorker {
         store.copies.start(self.memory.get())
     }
 
-    /// Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, its room
-    /// is given back. The time begins with the copy's end.
+    /// Makes a store visible, after the copy that was begun; the chunks that it had. Where the copy failed, it is
+    /// abandoned. The time begins with the copy's end.
     #[napi(catch_unwind)]
     pub fn commit<'env>(
         &self,
@@ -547,17 +554,18 @@ impl PagedWorker {
         let copies = Arc::clone(&store.copies);
         let (inner, store) = (Arc::clone(&self.inner), take(&store.inner)?);
         begin(env, async move {
-            let copied = copied(copies.under_way()).await;
+            let copying = copies.under_way();
+            let copied = copied(copying.as_ref()).await;
             let until = deadline(timeout_ms);
             if let Err(error) = copied {
-                let _ = inner.abandon(store, until).await; // the first error tells more
+                let _ = inner.abandon(store, copying.as_ref(), until).await; // the first error tells more
                 return Err(error);
             }
             inner.commit(store, &copies.checksums(), until).await
         })
     }
 
-    /// Gives a store's room back, after the copy that was begun.
+    /// Gives a store's room back, after the copy that was begun, unless that ended in doubt.
     #[napi(catch_unwind)]
     pub fn abandon<'env>(
         &self,
@@ -568,8 +576,9 @@ impl PagedWorker {
         let copies = Arc::clone(&store.copies);
         let (inner, store) = (Arc::clone(&self.inner), take(&store.inner)?);
         begin(env, async move {
-            let _ = copied(copies.under_way()).await;
-            inner.abandon(store, deadline(timeout_ms)).await
+            let copying = copies.under_way();
+            let _ = copied(copying.as_ref()).await;
+            inner.abandon(store, copying.as_ref(), deadline(timeout_ms)).await
         })
     }
 
@@ -580,7 +589,7 @@ impl PagedWorker {
         let memory = Arc::clone(&self.memory);
         begin(env, async move {
             // It waits for copies under way, and gives page-locked memory back: not on JavaScript's thread.
-            let close = move || memory.get().map(|memory| memory.memory.close());
+            let close = move || memory.get().map(Registered::close);
             let closed = tokio::task::spawn_blocking(close).await;
             inner.unregister(until).await?;
             let lost = |_| Error::new(ErrorCode::Internal, "closing the KV memory was given up");
@@ -599,8 +608,14 @@ impl PagedWorker {
         addresses.iter().map(place).collect()
     }
 
-    fn register(&self, env: &Env, registered: Registered) -> Result<()> {
+    fn register(
+        &self,
+        env: &Env,
+        memory: Box<dyn KvMemory>,
+        arrays: Vec<Uint8Array>,
+    ) -> Result<()> {
         close_with(env, &self.memory)?;
+        let registered = Registered { memory, worker: Arc::clone(&self.inner), _arrays: arrays };
         self.memory.set(registered).map_err(|_| to_napi(again()))
     }
 
@@ -611,12 +626,13 @@ impl PagedWorker {
         make: impl FnOnce(Arc<CopyShape>) -> kvferry_core::Result<M> + Send + 'static,
     ) -> Result<PromiseRaw<'env, ()>> {
         close_with(env, &self.memory)?;
-        let (memory, shape) = (Arc::clone(&self.memory), Arc::clone(self.inner.shape()));
+        let (memory, worker) = (Arc::clone(&self.memory), Arc::clone(&self.inner));
+        let shape = Arc::clone(worker.shape());
         promise(env, async move {
             let made = tokio::task::spawn_blocking(move || make(shape)).await;
             let lost = |_| Error::new(ErrorCode::Internal, "registering memory was given up");
-            let registered =
-                Registered { memory: Box::new(made.map_err(lost)??), _arrays: Vec::new() };
+            let made = Box::new(made.map_err(lost)??);
+            let registered = Registered { memory: made, worker, _arrays: Vec::new() };
             memory.set(registered).map_err(|_| again())
         })
     }

@@ -49,7 +49,7 @@ impl Drop for EndSession<'_> {
 
 impl Drop for Embedded {
     fn drop(&mut self) {
-        // Whoever copies holds this peer, so no copy is under way.
+        // Whoever copies holds this peer, so no copy is under way, unless its instance was given up.
         self.store.disconnect(self.owner, Departure::Left);
     }
 }
@@ -67,6 +67,10 @@ impl Cache for Embedded {
     fn unregister(&self, instance: u64, _deadline: Instant) -> CacheFuture<'_, ()> {
         self.store.unregister(instance);
         Box::pin(ready(Ok(())))
+    }
+
+    fn give_up(&self, instance: u64) {
+        self.store.give_up(self.owner, instance);
     }
 
     fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64> {

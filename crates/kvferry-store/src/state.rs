@@ -622,6 +622,16 @@ impl State {
         }
     }
 
+    /// The peer may write for ever to what it was told of as this instance: its own departure gives none of it back.
+    pub(crate) fn give_up(&mut self, instance: u64, owner: Owner) {
+        self.leave(instance, owner, Departure::GivenUp);
+        let nobody = Owner(self.next());
+        let Some(known) = self.instances.get_mut(&instance) else { return };
+        let stores = known.apart.values_mut().flatten().map(|apart| &mut apart.owner);
+        let retrievals = known.retrievals.values_mut().flatten().map(|read| &mut read.owner);
+        stores.chain(retrievals).filter(|it| **it == owner).for_each(|it| *it = nobody);
+    }
+
     /// Ends what is past its deadline.
     pub(crate) fn expire(&mut self, now: Instant) {
         self.index.tick(now);

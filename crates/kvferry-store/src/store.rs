@@ -301,6 +301,12 @@ impl Store {
         }
     }
 
+    /// The peer may write to what this instance of its was granted for ever: that stays apart, and the peer's departure,
+    /// however it goes, gives nothing of it back.
+    pub fn give_up(&self, owner: Owner, instance: u64) {
+        self.lock().give_up(instance, owner);
+    }
+
     /// Registers `instance` with its layout. The same registration again changes nothing; another
     /// layout for the same instance is an error.
     pub fn register(&self, owner: Owner, instance: u64, layout: Layout) -> Result<()> {

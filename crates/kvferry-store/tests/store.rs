@@ -426,6 +426,35 @@ fn slots_of_a_peer_that_was_given_up_are_never_reused_until_it_says_so() {
 }
 
 #[test]
+fn slots_of_an_instance_that_was_given_up_outlive_its_peer() {
+    for departure in [Departure::Left, Departure::Ended, Departure::GivenUp] {
+        let mut engine = engine(4);
+        let (doubtful, known) = (key("w", 0, 1), key("k", 100, 1));
+        let prepare = |key: &Key| {
+            let reserved = engine.store.prepare_store(engine.owner, key, 1, engine.now).unwrap();
+            reserved.slots
+        };
+        let told = prepare(&doubtful);
+        prepare(&known);
+        engine.store.give_up(engine.owner, 1);
+        assert_eq!(engine.status("slots_apart"), 2);
+        // A copy of which the end was seen gives its slots back; what began meanwhile leaves with its peer.
+        engine.store.abandon_store(&known, 1).unwrap();
+        assert_eq!(engine.status("slots_apart"), 1);
+        assert_eq!(prepare(&key("l", 200, 1)).len(), 1);
+        engine.store.disconnect(engine.owner, departure);
+        engine.now += Duration::from_secs(601);
+        engine.owner = engine.store.connect();
+        engine.store.register(engine.owner, 2, layout("m", 1)).unwrap();
+        let others = engine.store.prepare_store(engine.owner, &key("n", 300, 4), 2, engine.now);
+        let others = others.unwrap().slots;
+        let left = if departure == Departure::GivenUp { 2 } else { 3 };
+        assert_eq!(others.len(), left, "{departure:?}");
+        assert!(others.iter().all(|slot| slot.offset != told[0].offset), "{departure:?}");
+    }
+}
+
+#[test]
 fn a_writer_past_its_deadline_keeps_its_slots_and_loses_its_chunks() {
     let mut engine = engine(4);
     let writing = key("w", 0, 2);

@@ -210,8 +210,10 @@ impl Driver {
         if code == SUCCESS {
             return Ok(());
         }
-        // CUDA Driver API, CUresult: these leave the process in a state in which all further work fails.
-        let lost = matches!(code, 46 | 214 | 700 | 702 | 709 | 710 | 714..=719);
+        // CUDA Driver API, CUresult: these are told to leave the process in a state in which all further work fails (710:
+        // the context), or to come from a context that was destroyed (709). Of no other code is that said, 46 (the device
+        // is busy or unavailable) and 214 (an ECC error was detected) included: copies may go on after them.
+        let lost = matches!(code, 226 | 700 | 702 | 709 | 710 | 714..=719);
         let meaning = match code {
             2 => {
                 "memory ran out, of the GPU or of what the system lets be page-locked; nothing can be copied \

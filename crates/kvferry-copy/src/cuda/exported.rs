@@ -125,11 +125,11 @@ impl ExportedMemory {
     /// Whether a copy may be under way that nothing will tell the end of. Its slots must not be used again; this memory
     /// stays open for ever.
     pub fn is_in_doubt(&self) -> bool {
-        self.memory.shared.lock().in_doubt
+        self.memory.doubt().is_some()
     }
 
     fn doubt(&self) {
-        self.memory.shared.lock().in_doubt = true;
+        self.memory.shared.lock().doubt.get_or_insert_with(in_doubt);
         std::mem::forget(Arc::clone(&self.memory)); // closing it would wait for the copy
     }
 

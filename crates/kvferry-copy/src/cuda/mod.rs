@@ -106,8 +106,8 @@ struct State {
     closed: bool,
     /// Why no copy can succeed any more.
     failed: Option<Error>,
-    /// Copies may be under way that nothing will tell the end of.
-    in_doubt: bool,
+    /// Why copies may be under way that nothing will tell the end of.
+    doubt: Option<Error>,
     ended: bool,
 }
 
@@ -265,6 +265,15 @@ impl KvMemory for CudaMemory {
         while !state.ended {
             state = self.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    fn doubt(&self) -> Option<Error> {
+        let state = self.shared.lock();
+        // A close on the worker's own thread has waited for nothing.
+        let left = state.closed && !state.ended && state.unfinished > 0;
+        let left =
+            left.then(|| Error::new(ErrorCode::Closed, "closed while copies were under way"));
+        state.doubt.clone().or(left)
     }
 }
 

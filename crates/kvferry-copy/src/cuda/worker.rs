@@ -230,6 +230,8 @@ struct Running {
     /// Parts under way.
     parts: usize,
     failed: Option<Error>,
+    /// Parts may be under way though it ends.
+    in_doubt: bool,
 }
 
 /// Copies that were asked for together.
@@ -306,8 +308,8 @@ impl Worker<'_> {
         for job in jobs {
             self.ids += 1;
             let lane = usize::from(job.plan.direction() == Direction::Gather);
-            let running =
-                Running { id: self.ids, job, ordered: false, at: 0, parts: 0, failed: None };
+            let (ordered, at, parts, failed, in_doubt) = (false, 0, 0, None, false);
+            let running = Running { id: self.ids, job, ordered, at, parts, failed, in_doubt };
             self.lanes[lane].jobs.push_back(running);
         }
         if let Some(error) = failed {
@@ -490,7 +492,10 @@ impl Worker<'_> {
         state.unfinished -= 1;
         drop(state);
         drop(pool);
-        progress.end(running.failed.map_or(Ok(()), Err));
+        match running.failed {
+            Some(error) if running.in_doubt => progress.end_in_doubt(error),
+            failed => progress.end(failed.map_or(Ok(()), Err)),
+        }
     }
 
     /// Lets no more of a job begin, and ends it with an error once nothing of it is under way.
@@ -506,12 +511,16 @@ impl Worker<'_> {
     /// Ends all jobs: the device does not answer any more. What may still be written by it, as it is not `lost` for
     /// sure, is kept for ever: pools stay mapped, and slots with whoever may write to them.
     fn lose(&mut self, error: &Error, lost: bool) {
-        self.doubtful |= !lost;
-        self.shared.lock().in_doubt |= !lost;
+        let is_under_way = self.lanes.iter().any(|lane| !lane.parts.is_empty());
+        if !lost && is_under_way {
+            self.doubtful = true;
+            self.shared.lock().doubt.get_or_insert_with(|| error.clone());
+        }
         for lane in [0, 1] {
             for running in &mut self.lanes[lane].jobs {
                 running.failed.get_or_insert_with(|| error.clone());
-                if !lost && running.parts > 0 {
+                running.in_doubt = !lost && running.parts > 0;
+                if running.in_doubt {
                     std::mem::forget(Arc::clone(&running.job.pool));
                 }
             }

@@ -511,6 +511,8 @@ struct Guarded {
     held: Arc<AtomicUsize>,
     /// What asking for a permit does first.
     asked: Mutex<Asked>,
+    /// What calls fail with that are to fail.
+    code: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -551,7 +553,7 @@ impl Memory for Guarded {
             Asked::HoldAndFail(call, first, last) => {
                 let fake = Fake::here().unwrap();
                 fake.hold(true);
-                (first..=last).for_each(|nth| fake.fail(call, nth, 999));
+                (first..=last).for_each(|nth| fake.fail(call, nth, self.code));
             }
             Asked::Refuse => return Err(Error::new(ErrorCode::Unreachable, "the server is gone")),
         }
@@ -568,7 +570,8 @@ fn a_store_writes_under_the_pools_permit_and_only_then() {
         let fake = Fake::here().unwrap();
         let held = Arc::new(AtomicUsize::new(0));
         let asked = Mutex::new(Asked::Grant);
-        let guarded = Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked });
+        let guarded =
+            Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked, code: 999 });
         let pool: Arc<dyn Memory> = guarded.clone();
         fake.hold(true);
         engine.compute(kv.arrays[0].0, 7, 4096);
@@ -732,7 +735,7 @@ fn a_client_registers_what_the_server_has_reserved_and_no_more() {
         let region = Arc::new(SharedRegion::open(&name, 4 * POOL_STEP).unwrap());
         let held = Arc::default();
         let pool: Arc<dyn Memory> =
-            Arc::new(Guarded { pool: region, held, asked: Mutex::new(Asked::Grant) });
+            Arc::new(Guarded { pool: region, held, asked: Mutex::new(Asked::Grant), code: 999 });
         stores(&kv, 0, &pool).unwrap();
         fake.await_that(|| fake.alive()[3] == 3);
         assert_eq!(fake.alive()[3], 3);
@@ -1072,8 +1075,12 @@ fn what_may_be_under_way_keeps_its_permit_however_calls_fail() {
         for (call, first, last) in failing {
             let held = Arc::new(AtomicUsize::new(0));
             let asked = Mutex::new(Asked::HoldAndFail(call, first, last));
-            let pool: Arc<dyn Memory> =
-                Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked });
+            let pool: Arc<dyn Memory> = Arc::new(Guarded {
+                pool: private(1 << 20),
+                held: Arc::clone(&held),
+                asked,
+                code: 999,
+            });
             fake.reset();
             let copying = kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool).unwrap();
             fake.await_that(|| held.load(Ordering::SeqCst) == 1);
@@ -1101,12 +1108,19 @@ fn a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write() {
         let fake = Fake::here().unwrap();
         let held = Arc::new(AtomicUsize::new(0));
         let asked = Mutex::new(Asked::Hold);
-        let guarded = Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked });
+        let guarded =
+            Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked, code: 999 });
         let pool: Arc<dyn Memory> = guarded.clone();
         let copying = kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool).unwrap();
         fake.await_that(|| held.load(Ordering::SeqCst) == 1);
+        let of_nothing = kv.copy(Direction::Gather, &[chunk(&[3], 1 << 18)], &pool).unwrap();
+        assert_eq!((copying.doubt(), kv.memory.doubt()), (None, None));
         fake.fail_at_random(1, 1000, 999);
         assert_eq!(wait(copying.ended()).unwrap_err().code, ErrorCode::CudaFailed, "nobody hangs");
+        assert_eq!(copying.doubt(), wait(copying.ended()).err(), "its slots are to be kept");
+        assert_eq!(kv.memory.doubt(), copying.doubt());
+        assert!(wait(of_nothing.ended()).is_err());
+        assert_eq!(of_nothing.doubt(), None, "nothing of it was asked for");
         let later = kv.copy(Direction::Gather, &[chunk(&[2], 0)], &pool);
         assert_eq!(later.unwrap_err().code, ErrorCode::CudaFailed);
         fake.reset();
@@ -1115,6 +1129,35 @@ fn a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write() {
         drop(pool);
         assert!(Arc::strong_count(&guarded) > 1, "the pages are never unmapped");
         fake.hold(false);
+    });
+}
+
+#[test]
+fn a_code_that_does_not_end_the_context_ends_no_copy() {
+    on("a_code_that_does_not_end_the_context_ends_no_copy", &ALL, true, || {
+        // Device unavailable, ECC error, unknown.
+        for code in [46, 214, 999] {
+            let mut engine = Engine::new(0);
+            let kv = Kv::new(&mut engine, flat(3, 4, 4096));
+            let fake = Fake::here().unwrap();
+            let held = Arc::new(AtomicUsize::new(0));
+            let asked = Mutex::new(Asked::HoldAndFail("cuEventQuery", 1, 3));
+            let pool: Arc<dyn Memory> =
+                Arc::new(Guarded { pool: private(1 << 20), held: Arc::clone(&held), asked, code });
+            let copying = kv.copy(Direction::Gather, &[chunk(&[1], 0)], &pool).unwrap();
+            fake.await_that(|| held.load(Ordering::SeqCst) == 1);
+            fake.await_calls("cuEventQuery", fake.calls("cuEventQuery") + 6);
+            assert_eq!(held.load(Ordering::SeqCst), 1, "{code}: the device may write still");
+            fake.hold(false);
+            assert_eq!(wait(copying.ended()).unwrap_err().code, ErrorCode::CudaFailed, "{code}");
+            assert_eq!((copying.doubt(), kv.memory.doubt()), (None, None), "{code}: it was seen");
+            ends(kv.copy(Direction::Scatter, &[chunk(&[2], 0)], &private(1 << 20))).unwrap();
+            drop(kv);
+            drop(pool);
+            drop(engine);
+            assert_eq!((fake.alive(), fake.violations()), ([0; 6], 0), "{code}");
+            fake.reset();
+        }
     });
 }
 

@@ -92,6 +92,8 @@ impl Cache for Liar {
         answer(())
     }
 
+    fn give_up(&self, _: u64) {}
+
     fn lookup<'a>(&'a self, _: &'a Key, _: Instant) -> CacheFuture<'a, u64> {
         answer(self.hits)
     }
