@@ -2,7 +2,7 @@
 
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -10,6 +10,7 @@ import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { Client, PrefixCache, Server } from "../../ts/index.js";
+import { ServerProcess } from "../server-process.js";
 
 const main = fileURLToPath(new URL("../../dist/cli/main.js", import.meta.url));
 
@@ -340,6 +341,35 @@ describe("a running server", () => {
 			time: expect.stringMatching(/^\d{4}-\d\d-\d\dT/),
 		});
 		expect(JSON.stringify(lines)).not.toContain("s3cret");
+	});
+
+	it("ends though nobody reads its log", async () => {
+		const flags = ["--port", "0", "--http-port", "off", "--memory", "8MiB"];
+		// Nobody reads the pipe, and it is full before the server starts.
+		const script = `mkfifo "$0/log"; exec 4<>"$0/log"; timeout 1 cat /dev/zero >&4; exec "$@" 2>&4`;
+		const home = mkdtempSync(join(tmpdir(), "kvferry-log-"));
+		const args = ["-c", script, home, process.execPath, main, "serve", "--json", ...flags];
+		const other = spawn("bash", args, { stdio: ["ignore", "pipe", "inherit"] });
+		const exit = once(other, "exit");
+		try {
+			await once(createInterface({ input: other.stdout }), "line");
+			other.kill("SIGTERM");
+			expect(await exit).toEqual([0, null]);
+		} finally {
+			other.kill("SIGKILL");
+			rmSync(home, { recursive: true });
+		}
+	}, 20_000);
+
+	it("ends with SIGHUP as with SIGTERM, and takes its pool along", async () => {
+		await using other = await ServerProcess.start("--memory", "8MiB");
+		const pool = `/dev/shm/${other.shmName}`;
+		expect(existsSync(pool)).toBe(true);
+		const exit = once(other.process, "exit");
+		other.signal("SIGHUP");
+		other.signal("SIGHUP"); // the terminal's, and its shell's
+		expect(await exit).toEqual([0, null]);
+		expect(existsSync(pool)).toBe(false);
 	});
 
 	it("ends with SIGTERM, and its addresses answer no more", async () => {

@@ -11,7 +11,7 @@ type Command = (args: string[]) => Promise<void>;
 const HELP: readonly (readonly [names: string, lines: string])[] = [
 	[
 		"serve",
-		`  serve    run a cache server until SIGINT or SIGTERM
+		`  serve    run a cache server until SIGINT, SIGTERM or SIGHUP
 ${settingsHelp(SERVE)}             --config FILE      file of settings: a JSON object, with these names without --
              --print-config     print each setting with its source, and start nothing
              A flag goes before a variable, KVFERRY_SERVE_HTTP_PORT say, and that before the file.

@@ -3,7 +3,12 @@ import { Log } from "./log.js";
 import { serveOptions } from "./options.js";
 import { SERVE, settingsJson, settingsTable } from "./settings.js";
 
-/** `kvferry serve`: runs a server until SIGINT or SIGTERM. */
+/** What the log's reader has not taken this long after the last line, it never gets: the process ends. */
+const LAST_LINES_MS = 1000;
+/** A signal that comes again sooner is the same one: npx hands on what the terminal has sent to all. */
+const AGAIN_MS = 1000;
+
+/** `kvferry serve`: runs a server until SIGINT, SIGTERM or SIGHUP. */
 export async function serve(args: string[]): Promise<void> {
 	const { found, settings, printConfig, json } = serveOptions(args);
 	if (printConfig) {
@@ -15,6 +20,7 @@ export async function serve(args: string[]): Promise<void> {
 	const { log: format = "text", diskSize, ...options } = settings;
 	const ofDisk = options.disk === undefined || diskSize === undefined ? {} : { diskSize };
 	const server = await Server.start({ ...options, ...ofDisk });
+	const stop = stopSignal(); // before anybody is told that it runs
 	const log = new Log(format);
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
@@ -34,17 +40,32 @@ export async function serve(args: string[]): Promise<void> {
 	}
 	log.info("started", `process ${process.pid} serves ${url}`);
 	log.follow(server);
-	const signal = await stopSignal();
+	const signal = await stop;
 	log.end();
-	log.info("stopping", `${signal}; what is not on the disk yet is written, for 30 s at most`);
+	log.info(
+		"stopping",
+		`${signal}; what is not on the disk yet is written, for 30 s at most; SIGINT or SIGTERM once more ends it at once`,
+	);
 	await server.close();
 	log.info("stopped", `process ${process.pid}`);
+	// Lines that nobody reads would keep the process; without any it ends by itself, and sooner.
+	setTimeout(() => process.exit(), LAST_LINES_MS).unref();
 }
 
-/** The signal that ends the server. */
+/** The signal that ends the server. SIGINT or SIGTERM once more ends the process, with what is not written yet. */
 function stopSignal(): Promise<NodeJS.Signals> {
 	return new Promise((resolve) => {
-		process.once("SIGINT", resolve);
-		process.once("SIGTERM", resolve);
+		let first: number | undefined;
+		const stop = (signal: NodeJS.Signals) => {
+			if (first === undefined) {
+				first = performance.now();
+				resolve(signal);
+			} else if (signal !== "SIGHUP" && performance.now() - first > AGAIN_MS) {
+				process.off(signal, stop);
+				process.kill(process.pid, signal);
+			}
+		};
+		// A terminal that closes sends SIGHUP, and its shell another.
+		process.on("SIGINT", stop).on("SIGTERM", stop).on("SIGHUP", stop);
 	});
 }
