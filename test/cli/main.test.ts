@@ -69,6 +69,14 @@ describe("kvferry", () => {
 		}
 	});
 
+	it.skipIf(process.platform !== "linux")("says that stdout takes nothing", () => {
+		const shell = `"${process.execPath}" "${main}" --help > /dev/full`;
+		expect(spawnSync("bash", ["-c", shell], { encoding: "utf8" })).toMatchObject({
+			status: 1,
+			stderr: expect.stringMatching(/^SYSTEM: stdout: ENOSPC[^\n]*\n$/),
+		});
+	});
+
 	it("names a command that it does not know, and those it does", () => {
 		const { status, stderr, stdout } = kvferry("statsu");
 		expect(status).toBe(1);
@@ -297,6 +305,13 @@ describe("a running server", () => {
 		const sameHttp = kvferry("serve", "--port", "0", ...http);
 		expect(sameHttp).toMatchObject({ status: 1, stdout: "" });
 		expect(sameHttp.stderr).toMatch(/^ADDRESS_IN_USE: .*--http-port/);
+		const logged = kvferry("serve", "--port", port, ...off, "--log", "json");
+		expect(logged).toMatchObject({ status: 1, stdout: "" });
+		expect(JSON.parse(logged.stderr)).toMatchObject({
+			level: "error",
+			event: "start_failed",
+			detail: expect.stringMatching(/^ADDRESS_IN_USE: /),
+		});
 		const samePool = kvferry("serve", "--port", "0", ...off, "--shm-name", shmName);
 		expect(samePool).toMatchObject({ status: 1, stdout: "" });
 		expect(samePool.stderr).toMatch(/^POOL_IN_USE: /);
@@ -360,6 +375,27 @@ describe("a running server", () => {
 			rmSync(home, { recursive: true });
 		}
 	}, 20_000);
+
+	it.each(['exec "$@" > >(:)', 'exec "$@" > /dev/full'])(
+		"serves on though stdout takes nothing: %s",
+		async (script) => {
+			const flags = ["--port", "0", "--http-port", "off", "--memory", "8MiB"];
+			const other = spawn(
+				"bash",
+				["-c", script, "bash", process.execPath, main, "serve", ...flags],
+				{
+					stdio: ["ignore", "pipe", "pipe"],
+				},
+			);
+			const exit = once(other, "exit");
+			const lines: string[] = [];
+			createInterface({ input: other.stderr }).on("line", (line) => lines.push(line));
+			await expect.poll(() => lines.join("\n"), { timeout: 20_000 }).toMatch(/ info started: /);
+			other.kill("SIGTERM");
+			expect(await exit).toEqual([0, null]);
+			expect(lines.at(-1)).toMatch(/ info stopped: /);
+		},
+	);
 
 	it("ends with SIGHUP as with SIGTERM, and takes its pool along", async () => {
 		await using other = await ServerProcess.start("--memory", "8MiB");

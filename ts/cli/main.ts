@@ -143,10 +143,11 @@ function report(error: unknown, json: boolean): void {
 
 // A reader that has seen enough (head, say) is no error.
 process.stdout.on("error", (error: NodeJS.ErrnoException) => {
-	if (error.code !== "EPIPE") {
-		throw error;
+	if (error.code === "EPIPE") {
+		process.exit();
 	}
-	process.exit();
+	report(new KvferryError("SYSTEM", `stdout: ${error.message}`), process.argv.includes("--json"));
+	process.exit(1);
 });
 
 const args = process.argv.slice(2);

@@ -1,3 +1,4 @@
+import { KvferryError } from "../errors.js";
 import { Server } from "../server.js";
 import { Log } from "./log.js";
 import { serveOptions } from "./options.js";
@@ -19,9 +20,22 @@ export async function serve(args: string[]): Promise<void> {
 	}
 	const { log: format = "text", diskSize, ...options } = settings;
 	const ofDisk = options.disk === undefined || diskSize === undefined ? {} : { diskSize };
-	const server = await Server.start({ ...options, ...ofDisk });
-	const stop = stopSignal(); // before anybody is told that it runs
 	const log = new Log(format);
+	let server: Server;
+	try {
+		server = await Server.start({ ...options, ...ofDisk });
+	} catch (error) {
+		if (format !== "json" || json) {
+			throw error;
+		}
+		// Who collects lines of JSON gets one.
+		log.write({ level: "error", event: "start_failed", detail: told(error), count: 1 });
+		process.exitCode = 1;
+		return;
+	}
+	const stop = stopSignal(); // before anybody is told that it runs
+	// Whoever started it may read no further, or have no room for it: the server goes on.
+	process.stdout.removeAllListeners("error").on("error", () => {});
 	const { shmName, httpAddress } = server;
 	const url = `tcp://${server.address}`;
 	const http = httpAddress === undefined ? {} : { httpUrl: `http://${httpAddress}` };
@@ -50,6 +64,11 @@ export async function serve(args: string[]): Promise<void> {
 	log.info("stopped", `process ${process.pid}`);
 	// Lines that nobody reads would keep the process; without any it ends by itself, and sooner.
 	setTimeout(() => process.exit(), LAST_LINES_MS).unref();
+}
+
+/** An error as it is told on stderr. */
+function told(error: unknown): string {
+	return error instanceof KvferryError ? `${error.code}: ${error.message}` : String(error);
 }
 
 /** The signal that ends the server. SIGINT or SIGTERM once more ends the process, with what is not written yet. */
