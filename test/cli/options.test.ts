@@ -1,3 +1,6 @@
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import {
 	benchOptions,
@@ -106,6 +109,26 @@ describe("kvferry serve", () => {
 
 	it("refuses the size of a disk that is not given", () => {
 		expect(() => settings("--disk-size", "1GiB")).toThrow(/^--disk-size 1GiB .*--disk DIR/);
+	});
+
+	it("names the setting of a file or a variable that has no use or may not be", () => {
+		const home = mkdtempSync(join(tmpdir(), "kvferry-options-"));
+		try {
+			const config = join(home, "kvferry.json");
+			writeFileSync(config, '{"disk-size":"1GiB"}');
+			expect(() => settings("--config", config)).toThrow(
+				/^\/.*kvferry\.json: disk-size 1GiB has no use here/,
+			);
+			writeFileSync(config, '{"host":"0.0.0.0"}');
+			expect(() => settings("--config", config)).toThrow(
+				/^\/.*kvferry\.json: host 0\.0\.0\.0 is not a loopback address/,
+			);
+			expect(() => serveOptions([], { KVFERRY_SERVE_HOST: "0.0.0.0" })).toThrow(
+				/^KVFERRY_SERVE_HOST=0\.0\.0\.0 is not/,
+			);
+		} finally {
+			rmSync(home, { recursive: true });
+		}
 	});
 
 	it.each([

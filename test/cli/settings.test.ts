@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
 import {
 	findSettings,
+	hidden,
 	SERVE,
 	type Settings,
 	settingsHelp,
@@ -98,6 +99,23 @@ describe("settings", () => {
 		expect(read(file(" ".repeat(65_537)))).toThrow(/65536 bytes at most/);
 	});
 
+	it("say which file it is that a variable names", () => {
+		const env = { KVFERRY_SERVE_CONFIG: join(home, "gone") };
+		expect(() => findSettings(SERVE, {}, env)).toThrow(/^KVFERRY_SERVE_CONFIG \/.*gone: ENOENT/);
+	});
+
+	it.each([
+		["redis://s3cret@h:1/0", "redis://(hidden)@h:1/0"],
+		["redis://h:1/0?password=s3cret&prefix=a", "redis://h:1/0?password=(hidden)&prefix=a"],
+		["s3://b/p?region=r&secret=s3cret", "s3://b/p?region=r&secret=(hidden)"],
+		["s3://b?endpoint=https://h", "s3://b?endpoint=https://h"],
+		["s3://b?endpoint=https%3A%2F%2Fs3cret%40h", "s3://b?endpoint=(hidden)"],
+		["s3://b?endpoint=https://me:s3cret@h", "s3://(hidden)@h"],
+		["/var/cache/a@b?c=d", "/var/cache/a@b?c=d"],
+	])("show no credentials of %s", (text, shown) => {
+		expect(hidden(text)).toBe(shown);
+	});
+
 	it("leave other variables to others", () => {
 		const env = { KVFERRY_PORT: "tcp://10.0.0.1:5555", KVFERRY_COPY_THREADS: "2" };
 		expect(findSettings(SERVE, {}, env).get("port")?.value).toBe(5555);
@@ -114,15 +132,15 @@ describe("settings", () => {
 		expect(found.get("open")?.value).toBe(true);
 		const shown = settingsTable(table, found) + JSON.stringify(settingsJson(table, found));
 		expect(shown).not.toContain("4711");
-		expect(shown).toContain("redis://me:(hidden)@host/0");
+		expect(shown).toContain("redis://(hidden)@host/0");
 		const odd = findSettings(table, { remote: "redis://me:47@1/1@host/0" }, {});
-		expect(settingsTable(table, odd)).toContain("redis://me:(hidden)@host/0");
+		expect(settingsTable(table, odd)).toContain("redis://(hidden)@host/0");
 		expect(() => findSettings(table, { token: "47x11" }, {})).toThrow(/^--token: give an integer/);
 		const picky: Settings = {
 			remote: { value: "URL", help: "", read: (given) => integer(given, 0, 1) },
 		};
 		const env = { KVFERRY_SERVE_REMOTE: "redis://me:4711@host" };
-		expect(() => findSettings(picky, {}, env)).toThrow(/=redis:\/\/me:\(hidden\)@host: give/);
+		expect(() => findSettings(picky, {}, env)).toThrow(/=redis:\/\/\(hidden\)@host: give/);
 		expect(settingsHelp(table)).toMatch(/--open +open to all/);
 	});
 });

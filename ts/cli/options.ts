@@ -123,9 +123,7 @@ export function serveOptions(
 	const settings = valuesOf<typeof SERVE>(found);
 	const size = found.get("disk-size");
 	if (settings.disk === undefined && size?.source !== "default") {
-		throw invalid(
-			`${size?.place} ${size?.text} has no use here: give the directory, --disk DIR, too.`,
-		);
+		throw invalid(`${size?.says} has no use here: give the directory, --disk DIR, too.`);
 	}
 	checkHost(found.get("host"), settings.listenPublic === true && settings.tokenFile !== undefined);
 	return {

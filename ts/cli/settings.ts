@@ -124,6 +124,8 @@ export interface Found {
 	readonly place?: string;
 	/** As it was written; absent where there is none. */
 	readonly text?: string;
+	/** The same and the value, as errors name them; absent for a default. */
+	readonly says?: string;
 	/** As it is used; absent where there is none, or it is off. */
 	readonly value?: unknown;
 }
@@ -143,7 +145,7 @@ const FILE_MAX = 64 << 10;
  *
  * @param flags Values of flags, by name.
  * @param env Unknown variables with our prefix are refused.
- * @param file The file of settings, where a flag gives one.
+ * @param fromFlag The file of settings, where a flag gives one.
  * @throws {@link KvferryError} `INVALID_ARGUMENT`, `SYSTEM` for a file that cannot be read, or what a setting says of its
  * value. Values that another source overrides are checked too.
  */
@@ -151,8 +153,9 @@ export function findSettings(
 	table: Settings,
 	flags: Readonly<Record<string, string | boolean | undefined>>,
 	env: Readonly<Record<string, string | undefined>>,
-	file = env[variable("config")],
+	fromFlag?: string,
 ): Map<string, Found> {
+	const file = fromFlag ?? env[variable("config")];
 	const variables = [...Object.keys(table), "config"].map((name) => variable(name));
 	for (const name of Object.keys(env)) {
 		if (name.startsWith(PREFIX) && !variables.includes(name)) {
@@ -161,7 +164,8 @@ export function findSettings(
 			throw invalid(`${name} is no setting: ${other}`);
 		}
 	}
-	const written = file ? readSettings(table, file) : {};
+	const by = fromFlag === undefined ? variable("config") : "--config";
+	const written = file ? readSettings(table, file, by) : {};
 	const found = new Map<string, Found>();
 	for (const [name, setting] of Object.entries(table)) {
 		const candidates: (Omit<Found, "value"> & Given)[] = [];
@@ -184,7 +188,7 @@ export function findSettings(
 			if (text === "") {
 				throw invalid(`${says.trim()} is empty: is a variable missing that it is read from?`);
 			}
-			return { ...rest, value: setting.read({ text, says }) };
+			return { ...rest, says, value: setting.read({ text, says }) };
 		});
 		const byDefault = setting.default;
 		found.set(
@@ -211,19 +215,19 @@ export function valuesOf<T extends Settings>(found: ReadonlyMap<string, Found>):
 }
 
 /** A file of settings: one JSON object of texts, numbers, true and false. */
-function readSettings(table: Settings, file: string): Record<string, string> {
+function readSettings(table: Settings, file: string, by: string): Record<string, string> {
 	let text: string;
 	try {
 		const status = statSync(file);
 		if (!status.isFile() || status.size > FILE_MAX) {
-			throw invalid(`--config ${file}: give a file of ${FILE_MAX} bytes at most.`);
+			throw invalid(`${by} ${file}: give a file of ${FILE_MAX} bytes at most.`);
 		}
 		text = readFileSync(file, "utf8");
 	} catch (error) {
 		if (error instanceof KvferryError) {
 			throw error;
 		}
-		throw new KvferryError("SYSTEM", `--config ${file}: ${(error as Error).message}`, {
+		throw new KvferryError("SYSTEM", `${by} ${file}: ${(error as Error).message}`, {
 			cause: error,
 		});
 	}
@@ -279,9 +283,25 @@ export function settingsJson(table: Settings, found: ReadonlyMap<string, Found>)
 	return { settings: Object.fromEntries(entries) };
 }
 
-/** The password in an address is nobody's to read. */
-function hidden(text: string): string {
-	return text.replace(/^(\w[\w+.-]*:\/\/[^/@:]*:).*@/, "$1(hidden)@");
+/** A parameter of an address that may be shown. An endpoint may have a password in it, encoded. */
+const SHOWN = /^(region|endpoint|prefix)=(?!.*%40)/;
+
+/** Who asks, and what of an address's parameters may be a password, is nobody's to read: as `redacted` of kvferry-remote. */
+export function hidden(text: string): string {
+	const [, start, rest = ""] = /^(\w[\w+.-]*:\/\/)(.*)$/s.exec(text) ?? [];
+	if (start === undefined) {
+		return text;
+	}
+	// Up to the last @: a password may have any of / ? @ in it, written as they are.
+	const host = rest.slice(rest.lastIndexOf("@") + 1);
+	const of = host === rest ? "" : "(hidden)@";
+	const [place = "", ...queries] = host.split("?");
+	const query = queries
+		.join("?")
+		.split("&")
+		.map((pair) => (SHOWN.test(pair) ? pair : pair.replace(/=.*/s, "=(hidden)")))
+		.join("&");
+	return `${start}${of}${place}${queries.length === 0 ? "" : `?${query}`}`;
 }
 
 /** The lines of the help. */

@@ -104,7 +104,7 @@ export function checkHost(host: Found | undefined, mayBePublic: boolean): void {
 	}
 	throw new KvferryError(
 		"UNSUPPORTED_OPTION",
-		`${host?.place ?? ""} ${text} is not a loopback address: give one (127.0.0.1), or an address of this machine with ` +
+		`${host?.says ?? ""} is not a loopback address: give one (127.0.0.1), or an address of this machine with ` +
 			"--listen-public and --token-file FILE; docs/security.md says what they protect.",
 	);
 }
