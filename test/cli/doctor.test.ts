@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { checkMemory } from "../../ts/cli/doctor.js";
 import { Client, PrefixCache, Server } from "../../ts/index.js";
 import { LmcacheServer } from "../lmcache-server.js";
 
@@ -176,6 +177,20 @@ describe("kvferry doctor at a server with tenants and a disk", () => {
 		expect(code).toBe(1);
 		expect(out).toMatch(new RegExp(`evicted at .* what the tenant ${greedy} stored`));
 		expect(out).not.toContain("greedy");
+	});
+
+	it("tells what came faster than the memory grows", () => {
+		const status = { pool_bytes: 2 ** 30, reserved_bytes: 2 ** 27, refused_growing_chunks: 7 };
+		expect(checkMemory(status)).toEqual([
+			{
+				check: "memory",
+				result: "ok",
+				message: expect.stringMatching(
+					/refused for want of room: 0, and 7 that came faster than the memory grows: 128\.0 MiB of it are reserved yet\.$/,
+				),
+			},
+		]);
+		expect(checkMemory({ pool_bytes: 1 })[0]?.message).toMatch(/for want of room: 0\.$/);
 	});
 
 	it("tells which tier failed", async () => {

@@ -59,5 +59,8 @@ describe("a miss", () => {
 	it("may be for want of room", () => {
 		expect(reasons({}, { refused_chunks: 7 })[1]).toMatch(/7 chunks were refused for want of room/);
 		expect(reasons({}, { refused_chunks: 0 })[1]).not.toMatch(/room/);
+		expect(reasons({}, { refused_growing_chunks: 7 })[1]).toMatch(
+			/; 7 chunks came faster than its memory grows\.$/,
+		);
 	});
 });

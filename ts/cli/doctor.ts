@@ -165,7 +165,8 @@ function checkHashing(status: Status | undefined, options: DoctorOptions): Check
 			};
 }
 
-function checkMemory(status: Status | undefined): Check[] {
+/** What there is to say of the memory. */
+export function checkMemory(status: Status | undefined): Check[] {
 	if (status === undefined) {
 		return [];
 	}
@@ -193,9 +194,14 @@ function checkMemory(status: Status | undefined): Check[] {
 	}
 	const refused = figure("refused_chunks");
 	const caps = refused > 0 ? " (a tenant's cap refuses, too: kvferry quota lists them)" : "";
+	const early = figure("refused_growing_chunks");
+	const growing =
+		early > 0
+			? `, and ${early} that came faster than the memory grows: ${mebibytes("reserved_bytes")} of it are reserved yet`
+			: "";
 	const message =
 		`${mebibytes("used_bytes")} used of ${mebibytes("pool_bytes")}; evicted since the start: ` +
-		`${figure("evicted_objects")}, refused for want of room: ${refused}${caps}.`;
+		`${figure("evicted_objects")}, refused for want of room: ${refused}${caps}${growing}.`;
 	return findings.length > 0 ? findings : [{ check: "memory", result: "ok", message }];
 }
 

@@ -60,10 +60,12 @@ export function explainMiss(
 	}
 	if (reasons.length === 0) {
 		const refused = Number(status.refused_chunks ?? 0);
+		const early = Number(status.refused_growing_chunks ?? 0);
+		const growing = `; ${early} chunks came faster than its memory grows`;
 		const room = `; ${refused} chunks were refused for want of room since it started (a tenant's cap, say: kvferry quota)`;
 		reasons.push(
 			"It was never stored, as far as the server knows: its log of events reaches back to " +
-				`${time(missing.logSinceMs)}${refused > 0 ? room : ""}.`,
+				`${time(missing.logSinceMs)}${refused > 0 ? room : ""}${early > 0 ? growing : ""}.`,
 		);
 	}
 	return [what, ...reasons];

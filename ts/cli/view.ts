@@ -11,6 +11,7 @@ export interface Sample {
 const LABEL = 12;
 const DROPS: readonly (readonly [string, string])[] = [
 	["refused_chunks", "chunks, no room"],
+	["refused_growing_chunks", "chunks, no room yet, the memory grows"],
 	["abandoned_chunks", "chunks, their writer gave up"],
 	["damaged_chunks", "chunks, damaged"],
 	["disk_dropped_full", "saves, too many waited"],

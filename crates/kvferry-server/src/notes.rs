@@ -9,8 +9,9 @@ use kvferry_store::remote::RemoteStatus;
 /// Notes between two looks at them; what is more is counted together.
 const NOTES_MAX: usize = 64;
 /// Figures that are noted as they grow, with the event's name.
-const WATCHED: [(&str, &str); 9] = [
+const WATCHED: [(&str, &str); 10] = [
     ("refused_chunks", "chunks_refused"),
+    ("refused_growing_chunks", "chunks_refused_growing"),
     ("damaged_chunks", "chunks_damaged"),
     ("failed_retrievals", "retrievals_failed"),
     ("disk_save_failures", "saves_failed"),

@@ -40,6 +40,7 @@ pub(crate) struct State {
     pub(crate) held: BTreeMap<(Instant, u64), Vec<Handle>>,
     pub(crate) sequence: u64,
     pub(crate) limits: Limits,
+    /// What is kept free by growing: it takes a moment, and what overtakes it is refused.
     pub(crate) headroom: u64,
     /// Whether all of the memory is to be reserved, whatever is free: as long as there is some to be had.
     pub(crate) whole: bool,
@@ -195,6 +196,8 @@ pub(crate) struct Counters {
     pub(crate) stored_chunks: u64,
     pub(crate) stored_bytes: u64,
     pub(crate) refused_chunks: u64,
+    /// Besides: those for which memory was being reserved.
+    pub(crate) refused_growing_chunks: u64,
     pub(crate) abandoned_chunks: u64,
     pub(crate) retrieved_chunks: u64,
     pub(crate) retrieved_bytes: u64,
@@ -224,7 +227,7 @@ impl State {
             held: BTreeMap::new(),
             sequence: 0,
             limits,
-            headroom: POOL_STEP / 2,
+            headroom: POOL_STEP + POOL_STEP / 2,
             whole: false,
             coming: Coming::default(),
             clears: 0,
@@ -247,6 +250,11 @@ impl State {
 
     pub(crate) fn should_grow(&self) -> bool {
         (self.whole || self.pool.free() < self.headroom) && self.pool.next_step().is_some()
+    }
+
+    /// Whether more memory is on its way: nothing needs to go for what has no room yet.
+    pub(crate) fn is_growing(&self) -> bool {
+        self.should_grow() && self.growth_failed.is_none()
     }
 
     /// A slot, for which objects make room as the policy says, unless more memory is on its way.
@@ -275,7 +283,7 @@ impl State {
             let evicted = self.index.evict_own(RemovalCause::Evicted, tenant)?;
             self.count_evicted(evicted);
         }
-        let may_grow = self.should_grow() && self.growth_failed.is_none();
+        let may_grow = self.is_growing();
         loop {
             if let Some(grant) = self.pool.allocate(bytes, self.index.next_place()) {
                 return Some(grant);
@@ -701,6 +709,7 @@ mod tests {
         const SMALL: u64 = 1 << 20;
         let pool = Pool::new(4 * POOL_STEP).unwrap();
         let mut state = State::new(pool, Limits::default(), Policy::Lru);
+        state.headroom = POOL_STEP / 2;
         state.pool.grow();
         let grants: Vec<Grant> = std::iter::from_fn(|| state.pool.allocate(SMALL, 0)).collect();
         for (number, grant) in (0u8..).zip(grants) {

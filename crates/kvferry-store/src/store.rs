@@ -126,6 +126,8 @@ pub struct Reserved {
     pub chunk_indices: Vec<u32>,
     /// Chunks at the range's end for which there was no room.
     pub refused: u32,
+    /// Whether memory was being reserved for them: they were a moment early.
+    pub growing: bool,
     /// The object of each slot, for [`Store::write`].
     pub objects: Vec<ReservedObject>,
 }
@@ -550,6 +552,7 @@ impl Store {
             slots: Vec::new(),
             chunk_indices: Vec::new(),
             refused: 0,
+            growing: false,
             objects: Vec::new(),
         };
         let Some(range) = range else { return Ok(reserved) };
@@ -596,6 +599,12 @@ impl Store {
                 let rest = chunks.clone().skip(position as usize);
                 let missing = rest.filter(|chunk| state.index.get(&id(*chunk)).is_none()).count();
                 reserved.refused = u32::try_from(missing).unwrap_or(u32::MAX);
+                if room && state.is_growing() {
+                    reserved.growing = true;
+                    // What comes next is likely to be as much.
+                    let bytes = registered.object_bytes.saturating_mul(missing as u64);
+                    state.headroom = state.headroom.max(bytes.min(state.pool.bytes()));
+                }
                 break;
             };
             reserved.slots.push(grant.slot());
@@ -610,7 +619,12 @@ impl Store {
             parent = Some(handle);
         }
         state.unpin(&kept);
-        state.counters.refused_chunks += u64::from(reserved.refused);
+        let counters = &mut state.counters;
+        *(if reserved.growing {
+            &mut counters.refused_growing_chunks
+        } else {
+            &mut counters.refused_chunks
+        }) += u64::from(reserved.refused);
         if !objects.is_empty() {
             let age = (now + state.limits.reservation, state.next());
             state.reservations_by_age.insert(age, (instance, range));
@@ -939,6 +953,7 @@ impl Store {
             ("stored_chunks", counters.stored_chunks),
             ("stored_bytes", counters.stored_bytes),
             ("refused_chunks", counters.refused_chunks),
+            ("refused_growing_chunks", counters.refused_growing_chunks),
             ("abandoned_chunks", counters.abandoned_chunks),
             ("retrieved_chunks", counters.retrieved_chunks),
             ("retrieved_bytes", counters.retrieved_bytes),

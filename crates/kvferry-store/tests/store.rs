@@ -825,6 +825,44 @@ fn a_shared_pool_grows_off_the_request_path_until_it_has_all_its_memory() {
     assert_eq!(store.pool(), (name, 3 * step));
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn what_comes_faster_than_the_pool_grows_is_counted_by_itself_and_finds_room_the_next_time() {
+    const MIB: u64 = 1 << 20;
+    let store = Store::new(StoreOptions {
+        chunk_size: CHUNK,
+        memory: 512 * MIB,
+        shared_name: Some(format!("kvferry_test_{}_burst", std::process::id())),
+        policy: Policy::Lru,
+        disk: None,
+        remote: None,
+        limits: Limits::default(),
+    })
+    .unwrap();
+    let (owner, now) = (store.connect(), Instant::now());
+    let figure = |name: &str| store.status(now).iter().find(|row| row.0 == name).unwrap().1;
+    let wait_for = |reserved: u64| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while figure("reserved_bytes") < reserved * MIB {
+            assert!(Instant::now() < deadline, "the pool did not grow");
+            std::thread::yield_now();
+        }
+    };
+    let hidden = u32::try_from(MIB / u64::from(CHUNK)).unwrap();
+    store.register(owner, 1, Layout { hidden_dim_size: hidden, ..layout("m", 1) }).unwrap();
+    wait_for(128);
+    let reserved = store.prepare_store(owner, &key("a", 0, 300), 1, now).unwrap();
+    assert_eq!((reserved.slots.len(), reserved.refused, reserved.growing), (128, 172, true));
+    assert_eq!((figure("refused_chunks"), figure("refused_growing_chunks")), (0, 172));
+    wait_for(320); // room for as many, in steps of 64 MiB
+    let reserved = store.prepare_store(owner, &key("b", 100_000, 172), 1, now).unwrap();
+    assert_eq!((reserved.slots.len(), reserved.refused), (172, 0));
+    wait_for(512);
+    let reserved = store.prepare_store(owner, &key("c", 200_000, 300), 1, now).unwrap();
+    assert_eq!((reserved.slots.len(), reserved.growing), (212, false), "it is full");
+    assert_eq!((figure("refused_chunks"), figure("refused_growing_chunks")), (88, 172));
+}
+
 #[test]
 fn many_threads_store_and_read_and_nothing_wrong_is_served() {
     let engine = Arc::new(engine(16));

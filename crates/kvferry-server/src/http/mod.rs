@@ -71,7 +71,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The page, and what its policy says of it; a test says what it must be when the page has changed.
 const PAGE: &str = include_str!("page.html");
 const PAGE_POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-Y5KEXl+lnWg/XdNlHryGa9jKuLbqyCM8I0c/P5xheK4='; \
+    script-src 'sha256-cZ76/6MWXaLERHRouD9jG9toZlef6EVOXXsoIm9mw88='; \
     style-src 'sha256-F9tt2SZZV0E2dGjWgKeyFLXbrMP5O1oc2q3Ski86dOo='; \
     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const OPENAPI: &str = include_str!("openapi.json");

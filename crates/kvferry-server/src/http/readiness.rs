@@ -243,7 +243,8 @@ fn attempt(store: &Store, figures: &Figures, meddle: impl FnOnce(&Slot)) -> Resu
     store.register(owner, instance, layout()?)?;
 
     let reserved = store.prepare_store(owner, key, instance, Instant::now())?;
-    count("refused_chunks", reserved.refused.into());
+    let refused = if reserved.growing { "refused_growing_chunks" } else { "refused_chunks" };
+    count(refused, reserved.refused.into());
     let Some(slot) = reserved.slots.first() else { return Ok(false) };
     let memory = store.memory();
     if let Err(error) = memory.write(slot.offset, bytes) {
