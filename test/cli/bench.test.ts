@@ -1,8 +1,10 @@
 // The built program.
 
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { mkdtempSync, rmSync } from "node:fs";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
@@ -66,6 +68,44 @@ describe("kvferry bench", () => {
 			expect(server.status()).toMatchObject({ objects: 2, evicted_objects: 0 });
 		} finally {
 			rmSync(disk, { recursive: true, force: true });
+		}
+	});
+
+	it("says how to remove what it could not", async () => {
+		await using server = await Server.start({ port: 0, httpPort: 0, memory: 2 ** 23 });
+		// Answers as the server, but clears nothing.
+		const proxy = createServer(async (request, response) => {
+			if (request.url === "/clear") {
+				response.writeHead(503).end();
+				return;
+			}
+			const answer = await fetch(`http://${server.httpAddress}${request.url}`);
+			response.end(await answer.text());
+			if (request.url === "/status") {
+				child?.kill("SIGINT");
+			}
+		}).listen(0, "127.0.0.1");
+		let child: ChildProcess | undefined;
+		try {
+			await once(proxy, "listening");
+			const http = `http://127.0.0.1:${(proxy.address() as AddressInfo).port}`;
+			const where = ["--url", `tcp://${server.address}`, "--http", http];
+			const { code, err } = await bench(...where, ...SMALL);
+			expect(code).toBe(1);
+			expect(err).toMatch(
+				/^PROTOCOL: .* answers 503.* could not be cleared .*still be there: curl /,
+			);
+			const [, body = ""] = /-d '(\{.*?\})'/.exec(err) ?? [];
+			const headers = { "content-type": "application/json" };
+			const clear = { method: "POST", headers, body };
+			const removed = await fetch(`http://${server.httpAddress}/clear`, clear);
+			expect(await removed.json()).toEqual({ cleared: 128 });
+
+			child = spawn(process.execPath, [main, "bench", ...where, ...SMALL], { stdio: "pipe" });
+			const told = await text(child.stderr as NodeJS.ReadableStream);
+			expect(told).toMatch(/^ABORTED: stopped; it could not be cleared /);
+		} finally {
+			proxy.close();
 		}
 	});
 

@@ -65,14 +65,17 @@ export async function bench(args: string[]): Promise<void> {
 					: "nothing of it is left there\n"),
 		);
 	} catch (error) {
-		throw stop.signal.aborted
-			? new KvferryError("ABORTED", "stopped; nothing of it is left on the server", {
-					cause: error,
-				})
-			: error;
+		throw stop.signal.aborted ? stopped(error) : error;
 	} finally {
 		process.off("SIGINT", end).off("SIGTERM", end);
 	}
+}
+
+/** The error of a benchmark that was stopped; what could not be cleared then, its own says. */
+function stopped(cause: unknown): KvferryError {
+	return cause instanceof KvferryError && cause.code === "ABORTED"
+		? cause
+		: new KvferryError("ABORTED", "stopped; nothing of it is left on the server", { cause });
 }
 
 async function onOwnServer(
@@ -88,7 +91,7 @@ async function onOwnServer(
 }
 
 async function measure(url: string, options: BenchOptions, signal: AbortSignal): Promise<Measured> {
-	const { bytes, chunkBytes, timeoutMs } = options;
+	const { bytes, chunkBytes, timeoutMs, http } = options;
 	// How it is cleared afterwards must be known before.
 	const { default: quota } = await askHttp(options, "/quotas", undefined, "memory_bytes");
 	const { cap = null } = (quota ?? {}) as { cap?: number | null };
@@ -98,7 +101,7 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 	const { pid } = await askHttp(options, "/status", undefined, "pid");
 	if (pid !== status.pid) {
 		throw invalid(
-			`--http ${options.http.origin} is process ${pid}, and --url ${url} process ${status.pid}: what is stored could not be ` +
+			`--http ${http.origin} is process ${pid}, and --url ${url} process ${status.pid}: what is stored could not be ` +
 				"cleared; give the --http of that server.",
 		);
 	}
@@ -116,12 +119,30 @@ async function measure(url: string, options: BenchOptions, signal: AbortSignal):
 		);
 	}
 	const salt = `kvferry-bench-${randomBytes(8).toString("hex")}`;
-	let rows: Row[];
-	let cleared = 0;
+	let rows: Row[] = [];
+	let failure: unknown;
 	try {
 		rows = await run(client, salt, options, signal);
-	} finally {
+	} catch (error) {
+		failure = error;
+	}
+	let cleared = 0;
+	try {
 		cleared = await clear(client, salt, options);
+	} catch (cause) {
+		const why = signal.aborted
+			? new KvferryError("ABORTED", "stopped")
+			: ((failure ?? cause) as Error);
+		const body = JSON.stringify({ confirm: true, salt });
+		throw new KvferryError(
+			why instanceof KvferryError ? why.code : "INTERNAL",
+			`${why.message}; it could not be cleared (${(cause as Error).message}), and what was stored may still be there: ` +
+				`curl ${http.origin}/clear -H content-type:application/json -d '${body}' removes it, with the admin token where there are tokens`,
+			{ cause },
+		);
+	}
+	if (failure !== undefined) {
+		throw failure;
 	}
 	return { rows, left: cleared === 0 };
 }
