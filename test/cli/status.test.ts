@@ -66,6 +66,10 @@ describe.skipIf(process.platform !== "linux")("kvferry status on a terminal", ()
 		await shows(/ESC\[Hkvferry .{1,12}ESC\[K\r\n/);
 		expect(screen).not.toContain("Ctrl-C ends");
 
+		screen = "";
+		child.stdin.write("size 0 0\n");
+		await shows(/Ctrl-C ends/); // as on one of 80 columns and 24 rows
+
 		child.stdin.write("interrupt\n");
 		expect(await exit).toEqual([0, null]);
 		expect(screen.endsWith("ESC[?25hESC[?1049l")).toBe(true);

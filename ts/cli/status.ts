@@ -46,7 +46,8 @@ async function live(options: ClientOptions): Promise<void> {
 	const stop = new AbortController();
 	const end = () => stop.abort();
 	const draw = () => {
-		const { columns = 80, rows = 24 } = stdout;
+		// A serial console says 0 of both.
+		const [columns, rows] = [stdout.columns || 80, stdout.rows || 24];
 		const lines = drawStatus(url, samples, trouble, { columns, rows });
 		stdout.write(`\x1b[H${lines.map((line) => `${line}\x1b[K`).join("\n")}\x1b[J`);
 	};
