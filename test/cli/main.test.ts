@@ -34,6 +34,7 @@ describe("kvferry", () => {
 			status: 0,
 			stdout: `${JSON.parse(manifest).version}\n`,
 		});
+		expect(kvferry("serve", "--version").stdout).toBe(kvferry("-v").stdout);
 	});
 
 	it("explains every command", () => {
@@ -396,6 +397,21 @@ describe("a running server", () => {
 			expect(lines.at(-1)).toMatch(/ info stopped: /);
 		},
 	);
+
+	it("says that it is not public though it may be", async () => {
+		const flags = ["--port", "0", "--http-port", "off", "--memory", "8MiB", "--listen-public"];
+		const other = spawn(process.execPath, [main, "serve", ...flags], {
+			stdio: ["ignore", "ignore", "pipe"],
+		});
+		let log = "";
+		other.stderr.setEncoding("utf8").on("data", (text: string) => {
+			log += text;
+		});
+		const exit = once(other, "exit");
+		await expect.poll(() => log).toMatch(/ warn not_public: .*127\.0\.0\.1: give --host ADDRESS/);
+		other.kill("SIGTERM");
+		await exit;
+	});
 
 	it("ends with SIGHUP as with SIGTERM, and takes its pool along", async () => {
 		await using other = await ServerProcess.start("--memory", "8MiB");

@@ -91,6 +91,12 @@ describe("kvferry serve", () => {
 		expect(() => settings("--mem", "1GiB")).toThrow(/--mem .*did you mean --memory\?/);
 	});
 
+	it("refuses a flag that is given twice", () => {
+		expect(() => settings("--port", "1", "--port=0")).toThrow(/^--port is given twice/);
+		expect(settings("--port", "1", "--port", "1").port).toBe(1);
+		expect(() => quotaOptions(["set", "--salt=a", "--salt=b"])).toThrow(/^--salt is given twice/);
+	});
+
 	it("says of a size that has no unit how small it is", () => {
 		expect(() => settings("--memory", "4")).toThrow(/--memory 4 is 4 bytes: .*4096.*GiB/);
 		expect(() => settings("--disk-size", "20")).toThrow(/--disk-size 20 is 20 bytes: .*8192/);

@@ -111,7 +111,7 @@ async function main([name, ...args]: string[]): Promise<void> {
 		process.stdout.write(usage(name === "help" ? args[0] : name));
 		return;
 	}
-	if (name === "--version" || name === "-v") {
+	if (name === "-v" || [name, ...args].includes("--version")) {
 		process.stdout.write(`${version()}\n`);
 		return;
 	}
@@ -136,8 +136,8 @@ function version(): string {
 function report(error: unknown, json: boolean): void {
 	const code = error instanceof KvferryError ? error.code : "INTERNAL";
 	const said = error instanceof Error ? error.message : String(error);
-	const remedy = code === "UNAUTHORIZED" ? " Here: --token-file FILE, or KVFERRY_TOKEN." : "";
-	const message = `${said}${remedy}`;
+	const remedy = code === "UNAUTHORIZED" ? ". Here: --token-file FILE, or KVFERRY_TOKEN." : "";
+	const message = `${remedy === "" ? said : said.replace(/\.$/, "")}${remedy}`;
 	process.stderr.write(json ? `${JSON.stringify({ code, message })}\n` : `${code}: ${message}\n`);
 }
 

@@ -216,7 +216,7 @@ export function quotaOptions(args: string[]): QuotaOptions {
 		"timeout-ms": { type: "string", default: "3000" },
 		json: { type: "boolean", default: false },
 	} as const;
-	const { values, positionals } = parsed(options, () =>
+	const { values, positionals } = parsed(args, options, () =>
 		parseArgs({ args, options, allowPositionals: true }),
 	);
 	const [action = "list", ...others] = positionals;
@@ -266,7 +266,7 @@ export function replayOptions(args: string[]): ReplayOptions {
 		policy: { type: "string", default: "default" },
 		json: { type: "boolean", default: false },
 	} as const;
-	const { values, positionals } = parsed(options, () =>
+	const { values, positionals } = parsed(args, options, () =>
 		parseArgs({ args, options, allowPositionals: true }),
 	);
 	const [file, ...others] = positionals;
@@ -362,12 +362,17 @@ function sha256(text: string): string {
 }
 
 function parse<T extends NonNullable<ParseArgsConfig["options"]>>(args: string[], options: T) {
-	return parsed(options, () => parseArgs({ args, options, allowPositionals: false })).values;
+	return parsed(args, options, () => parseArgs({ args, options, allowPositionals: false })).values;
 }
 
-function parsed<T>(options: object, parse: () => T): T {
+function parsed<T>(
+	args: string[],
+	options: NonNullable<ParseArgsConfig["options"]>,
+	parse: () => T,
+): T {
+	let result: T;
 	try {
-		return parse();
+		result = parse();
 	} catch (error) {
 		const { message } = error as Error;
 		const [, dashes = "", unknown] = /^Unknown option '(-*)(.+?)'/.exec(message) ?? [];
@@ -379,6 +384,20 @@ function parsed<T>(options: object, parse: () => T): T {
 			{ cause: error },
 		);
 	}
+	// The last one would count, and nobody would be told.
+	const { tokens } = parseArgs({ args, options, strict: false, tokens: true });
+	const given = new Map<string, string>();
+	for (const token of tokens) {
+		if (token.kind !== "option" || token.value === undefined) {
+			continue;
+		}
+		const before = given.get(token.name);
+		if (before !== undefined && before !== token.value) {
+			throw invalid(`--${token.name} is given twice; leave one of them out.`);
+		}
+		given.set(token.name, token.value);
+	}
+	return result;
 }
 
 function fileOf(tokenFile: string | undefined): { tokenFile?: string } {

@@ -3,6 +3,7 @@ import { Server } from "../server.js";
 import { Log } from "./log.js";
 import { serveOptions } from "./options.js";
 import { SERVE, settingsJson, settingsTable } from "./settings.js";
+import { isLoopback } from "./values.js";
 
 /** What the log's reader has not taken this long after the last line, it never gets: the process ends. */
 const LAST_LINES_MS = 1000;
@@ -53,6 +54,10 @@ export async function serve(args: string[]): Promise<void> {
 		process.stdout.write(`its page, health and metrics: ${http.httpUrl}\n`);
 	}
 	log.info("started", `process ${process.pid} serves ${url}`);
+	if (options.listenPublic && isLoopback(options.host ?? "")) {
+		const detail = `--listen-public changes nothing at ${options.host}: give --host ADDRESS, too`;
+		log.write({ level: "warn", event: "not_public", detail, count: 1 });
+	}
 	log.follow(server);
 	const signal = await stop;
 	log.end();

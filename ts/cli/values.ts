@@ -88,6 +88,14 @@ export function trueOrFalse(given: Given): boolean {
 	return oneOf(given, ["true", "false"]) === "true";
 }
 
+export function isLoopback(host: string): boolean {
+	return (
+		host === "localhost" ||
+		(isIPv4(host) && host.startsWith("127.")) ||
+		(isIPv6(host) && /^(0*:)+0*1$/.test(host))
+	);
+}
+
 /**
  * Whether a server may listen there.
  *
@@ -95,11 +103,7 @@ export function trueOrFalse(given: Given): boolean {
  */
 export function checkHost(host: Found | undefined, mayBePublic: boolean): void {
 	const text = host?.text ?? "";
-	const loopback =
-		text === "localhost" ||
-		(isIPv4(text) && text.startsWith("127.")) ||
-		(isIPv6(text) && /^(0*:)+0*1$/.test(text));
-	if (loopback || (mayBePublic && isIP(text) !== 0)) {
+	if (isLoopback(text) || (mayBePublic && isIP(text) !== 0)) {
 		return;
 	}
 	throw new KvferryError(
