@@ -489,11 +489,21 @@ class NativeWorkerAdapter implements CacheWorkerAdapter {
 
 	async shutdown(): Promise<void> {
 		this.#closed = true;
-		await Promise.all([...this.#loads, ...this.#stores]);
+		const ended = Promise.all([...this.#loads, ...this.#stores]);
+		let late: NodeJS.Timeout | undefined;
+		// A GPU may never come to its end: closing the memory ends what waits for it.
+		const patience =
+			this.#borrowed === undefined &&
+			new Promise((resolve) => {
+				late = setTimeout(resolve, this.#timeoutMs);
+			});
+		await Promise.race([ended, patience || ended]);
+		clearTimeout(late);
 		const worker = this.#native;
 		this.#native = undefined;
 		this.#borrowed = undefined;
 		await worker?.close(this.#timeoutMs).catch(() => {}); // the connection's end tells the same
+		await ended;
 	}
 
 	async [Symbol.asyncDispose](): Promise<void> {

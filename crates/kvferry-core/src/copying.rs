@@ -15,14 +15,15 @@ pub trait KvMemory: Send + Sync {
     fn shape(&self) -> &Arc<CopyShape>;
 
     /// Begins to carry out a plan of [`KvMemory::shape`]; `pool` is what the plan's slots lie in. With `sums`,
-    /// [`Copying::checksums`] has one for each chunk when the copy has ended. What was begun is carried out to its end, or to its first error, even when nobody waits for it.
+    /// [`Copying::checksums`] has one for each chunk when the copy has ended. What was begun is carried out to its end, to
+    /// its first error, or to [`KvMemory::close`], even when nobody waits for it.
     ///
     /// # Errors
     /// [`ErrorCode::Closed`] after [`KvMemory::close`]; what the memory's device says. Nothing is copied then.
     fn copy(&self, plan: CopyPlan, pool: Arc<dyn Memory>, sums: bool) -> Result<Copying>;
 
-    /// Lets no more copies begin, and returns when none is under way. The memory may be freed then, unless there is a
-    /// [`KvMemory::doubt`].
+    /// Lets no more copies begin, ends those that have not, and returns when none is under way. The memory may be freed
+    /// then, unless there is a [`KvMemory::doubt`].
     fn close(&self);
 
     /// Why copies may be under way that nothing will tell the end of, where that is so: see [`Copying::doubt`]. It is there

@@ -16,7 +16,7 @@ use kvferry_core::{Error, ErrorCode, Result};
 
 use super::context::{Context, Current};
 use super::driver::{Driver, Handle};
-use super::{CudaMemory, IpcArray};
+use super::{CudaMemory, DOUBT_MAX, IpcArray};
 
 /// The engine's streams mean nothing in this process; nobody uses this one.
 const LEGACY_STREAM: u64 = 0;
@@ -25,8 +25,6 @@ const PAUSE_MIN: Duration = Duration::from_micros(10);
 const PAUSE_MAX: Duration = Duration::from_micros(320);
 /// Between looks whether a copy may go on.
 const LOOK: Duration = Duration::from_millis(5);
-/// How long what was given up may take to end before it is in doubt.
-const DOUBT_MAX: Duration = Duration::from_secs(10);
 /// LMCache's counters: the version of their form, what they lie in, and one.
 const COUNTERS_VERSION: u8 = 1;
 const COUNTERS_BYTES: u64 = 4096 * COUNTER_BYTES;

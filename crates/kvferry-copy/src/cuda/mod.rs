@@ -10,8 +10,9 @@ mod submit;
 mod worker;
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
 
 use kvferry_core::cache::Memory;
 use kvferry_core::copy_plan::{CopyPlan, CopyShape};
@@ -29,6 +30,11 @@ use worker::{Arrays, SetUp};
 
 /// Copies that wait at most; more are refused.
 const JOBS_MAX: usize = 1024;
+/// How long copies may take to end that nobody wants any more, or of which the driver does not say whether they have ended,
+/// until they are in doubt.
+const DOUBT_MAX: Duration = Duration::from_secs(10);
+/// How long closing may take: longer only when the driver holds up a call of the worker's.
+const CLOSE_MAX: Duration = Duration::from_secs(15);
 /// `CU_STREAM_PER_THREAD`.
 const PER_THREAD_STREAM: Handle = 2;
 
@@ -63,6 +69,9 @@ pub struct IpcArray {
 
 /// An engine's arrays on a CUDA device. Copies run on a thread of its own, by streams of its own, one for each
 /// direction, in the device's primary context, which is where engines live.
+///
+/// Closing ends copies of which nothing was asked of the device yet, and waits ten seconds for the others, which are in
+/// doubt then.
 ///
 /// They are ordered against the engine's stream. A store reads blocks after what was asked of the stream before
 /// [`KvMemory::copy`]; a load writes them after that, and what is asked of the stream once the load has ended, or once
@@ -99,11 +108,13 @@ struct State {
     /// Those that the worker has not seen.
     jobs: Vec<Job>,
     /// Those that have not ended.
-    unfinished: usize,
+    unfinished: Vec<Weak<Progress>>,
     events: Events,
     method: Method,
     kernel: Option<Kernel>,
     closed: bool,
+    /// When.
+    closed_at: Option<Instant>,
     /// Why no copy can succeed any more.
     failed: Option<Error>,
     /// Why copies may be under way that nothing will tell the end of.
@@ -114,7 +125,7 @@ struct State {
 struct Job {
     plan: CopyPlan,
     pool: Arc<dyn Memory>,
-    progress: Progress,
+    progress: Arc<Progress>,
     /// What the engine's stream was asked before.
     compute: Handle,
 }
@@ -241,15 +252,16 @@ impl KvMemory for CudaMemory {
             progress.end(Ok(()));
             return Ok(copying);
         }
-        if state.unfinished >= JOBS_MAX {
+        if state.unfinished.len() >= JOBS_MAX {
             return Err(Error::new(
                 ErrorCode::Timeout,
                 format!("{JOBS_MAX} copies wait for CUDA device {} already", context.ordinal),
             ));
         }
         let compute = state.events.record(&context.enter()?, self.stream)?;
+        let progress = Arc::new(progress);
+        state.unfinished.push(Arc::downgrade(&progress));
         state.jobs.push(Job { plan, pool, progress, compute });
-        state.unfinished += 1;
         drop(state);
         self.shared.jobs.notify_one();
         Ok(copying)
@@ -258,22 +270,35 @@ impl KvMemory for CudaMemory {
     fn close(&self) {
         let mut state = self.shared.lock();
         state.closed = true;
+        let until = *state.closed_at.get_or_insert_with(Instant::now) + CLOSE_MAX;
         self.shared.jobs.notify_one();
         if thread::current().id() == self.worker {
             return; // told by whoever was woken at a copy's end, which the worker cannot wait for
         }
         while !state.ended {
-            state = self.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.shared.ended.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let unfinished = std::mem::take(&mut state.unfinished);
+        if !unfinished.is_empty() {
+            // The worker is in a call of the driver's.
+            let doubt = state.doubt.get_or_insert_with(not_closed).clone();
+            drop(state);
+            for progress in unfinished.iter().filter_map(Weak::upgrade) {
+                progress.end_in_doubt(doubt.clone());
+            }
         }
     }
 
     fn doubt(&self) -> Option<Error> {
         let state = self.shared.lock();
         // A close on the worker's own thread has waited for nothing.
-        let left = state.closed && !state.ended && state.unfinished > 0;
-        let left =
-            left.then(|| Error::new(ErrorCode::Closed, "closed while copies were under way"));
-        state.doubt.clone().or(left)
+        let left = state.closed && !state.ended && !state.unfinished.is_empty();
+        state.doubt.clone().or_else(|| left.then(not_closed))
     }
 }
 
@@ -302,10 +327,21 @@ impl State {
             return Err(error.clone());
         }
         let context = self.context.as_ref().filter(|_| !self.closed);
-        context.cloned().ok_or_else(|| {
-            Error::new(ErrorCode::Closed, "the KV memory was closed; register it anew")
-        })
+        context.cloned().ok_or_else(closed)
     }
+}
+
+fn closed() -> Error {
+    Error::new(ErrorCode::Closed, "the KV memory was closed; register it anew")
+}
+
+/// The doubt of copies that closing has not seen the end of.
+fn not_closed() -> Error {
+    Error::new(
+        ErrorCode::CudaFailed,
+        "the KV memory was closed, and the GPU does not come to the end of its copies: leave that memory alone, and \
+         start the process anew",
+    )
 }
 
 fn unreachable_pool() -> Error {

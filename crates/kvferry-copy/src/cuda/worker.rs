@@ -17,7 +17,7 @@ use super::context::{Context, Current};
 use super::driver::{Failed, Handle};
 use super::pins::PinUse;
 use super::submit::{Kernel, Pieces, Submission, Table};
-use super::{IpcArray, Job, Shared, unreachable_pool};
+use super::{DOUBT_MAX, IpcArray, Job, Shared, closed, not_closed, unreachable_pool};
 use crate::{POOL_STEP, pins_of, place_of};
 
 /// Bytes of a part, which has an event of its own: about 0.2 ms, so that layers are told of early, and a pool's
@@ -31,8 +31,6 @@ const PARTS: usize = 4;
 const EAGER: u32 = 64;
 const PAUSE_MIN: Duration = Duration::from_micros(10);
 const PAUSE_MAX: Duration = Duration::from_micros(320);
-/// How long the driver may fail to say whether copies are done before all is given up.
-const DOUBT_MAX: Duration = Duration::from_secs(10);
 
 /// Turns the kernel for small pieces off.
 const KERNEL_VARIABLE: &str = "KVFERRY_CUDA_KERNEL";
@@ -300,7 +298,7 @@ impl Worker<'_> {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         let jobs = std::mem::take(&mut state.jobs);
-        let failed = state.failed.clone();
+        let (failed, closed_at) = (state.failed.clone(), state.closed_at);
         drop(state);
         if looks > 0 && looks <= EAGER {
             thread::yield_now();
@@ -315,7 +313,24 @@ impl Worker<'_> {
         if let Some(error) = failed {
             self.lose(&error, true); // no part of theirs was asked for
         }
+        if let Some(since) = closed_at {
+            self.close(since);
+        }
         true
+    }
+
+    /// Ends what the device was not asked for. It may never come to its compute, and then not to the rest either.
+    fn close(&mut self, since: Instant) {
+        for lane in [0, 1] {
+            let waits = |running: &Running| !running.ordered && running.parts == 0;
+            while let Some(index) = self.lanes[lane].jobs.iter().position(waits) {
+                self.lanes[lane].jobs[index].failed.get_or_insert_with(closed);
+                self.finish(lane, index);
+            }
+        }
+        if since.elapsed() > DOUBT_MAX {
+            self.lose(&not_closed(), false);
+        }
     }
 
     /// Looks whether parts are done.
@@ -489,7 +504,8 @@ impl Worker<'_> {
         let Job { pool, progress, compute, .. } = running.job;
         let mut state = self.shared.lock();
         state.events.free.push(compute);
-        state.unfinished -= 1;
+        let ended = Arc::downgrade(&progress);
+        state.unfinished.retain(|known| !known.ptr_eq(&ended));
         drop(state);
         drop(pool);
         match running.failed {
@@ -515,6 +531,11 @@ impl Worker<'_> {
         if !lost && is_under_way {
             self.doubtful = true;
             self.shared.lock().doubt.get_or_insert_with(|| error.clone());
+        }
+        // What the engine computes in blocks that it takes for failed comes after a load that goes on.
+        let loads = self.lanes[0].parts.iter().rev().find_map(|part| part.event);
+        if let Some(event) = loads.filter(|_| !lost) {
+            let _ = self.current.wait(self.stream, event);
         }
         for lane in [0, 1] {
             for running in &mut self.lanes[lane].jobs {

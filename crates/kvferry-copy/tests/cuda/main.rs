@@ -914,12 +914,16 @@ fn closing_waits_for_copies_under_way() {
     on("closing_waits_for_copies_under_way", &ALL, true, || {
         let mut engine = Engine::new(0);
         let kv = Kv::new(&mut engine, flat(3, 2, 4096));
-        let pool = private(1 << 20);
+        let asked = Mutex::new(Asked::Hold);
+        let pool: Arc<dyn Memory> =
+            Arc::new(Guarded { pool: private(1 << 20), held: Arc::default(), asked, code: 999 });
         let fake = Fake::here().unwrap();
-        fake.hold(true);
-        engine.compute(kv.arrays[2].0, 5, 4096);
+        let records = fake.calls("cuEventRecord");
         let store = kv.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        fake.await_calls("cuEventRecord", records + 2);
         let load = kv.copy(Direction::Scatter, &[chunk(&[1], 1 << 18)], &pool).unwrap();
+        fake.await_calls("cuEventRecord", records + 4);
+        let late = kv.copy(Direction::Gather, &[chunk(&[0], 1 << 19)], &pool).unwrap();
         drop(pool);
         thread::scope(|scope| {
             let closing = [(); 2].map(|()| scope.spawn(|| kv.memory.close()));
@@ -927,15 +931,76 @@ fn closing_waits_for_copies_under_way() {
             while kv.memory.set_method(Method::Batch).is_ok() {
                 thread::yield_now();
             }
+            let error = wait(late.ended()).unwrap_err();
+            assert_eq!(error.code, ErrorCode::Closed, "the device was not asked for it: {error}");
             assert!(!closing.iter().any(thread::ScopedJoinHandle::is_finished));
             fake.hold(false);
         });
+        assert_eq!((late.doubt(), kv.memory.doubt()), (None, None));
         assert_eq!(store.arrays(), 3);
         wait(store.ended()).unwrap();
         wait(load.ended()).unwrap();
         let [streams, .., pins, modules, contexts] = fake.alive();
         assert_eq!((streams, pins, modules, contexts), (1, 0, 0, 1), "the engine's alone");
         assert_eq!(violations(), 0);
+    });
+}
+
+#[test]
+fn closing_ends_though_the_device_does_not() {
+    let leaks = [On::Fake(&[("FAKECUDA_STRICT", "0")])];
+    on("closing_ends_though_the_device_does_not", &leaks, true, || {
+        let mut engine = Engine::new(0);
+        // Of the load more is left than parts that may be under way.
+        let [kv, stuck] = [64, 1].map(|mib| Kv::new(&mut engine, flat(1, 2, mib << 20)));
+        let fake = Fake::here().unwrap();
+        let held = Arc::new(AtomicUsize::new(0));
+        let guarded = |pool| Guarded {
+            pool,
+            held: Arc::clone(&held),
+            asked: Mutex::new(Asked::Hold),
+            code: 999,
+        };
+        let pool: Arc<dyn Memory> = Arc::new(guarded(private(POOL_STEP)));
+        let records = fake.calls("cuEventRecord");
+        let store = stuck.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        fake.await_calls("cuEventRecord", records + 2);
+        let load = kv.copy(Direction::Scatter, &[chunk(&[1], 0)], &pool).unwrap();
+        fake.await_calls("cuEventRecord", records + 3 + 4);
+        let waits = fake.calls("cuStreamWaitEvent");
+        thread::scope(|scope| {
+            for memory in [&kv.memory, &stuck.memory] {
+                scope.spawn(|| memory.close());
+            }
+        });
+        for (copying, memory) in [(&load, &kv.memory), (&store, &stuck.memory)] {
+            let error = wait(copying.ended()).unwrap_err();
+            assert!(error.message.contains("start the process anew"), "{error}");
+            assert_eq!(copying.doubt(), Some(error.clone()));
+            assert_eq!(memory.doubt(), Some(error));
+        }
+        assert_eq!(held.load(Ordering::SeqCst), 1, "the store's slots are never another's");
+        // Compute in the load's blocks, which the engine takes for failed, comes after what is under way.
+        assert_eq!(fake.calls("cuStreamWaitEvent"), waits + 1);
+        fake.hold(false);
+    });
+}
+
+#[test]
+fn closing_ends_though_a_call_of_the_drivers_does_not() {
+    let leaks = [On::Fake(&[("FAKECUDA_STRICT", "0")])];
+    on("closing_ends_though_a_call_of_the_drivers_does_not", &leaks, true, || {
+        let mut engine = Engine::new(0);
+        let kv = Kv::new(&mut engine, flat(1, 2, 4096));
+        let fake = Fake::here().unwrap();
+        let launched = fake.calls("cuLaunchKernel");
+        fake.hold_calls(Some("cuLaunchKernel"), 0);
+        let copying = kv.copy(Direction::Gather, &[chunk(&[0], 0)], &private(1 << 20)).unwrap();
+        fake.await_calls("cuLaunchKernel", launched + 1);
+        kv.memory.close();
+        let error = wait(copying.ended()).unwrap_err();
+        assert_eq!((copying.doubt(), kv.memory.doubt()), (Some(error.clone()), Some(error)));
+        fake.hold_calls(None, 0);
     });
 }
 
