@@ -68,8 +68,9 @@ pub(super) fn run(set_up: &SetUp, ready: &SyncSender<Result<()>>) {
             if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                 shared.lock().failed =
                     Some(Error::new(ErrorCode::Internal, "the thread for CUDA panicked"));
+                worker.settle(); // before anything is given back
             }
-            worker.end() // waits for what is under way before anything is given back
+            worker.end()
         });
         if !matches!(worker, Ok(End::InDoubt)) {
             made.release(&shared, &current);
@@ -161,7 +162,6 @@ impl Made {
 
     fn release(self, shared: &Shared, current: &Current<'_>) {
         for stream in self.streams {
-            let _ = current.synchronize(stream); // nothing is under way, unless the thread panicked
             current.destroy_stream(stream);
         }
         let mut state = shared.lock();
@@ -265,16 +265,20 @@ impl Worker<'_> {
         }
     }
 
+    /// Waits for what is under way, of which nothing is known any more.
+    fn settle(&self) {
+        for lane in &self.lanes {
+            let _ = self.current.synchronize(lane.stream);
+        }
+    }
+
+    /// Gives back what is no stream's; nothing is under way, unless that is in doubt.
     fn end(mut self) -> End {
         self.pools.iter().for_each(|pool| pool.ahead.stop());
         self.pools.iter_mut().for_each(|pool| pool.ahead.wait());
         if self.doubtful {
             std::mem::forget((self.pools, self.tables));
             return End::InDoubt;
-        }
-        // Nothing is under way, unless the thread panicked.
-        for lane in &self.lanes {
-            let _ = self.current.synchronize(lane.stream);
         }
         self.tables.drain(..).for_each(|table| table.free(self.current));
         self.pools.clear(); // while the context is current

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 use kvferry_copy::cuda::{self, CudaMemory, ExportedMemory, IpcArray, Method};
@@ -952,7 +953,7 @@ fn closing_ends_though_the_device_does_not() {
     on("closing_ends_though_the_device_does_not", &leaks, true, || {
         let mut engine = Engine::new(0);
         // Of the load more is left than parts that may be under way.
-        let [kv, stuck] = [64, 1].map(|mib| Kv::new(&mut engine, flat(1, 2, mib << 20)));
+        let [kv, stuck, idle] = [64, 1, 1].map(|mib| Kv::new(&mut engine, flat(1, 2, mib << 20)));
         let fake = Fake::here().unwrap();
         let held = Arc::new(AtomicUsize::new(0));
         let guarded = |pool| Guarded {
@@ -968,6 +969,12 @@ fn closing_ends_though_the_device_does_not() {
         let load = kv.copy(Direction::Scatter, &[chunk(&[1], 0)], &pool).unwrap();
         fake.await_calls("cuEventRecord", records + 3 + 4);
         let waits = fake.calls("cuStreamWaitEvent");
+        let began = Instant::now();
+        let of_nothing = idle.copy(Direction::Gather, &[chunk(&[0], 0)], &pool).unwrap();
+        idle.memory.close();
+        assert_eq!(wait(of_nothing.ended()).unwrap_err().code, ErrorCode::Closed);
+        assert_eq!((of_nothing.doubt(), idle.memory.doubt()), (None, None));
+        assert!(began.elapsed() < Duration::from_secs(8), "nobody waits for what was not begun");
         thread::scope(|scope| {
             for memory in [&kv.memory, &stuck.memory] {
                 scope.spawn(|| memory.close());
