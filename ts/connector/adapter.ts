@@ -169,6 +169,6 @@ export interface WorkerAdapter {
 	): [finishedSending: Set<string>, finishedRecving: Set<string>];
 	/** Blocks that loads should have filled and did not, since the last call. */
 	getBlockIdsWithLoadErrors(): Set<number>;
-	/** Ends everything, once nothing is copied any more. */
+	/** Ends everything, once nothing is copied any more; what a GPU does not come to, ten seconds later. */
 	shutdown(): Promise<void>;
 }

@@ -25,6 +25,9 @@ use crate::writers::Writers;
 const RECONNECT_MIN: Duration = Duration::from_millis(50);
 /// Between two tries at most.
 const RECONNECT_MAX: Duration = Duration::from_secs(1);
+/// How long a connection that has ended stays for what a GPU writes to what was granted over it; from then on, until the
+/// process ends.
+const QUIET_MAX: Duration = Duration::from_secs(10);
 /// How long `close` waits for the server to hear of it.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// From connecting to being ready, unless told.
@@ -381,7 +384,7 @@ pub(crate) fn unexpected(operation: Operation, reply: &Reply) -> Error {
 }
 
 /// A connection in use. However its use ends, the socket closes after the last write to what was
-/// granted over it: the server gives the slots to others then.
+/// granted over it, or with the process: the server gives the slots to others then.
 struct InUse {
     session: Arc<Session>,
     link: Option<Link>,
@@ -391,12 +394,15 @@ impl Drop for InUse {
     fn drop(&mut self) {
         // Who waits hears of it even where the runtime ends, which polls nobody any more.
         self.session.end(&self.session.ended());
-        let last = Last { session: Arc::clone(&self.session), _link: self.link.take() };
+        let until = Instant::now() + QUIET_MAX;
+        let last = Last { session: Arc::clone(&self.session), link: self.link.take(), until };
         // What a GPU writes takes as long as the GPU does. Nobody waits for it but the socket.
         if !last.session.shut()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            runtime.spawn(async move { last.session.quiet().await });
+            runtime.spawn(async move {
+                let _ = timeout_at(last.until.into(), last.session.quiet()).await;
+            });
         }
     }
 }
@@ -404,12 +410,16 @@ impl Drop for InUse {
 /// A socket that closes when nothing is written any more.
 struct Last {
     session: Arc<Session>,
-    _link: Option<Link>,
+    link: Option<Link>,
+    until: Instant,
 }
 
 impl Drop for Last {
     fn drop(&mut self) {
         while !self.session.is_quiet() {
+            if Instant::now() >= self.until {
+                return std::mem::forget(self.link.take());
+            }
             thread::sleep(LOOK); // the runtime ends
         }
     }

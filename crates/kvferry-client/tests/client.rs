@@ -535,6 +535,29 @@ async fn what_a_gpu_still_writes_keeps_its_slots_and_holds_nobody_up() {
 }
 
 #[tokio::test]
+async fn a_runtime_ends_though_a_gpu_does_not_and_the_socket_outlives_it() {
+    let (name, _region) = pool("runtime");
+    let router = Router::honest(&name).await;
+    let options = router.options();
+    let ending = tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let writing = runtime.block_on(async {
+            let client = Client::connect(options).await.unwrap();
+            let instance = client.register(layout(), soon()).await.unwrap();
+            let grant = client.prepare_store(&key(), instance, soon()).await.unwrap();
+            grant.memory.permit().unwrap()
+        });
+        drop(runtime);
+        writing
+    });
+    let writing = timeout(Duration::from_secs(60), ending).await.expect("it ends").unwrap();
+    // The router takes the next client when the socket of this one has closed.
+    let next = Client::connect(router.options());
+    assert!(timeout(Duration::from_millis(200), next).await.is_err(), "its slots are kept");
+    drop(writing);
+}
+
+#[tokio::test]
 async fn an_instance_that_was_given_up_is_not_unregistered() {
     let (name, _region) = pool("given_up");
     let mut router = Router::honest(&name).await;

@@ -125,6 +125,8 @@ driver! {
 /// A call that failed.
 pub(crate) struct Failed {
     pub(crate) error: Error,
+    /// Call and code alone.
+    pub(crate) what: String,
     /// Nothing that was asked of the device goes on, and no later call will succeed.
     pub(crate) lost: bool,
 }
@@ -225,8 +227,9 @@ impl Driver {
             }
             _ => "what was to be copied cannot be used",
         };
-        let message = format!("{call} failed with {}: {meaning}", self.name(code));
-        Err(Failed { error: Error::new(ErrorCode::CudaFailed, message), lost })
+        let what = format!("{call} failed with {}", self.name(code));
+        let error = Error::new(ErrorCode::CudaFailed, format!("{what}: {meaning}"));
+        Err(Failed { error, what, lost })
     }
 
     /// CUDA's name of an error.

@@ -356,13 +356,14 @@ impl Worker<'_> {
                     news = true;
                 }
                 // Whatever the reason: the copies may be under way, so all that they need stays.
-                Err(Failed { error, lost }) => {
+                Err(Failed { error, what, lost }) => {
                     let since = *doubted.get_or_insert_with(Instant::now);
                     let job = parts.front().map(|part| part.job);
                     if let Some(running) = jobs.iter_mut().find(|running| Some(running.id) == job) {
                         running.failed.get_or_insert_with(|| error.clone());
                     }
                     if lost || since.elapsed() > DOUBT_MAX {
+                        let error = if lost { error } else { unanswered(&what) };
                         self.shared.lock().failed.get_or_insert_with(|| error.clone());
                         self.lose(&error, lost);
                     }
@@ -546,6 +547,7 @@ impl Worker<'_> {
                 running.failed.get_or_insert_with(|| error.clone());
                 running.in_doubt = !lost && running.parts > 0;
                 if running.in_doubt {
+                    running.failed = Some(error.clone()); // it says more than the call that failed
                     std::mem::forget(Arc::clone(&running.job.pool));
                 }
             }
@@ -561,6 +563,17 @@ impl Worker<'_> {
             }
         }
     }
+}
+
+/// The doubt of copies that a call never told the end of.
+fn unanswered(what: &str) -> Error {
+    let message = format!(
+        "the GPU has not told for {} s whether its copies are over ({what}): no later copy of this KV memory is tried, and \
+         what these may yet write to stays set apart; shut the adapter down, and start the process anew if the GPU does \
+         not answer",
+        DOUBT_MAX.as_secs()
+    );
+    Error::new(ErrorCode::CudaFailed, message)
 }
 
 /// Collects the pieces of a job's next part, cut where one registration ends and the next begins.

@@ -1194,7 +1194,15 @@ fn a_driver_that_never_says_whether_copies_are_done_keeps_what_it_may_write() {
         assert!(wait(of_nothing.ended()).is_err());
         assert_eq!(of_nothing.doubt(), None, "nothing of it was asked for");
         let later = kv.copy(Direction::Gather, &[chunk(&[2], 0)], &pool);
-        assert_eq!(later.unwrap_err().code, ErrorCode::CudaFailed);
+        let later = later.map(drop).unwrap_err();
+        assert_eq!(copying.doubt().as_ref(), Some(&later));
+        for said in [
+            "cuEventQuery failed with CUDA_ERROR_UNKNOWN",
+            "no later copy",
+            "shut the adapter down",
+        ] {
+            assert!(later.message.contains(said), "{later}");
+        }
         fake.reset();
         drop(kv);
         assert_eq!(held.load(Ordering::SeqCst), 1, "the slots are never another's");
