@@ -112,6 +112,14 @@ const calls = {
 		const wrong = [...connector.getBlockIdsWithLoadErrors()];
 		return { there, wrong, failure: adapter.failure?.message };
 	},
+	/** Shuts down while a store is under way. @param {number[]} blocks @param {number[]} tokenIds */
+	async shutdownInStore(blocks, tokenIds) {
+		bind("STORE", blocks, tokenIds);
+		connector.waitForSave();
+		await storing;
+		await connector.shutdown();
+		return adapter.failure?.message;
+	},
 	shutdown: () => connector.shutdown(),
 	async end() {
 		await client.close();

@@ -466,6 +466,22 @@ describe("a process that ends in mid-copy", () => {
 		});
 	}
 
+	it("ends though the GPU never does, and keeps until then what may be written", async () => {
+		const byteLength = sizes(layout).layer;
+		const { server, client } = await serve(256);
+		const exporter = await Exporter.start(LAYERS * byteLength);
+		const settings = { FAKECUDA_STRICT: "0", FAKECUDA_DELAY_US: "1000000000", FAKECUDA_SEED: "1" };
+		const engine = await Engine.start(root, server, settings);
+		await engine.ask("register", byHandle(exporter.handle, byteLength), gpu(layout));
+		const failure = await within(25_000, engine.ask("shutdownInStore", blocks, tokens));
+		expect(failure).toMatch(/does not come to the end.*start the process anew/);
+		expect(await client.status()).toMatchObject({ slots_writing: 4, slots_apart: 0 });
+		await within(25_000, engine.end());
+		expect(await engine.ended).toMatchObject({ code: 0 });
+		await expect.poll(async () => (await client.status()).slots_writing, LONG).toBe(0);
+		await exporter.end();
+	}, 60_000);
+
 	async function storeFromHost(via: Client, byteLength: number): Promise<void> {
 		const adapter = createWorkerAdapter({ via, modelName: "m", saveTimeoutMs: 60_000 });
 		const connector = use(new WorkerConnector({ adapter }));
