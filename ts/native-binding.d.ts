@@ -87,6 +87,8 @@ export declare class KvTensorsStore {
 export declare class LlamaState {
   /** `descriptor` describes the geometry; `streams` is the number of the context's streams. */
   constructor(cache: PrefixCache, descriptor: Uint8Array, streams: number)
+  /** Gives the memory of files back, that of those in use as soon as they are released. */
+  close(): void
   /** An empty file for the engine to save into. */
   createFile(): LlamaStateFile
   /**
@@ -113,7 +115,7 @@ export declare class LlamaStateFile {
   get bytes(): number
   /** Milliseconds until the cache had answered. */
   get lookupMs(): number
-  /** Lets go of the file; it is used again for the next one. */
+  /** Lets go of the file, once it is stored; it is used again for the next one. */
   release(): void
 }
 

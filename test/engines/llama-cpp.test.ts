@@ -1,3 +1,4 @@
+import { readdirSync, readlinkSync } from "node:fs";
 import { copyFile, mkdtemp, open, readFile, rename, rm, unlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -398,6 +399,16 @@ describe("a server or a client that was closed", () => {
 });
 
 describe("a call that its signal ends", () => {
+	/** Files of states that this process holds in memory. */
+	const files = () =>
+		readdirSync("/proc/self/fd").filter((fd) => {
+			try {
+				return readlinkSync(`/proc/self/fd/${fd}`).includes("kvferry-state");
+			} catch {
+				return false; // closed meanwhile
+			}
+		}).length;
+
 	const aborted = { code: "ABORTED" };
 
 	it("changes nothing where it had ended before", async () => {
@@ -447,6 +458,27 @@ describe("a call that its signal ends", () => {
 		expect(saved).toMatchObject({ storedTokens: 0, failure: aborted });
 		await server.kill();
 		session.dispose();
+	});
+
+	it("leaves no state in memory, though the store goes on", async () => {
+		const before = files();
+		await using server = await ServerProcess.start("--chunk-size", String(CHUNK));
+		const client = await Client.connect({ url: server.url });
+		handles.push(() => client.close());
+		const { context, cache } = await newCache(client);
+		const sequence = context.getSequence();
+		await sequence.evaluateWithoutGeneratingNewTokens(engine.tokens.slice(0, 40));
+		await server.stop();
+		for (let i = 0; i < 4; i++) {
+			const signal = AbortSignal.timeout(300);
+			const saving = cache.save(sequence, { timeoutMs: 1_000, cacheSalt: `tenant${i}`, signal });
+			await expect(saving).rejects.toMatchObject({ code: "ABORTED" });
+		}
+		expect(files()).toBeGreaterThan(before);
+		await expect.poll(files, { timeout: 10_000 }).toBeLessThanOrEqual(before + 2); // for the next ones
+		await server.kill();
+		await cache.close();
+		expect(files()).toBe(before);
 	});
 });
 

@@ -371,7 +371,10 @@ export class LlamaPrefixCache implements AsyncDisposable {
 	 * `Server`. Calling it again does nothing.
 	 */
 	close(): Promise<void> {
-		return this.#calls.close(() => this.#prefix.close());
+		return this.#calls.close(async () => {
+			this.#state.close();
+			await this.#prefix.close();
+		});
 	}
 
 	/** The same as {@link LlamaPrefixCache.close}. */

@@ -1,6 +1,7 @@
 //! llama.cpp's state files between an engine and a prefix cache.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::mem::replace;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvferry_copy::MemFd;
@@ -17,20 +18,31 @@ use crate::promise::{deadline, promise, run_copies};
 /// Files that are kept for the next use.
 const KEPT: usize = 2;
 
+/// Files that are kept; none any more once the cache was closed.
+type Kept = Arc<Mutex<Option<Vec<MemFd>>>>;
+
+/// Where the memory of a [`LlamaStateFile`] is.
+enum Slot {
+    Here(MemFd),
+    BeingStored,
+    /// Also while it is still being stored: that gives it back when it ends.
+    Released,
+}
+
 /// One engine context's state in a prefix cache.
 #[napi]
 pub struct LlamaState {
     cache: Arc<prefix::PrefixCache>,
     geometry: Arc<Geometry>,
     streams: u32,
-    kept: Arc<Mutex<Vec<MemFd>>>,
+    kept: Kept,
 }
 
 /// A state file in memory.
 #[napi]
 pub struct LlamaStateFile {
-    file: Arc<Mutex<Option<MemFd>>>,
-    kept: Arc<Mutex<Vec<MemFd>>>,
+    slot: Arc<Mutex<Slot>>,
+    kept: Kept,
     path: String,
     tokens: u32,
     found: u32,
@@ -80,7 +92,14 @@ impl LlamaState {
     #[napi(constructor, catch_unwind)]
     pub fn new(cache: &PrefixCache, descriptor: &[u8], streams: u32) -> Result<Self> {
         let geometry = Arc::new(Geometry::decode(descriptor).map_err(to_napi)?);
-        Ok(Self { cache: Arc::clone(&cache.inner), geometry, streams, kept: Arc::default() })
+        let kept = Arc::new(Mutex::new(Some(Vec::new())));
+        Ok(Self { cache: Arc::clone(&cache.inner), geometry, streams, kept })
+    }
+
+    /// Gives the memory of files back, that of those in use as soon as they are released.
+    #[napi(catch_unwind)]
+    pub fn close(&self) {
+        lock(&self.kept).take();
     }
 
     /// An empty file for the engine to save into.
@@ -136,7 +155,7 @@ impl LlamaState {
         timeout_ms: u32,
     ) -> Result<PromiseRaw<'env, LlamaStored>> {
         let (this, tokens, until) = (self.clone(), tokens.to_vec(), deadline(timeout_ms));
-        let (owner, mut file) = (Arc::clone(&file.file), file.take()?);
+        let (slot, mut file) = (Arc::clone(&file.slot), file.take()?);
         promise(env, async move {
             let (cache, geometry) = (&this.cache, &this.geometry);
             let stored = match file.contents() {
@@ -146,7 +165,13 @@ impl LlamaState {
                 }
                 Err(error) => Err(error),
             };
-            *owner.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+            let mut slot = lock(&slot);
+            if matches!(*slot, Slot::Released) {
+                keep(&this.kept, file); // whoever asked for the store has left it
+            } else {
+                *slot = Slot::Here(file);
+            }
+            drop(slot);
             stored.map(|stored| LlamaStored {
                 chunks: stored.chunks,
                 #[expect(clippy::cast_precision_loss, reason = "JavaScript's numbers")]
@@ -168,7 +193,7 @@ impl LlamaState {
     }
 
     fn file(&self) -> kvferry_core::Result<MemFd> {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let kept = lock(&self.kept).as_mut().and_then(Vec::pop);
         kept.map_or_else(|| MemFd::new(c"kvferry-state"), Ok)
     }
 
@@ -176,7 +201,7 @@ impl LlamaState {
         let chunk_size = self.cache.chunk_size();
         LlamaStateFile {
             path: file.path(),
-            file: Arc::new(Mutex::new(Some(file))),
+            slot: Arc::new(Mutex::new(Slot::Here(file))),
             kept: Arc::clone(&self.kept),
             tokens: restored.written * chunk_size,
             found: restored.found * chunk_size,
@@ -219,21 +244,35 @@ impl LlamaStateFile {
         self.lookup_ms
     }
 
-    /// Lets go of the file; it is used again for the next one.
+    /// Lets go of the file, once it is stored; it is used again for the next one.
     #[napi(catch_unwind)]
     pub fn release(&self) {
-        if let Ok(file) = self.take() {
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() < KEPT {
-                kept.push(file);
-            }
+        if let Slot::Here(file) = replace(&mut *lock(&self.slot), Slot::Released) {
+            keep(&self.kept, file);
         }
     }
 
     fn take(&self) -> Result<MemFd> {
-        let file = self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
-        file.ok_or_else(|| {
-            to_napi(Error::new(ErrorCode::Closed, "the state file was released or is being stored"))
-        })
+        let mut slot = lock(&self.slot);
+        match replace(&mut *slot, Slot::BeingStored) {
+            Slot::Here(file) => Ok(file),
+            other => {
+                *slot = other;
+                Err(to_napi(Error::new(
+                    ErrorCode::Closed,
+                    "the state file was released or is being stored",
+                )))
+            }
+        }
     }
+}
+
+fn keep(kept: &Kept, file: MemFd) {
+    if let Some(files) = lock(kept).as_mut().filter(|files| files.len() < KEPT) {
+        files.push(file);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
