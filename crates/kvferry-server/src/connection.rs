@@ -35,6 +35,10 @@ const WRITE: usize = 256 << 10;
 const AWAKE: Duration = Duration::from_micros(100);
 /// A pause between two requests of a peer that runs on the same processor is shorter.
 const SHARED: Duration = Duration::from_micros(15);
+/// After so long without waiting for its peer a connection lets others have their turn, and after so many bytes: what comes
+/// faster than it is read would keep everything else on this thread waiting.
+const TURN: Duration = Duration::from_millis(1);
+const TURN_BYTES: usize = 256 << 10;
 /// Bytes of unfinished messages that all connections may hold together.
 const UNFINISHED_MAX: usize = 256 << 20;
 
@@ -71,6 +75,26 @@ impl Part<'_> {
 impl Drop for Part<'_> {
     fn drop(&mut self) {
         self.set(0);
+    }
+}
+
+/// What a connection has done since others had their turn.
+struct Turn {
+    since: std::time::Instant,
+    bytes: usize,
+}
+
+impl Turn {
+    fn begin() -> Self {
+        Self { since: std::time::Instant::now(), bytes: 0 }
+    }
+
+    /// Lets others go on if they have waited for long enough.
+    async fn pass_on(&mut self) {
+        if self.bytes >= TURN_BYTES || self.since.elapsed() >= TURN {
+            tokio::task::yield_now().await;
+            *self = Self::begin();
+        }
     }
 }
 
@@ -138,7 +162,8 @@ async fn talk(
     let mut zmtp =
         Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
     let mut deadline = Some(Instant::now() + HANDSHAKE);
-    let (mut awake, mut turn) = (false, 0);
+    let (mut awake, mut arrival) = (false, 0);
+    let mut turn = Turn::begin();
     loop {
         send(stream, &mut output).await?;
         // A long frame comes whole and alone: what came with it would have to be copied away from it.
@@ -148,7 +173,7 @@ async fn talk(
         let mut room = (&mut input).limit(most);
         let answered = std::time::Instant::now();
         let mut waited = false;
-        // All that is there is read before it waits, however much that is.
+        // All that is there is read before it waits, however much that is; only its turn ends it.
         let read = unconstrained(stream.read_buf(&mut room));
         let read = awake_until(awake.then(|| answered + AWAKE), read, &mut waited);
         let read = async {
@@ -167,20 +192,24 @@ async fn talk(
                     peer.is_heard_out();
                 }
                 awake = false;
+                turn.pass_on().await;
                 continue;
             }
             read = read => read,
         };
-        if read? == 0 {
+        let read = read?;
+        if read == 0 {
             return Ok(());
         }
         if waited {
             peer.is_heard_out();
+            turn = Turn::begin();
         }
-        let before = std::mem::replace(&mut turn, service.next_turn());
+        turn.bytes += read;
+        let before = std::mem::replace(&mut arrival, service.next_turn());
         // Not where it was in vain, nor where others keep the thread awake; and who is as fast as this shares our
         // processor, and needs it.
-        awake = turn == before + 1
+        awake = arrival == before + 1
             && (SHARED..if awake { AWAKE } else { 2 * AWAKE }).contains(&answered.elapsed());
         let arrived = input.len();
         let mut ready = false;
@@ -215,7 +244,9 @@ async fn talk(
             if output.remaining() > WRITE {
                 send(stream, &mut output).await?;
             }
+            turn.pass_on().await;
         }
+        turn.pass_on().await; // not every frame is an event
         if input.len() < arrived {
             // What stays must not keep the space of what was taken.
             input = BytesMut::from(&input[..]);
@@ -636,6 +667,75 @@ mod tests {
             drop(near);
         };
         tokio::join!(serving, client).0.unwrap();
+    }
+
+    /// A stream whose next bytes are always there, until there were this many.
+    struct Flood {
+        handshake: BytesMut,
+        repeated: BytesMut,
+        left: usize,
+    }
+
+    impl AsyncRead for Flood {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let room = buffer.remaining();
+            let length = self.handshake.len().min(room);
+            let begins = self.handshake.split_to(length);
+            buffer.put_slice(&begins);
+            while self.left > 0 && buffer.remaining() >= self.repeated.len() {
+                self.left = self.left.saturating_sub(self.repeated.len());
+                buffer.put_slice(&self.repeated);
+            }
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Flood {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_peer_whose_bytes_never_end_lets_others_have_their_turn() {
+        let unknown = message(&[vec![1], b"\xa1x".to_vec()].map(Bytes::from));
+        let pong = BytesMut::from(&b"\x04\x05\x04PONG"[..]);
+        for repeated in [unknown, pong, noop()] {
+            let host = Host::new();
+            let flood = Flood { handshake: handshake(), repeated, left: 16 << 20 };
+            let mut peer = Peer::new(host.store.connect());
+            let door = Door { tokens: None, open: true };
+            let mut turns = 0;
+            tokio::select! {
+                biased;
+                departure = serve(flood, &host.service, &mut peer, &host.unfinished, &door) => {
+                    assert_eq!(departure, Departure::Ended);
+                }
+                () = async {
+                    loop {
+                        turns += 1;
+                        tokio::task::yield_now().await;
+                    }
+                } => {}
+            }
+            assert!(turns >= 16 << 20 >> 18, "{turns}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
