@@ -40,7 +40,7 @@ impl Store {
         let chunks = self.chunks(key)?;
         let prompt = self.prompt(key);
         let (layouts, spaces) =
-            self.lock().layouts(key).map(|of_ranks| of_ranks.into_iter().unzip()).unzip();
+            self.lock().layouts(key, None).map(|of_ranks| of_ranks.into_iter().unzip()).unzip();
         let registered = spaces.is_some();
         let asked = Asked {
             model_name: key.model_name.clone(),

@@ -24,7 +24,8 @@ pub(crate) struct State {
     pub(crate) pool: Pool,
     pub(crate) index: Index,
     pub(crate) owners: HashMap<Owner, Belongings>,
-    /// The layout that lookups of a (model, world size) mean: the latest that was registered.
+    /// The layout that lookups of a (model, world size) mean whose peer says nothing of its own: the latest that was
+    /// registered.
     pub(crate) layouts: HashMap<(String, u32), Arc<Registered>>,
     /// The layout that each rank of a (model, world size) was last seen with, while it is registered: stages of
     /// a pipeline may have unlike shapes, and registering does not say whose shape it is.
@@ -104,17 +105,33 @@ impl DerefMut for Locked<'_> {
 pub(crate) struct Belongings {
     pub(crate) sessions: HashSet<String>,
     pub(crate) instances: HashSet<u64>,
+    /// Instances of other peers that stored or retrieved for requests which this one looked up, the latest last: an LMCache
+    /// scheduler's workers have connections of their own.
+    pub(crate) workers: VecDeque<u64>,
 }
+
+/// Workers of a peer that are remembered.
+const WORKERS_MAX: usize = 256;
 
 pub(crate) struct Registered {
     pub(crate) layout: Layout,
     pub(crate) object_bytes: u64,
 }
 
+impl Registered {
+    fn is_of(&self, key: &Key) -> bool {
+        let Layout { model_name, world_size, .. } = &self.layout;
+        *model_name == key.model_name && *world_size == key.world_size
+    }
+}
+
 pub(crate) struct Instance {
     pub(crate) registered: Arc<Registered>,
     /// Larger for one that was registered later.
     pub(crate) age: u64,
+    /// The same, of its last store or load.
+    pub(crate) used: u64,
+    pub(crate) ranks: Ranks,
     /// Oldest first, as their commits come.
     pub(crate) stores: HashMap<Range, VecDeque<Reservation>>,
     pub(crate) retrievals: HashMap<Range, VecDeque<Retrieval>>,
@@ -122,7 +139,35 @@ pub(crate) struct Instance {
     pub(crate) apart: HashMap<Range, VecDeque<Apart>>,
 }
 
+/// The ranks that an instance has stored or loaded for; registering does not say.
+#[derive(Default)]
+pub(crate) struct Ranks([u64; 4]);
+
+impl Ranks {
+    fn insert(&mut self, rank: u32) {
+        if let Some(bits) = self.0.get_mut(rank as usize / 64) {
+            *bits |= 1 << (rank % 64);
+        }
+    }
+
+    fn has(&self, rank: usize) -> bool {
+        self.0.get(rank / 64).is_some_and(|bits| bits >> (rank % 64) & 1 == 1)
+    }
+}
+
 impl Instance {
+    pub(crate) fn new(registered: Arc<Registered>, age: u64) -> Self {
+        Self {
+            registered,
+            age,
+            used: age,
+            ranks: Ranks::default(),
+            stores: HashMap::new(),
+            retrievals: HashMap::new(),
+            apart: HashMap::new(),
+        }
+    }
+
     fn holds_nothing(&self) -> bool {
         self.stores.is_empty() && self.retrievals.is_empty() && self.apart.is_empty()
     }
@@ -309,15 +354,36 @@ impl State {
         self.pool.give_back(evicted);
     }
 
-    /// The layout and the space of each rank's objects; `None` when no engine of the model is registered.
-    pub(crate) fn layouts(&self, key: &Key) -> Option<Vec<(Arc<Registered>, [u8; 32])>> {
+    /// The layout and the space of each rank's objects as `whose` peer means them, or anybody; `None` when no engine of the
+    /// model is registered.
+    ///
+    /// Engines of one model may have unlike layouts: a peer means that of its own instances, or of those that work for
+    /// it. What others stored last is only for who has none, and for stages of a pipeline that it has not met.
+    pub(crate) fn layouts(
+        &self,
+        key: &Key,
+        whose: Option<Owner>,
+    ) -> Option<Vec<(Arc<Registered>, [u8; 32])>> {
         let place = (key.model_name.clone(), key.world_size);
         let latest = self.layouts.get(&place)?;
         let ranks = self.rank_layouts.get(&place);
+        let seen = |rank: usize| ranks.and_then(|ranks| ranks.get(rank)?.as_ref());
+        let own = self.own(key, whose);
+        let newest = own.last().map(|instance| &instance.registered);
+        // A pipeline's other stages have been seen with layouts of their own; another engine's ranks with none of ours.
+        let ours =
+            |seen: &Arc<Registered>| own.iter().any(|it| it.registered.layout == seen.layout);
+        let whole = newest.filter(|_| key.world_size == 1);
+        let mixed = whole.is_none() && (0..key.world_size as usize).filter_map(seen).any(ours);
         let mut last: Option<(&Arc<Registered>, [u8; 32])> = None;
         let spaces = (0..key.world_size as usize).map(|rank| {
-            let seen = ranks.and_then(|ranks| ranks.get(rank)?.as_ref());
-            let registered = seen.unwrap_or(latest);
+            let placed = own.iter().rev().find(|instance| instance.ranks.has(rank));
+            let registered = match (whole, placed, newest) {
+                (Some(whole), ..) => whole,
+                (None, Some(placed), _) => &placed.registered,
+                (None, None, Some(newest)) if !mixed => newest,
+                (None, None, newest) => seen(rank).or(newest).unwrap_or(latest),
+            };
             let id = match last {
                 Some((known, id)) if Arc::ptr_eq(known, registered) => id,
                 _ => space(&registered.layout, &key.cache_salt),
@@ -328,12 +394,46 @@ impl State {
         Some(spaces.collect())
     }
 
-    /// The space of each rank's objects; `None` when no engine of the model is registered.
-    pub(crate) fn spaces(&self, key: &Key) -> Option<Vec<[u8; 32]>> {
-        Some(self.layouts(key)?.into_iter().map(|(_, space)| space).collect())
+    /// The peer's instances of the key's model: first those that work for it, then those that it registered or used itself,
+    /// the latest last.
+    fn own(&self, key: &Key, whose: Option<Owner>) -> Vec<&Instance> {
+        let Some(belongings) = whose.and_then(|owner| self.owners.get(&owner)) else {
+            return Vec::new();
+        };
+        let workers = belongings.workers.iter().map(|id| (false, id));
+        let all = workers.chain(belongings.instances.iter().map(|id| (true, id)));
+        let mut own: Vec<(bool, &Instance)> = all
+            .filter_map(|(itself, id)| Some((itself, self.instances.get(id)?)))
+            .filter(|(_, instance)| instance.registered.is_of(key))
+            .collect();
+        own.sort_unstable_by_key(|(itself, instance)| (*itself, instance.used));
+        own.into_iter().map(|(_, instance)| instance).collect()
     }
 
-    /// A rank prepares with the layout of its instance.
+    /// The space of each rank's objects, as [`State::layouts`].
+    pub(crate) fn spaces(&self, key: &Key, whose: Option<Owner>) -> Option<Vec<[u8; 32]>> {
+        Some(self.layouts(key, whose)?.into_iter().map(|(_, space)| space).collect())
+    }
+
+    /// A rank stores or loads with the layout of its instance, for whoever looked the request up.
+    pub(crate) fn meet_rank(&mut self, key: &Key, owner: Owner, instance: u64, rank: u32) {
+        let used = self.next();
+        let Some(known) = self.instances.get_mut(&instance) else { return };
+        known.used = used;
+        known.ranks.insert(rank);
+        let asked = self.sessions.get(&key.request_id).map(|session| session.owner);
+        let asked = asked.filter(|asked| *asked != owner).and_then(|it| self.owners.get_mut(&it));
+        let Some(Belongings { instances, workers, .. }) = asked else { return };
+        if instances.contains(&instance) || workers.contains(&instance) {
+            return;
+        }
+        if workers.len() == WORKERS_MAX {
+            workers.pop_front();
+        }
+        workers.push_back(instance);
+    }
+
+    /// What the rank stores or has loaded is what others are to look for who have no layout of their own.
     pub(crate) fn place_rank(&mut self, key: &Key, rank: u32, registered: &Arc<Registered>) {
         let ranks = self.rank_layouts.entry((key.model_name.clone(), key.world_size)).or_default();
         let rank = rank as usize;
@@ -361,7 +461,7 @@ impl State {
         };
         let known = &self.instances.get(&instance).ok_or_else(unknown)?.registered;
         let layout = &known.layout;
-        if layout.model_name != key.model_name || layout.world_size != key.world_size {
+        if !known.is_of(key) {
             return Err(unknown());
         }
         let rank = key.worker_id.filter(|rank| *rank < key.world_size).ok_or_else(|| {

@@ -326,25 +326,22 @@ impl Store {
                 state.limits.instances
             )));
         }
-        let place = (layout.model_name.clone(), layout.world_size);
-        let layout_is_whole = layout.world_size == 1;
-        let known = state.instances.get(&instance).map(|known| &known.registered);
-        let known = known.or_else(|| state.layouts.get(&place).filter(|it| it.layout == layout));
-        let registered =
-            known.map_or_else(|| Arc::new(Registered { layout, object_bytes }), Arc::clone);
-        if layout_is_whole {
-            state.rank_layouts.remove(&place); // there is but one rank that it can be of
-        }
-        state.layouts.insert(place, Arc::clone(&registered));
-        state.headroom = state.headroom.max(16 * object_bytes);
         let age = state.next();
-        state.instances.entry(instance).or_insert_with(|| Instance {
-            registered,
-            age,
-            stores: HashMap::new(),
-            retrievals: HashMap::new(),
-            apart: HashMap::new(),
-        });
+        if let Some(known) = state.instances.get_mut(&instance) {
+            known.used = age; // of its own peer's it is the latest; others mean what they meant
+        } else {
+            let place = (layout.model_name.clone(), layout.world_size);
+            let layout_is_whole = layout.world_size == 1;
+            let known = state.layouts.get(&place).filter(|it| it.layout == layout);
+            let registered =
+                known.map_or_else(|| Arc::new(Registered { layout, object_bytes }), Arc::clone);
+            if layout_is_whole {
+                state.rank_layouts.remove(&place); // there is but one rank that it can be of
+            }
+            state.layouts.insert(place, Arc::clone(&registered));
+            state.headroom = state.headroom.max(16 * object_bytes);
+            state.instances.insert(instance, Instance::new(registered, age));
+        }
         state.belongings(owner).instances.insert(instance);
         self.grow_if_needed(&mut state, Instant::now());
         Ok(())
@@ -399,7 +396,7 @@ impl Store {
         let mut state = self.lock();
         state.expire(now);
         let mut hit: Vec<Handle> = Vec::new();
-        let layouts = state.layouts(key);
+        let layouts = state.layouts(key, Some(owner));
         let spaces: Option<Vec<[u8; 32]>> =
             layouts.as_ref().map(|layouts| layouts.iter().map(|(_, space)| *space).collect());
         let asked = state.sessions.get(&key.request_id);
@@ -510,7 +507,8 @@ impl Store {
         let prompt = self.prompt(key);
         let mut state = self.lock();
         state.touch(&key.request_id, now);
-        let Some(spaces) = state.spaces(key) else { return Ok(()) };
+        let asked = state.sessions.get(&key.request_id).map(|session| session.owner);
+        let Some(spaces) = state.spaces(key, asked) else { return Ok(()) };
         let mut released = Vec::new();
         for chunk in chunks {
             let ids = ids_of(&prompt, chunk, &spaces);
@@ -556,6 +554,7 @@ impl Store {
             objects: Vec::new(),
         };
         let Some(range) = range else { return Ok(reserved) };
+        state.meet_rank(key, owner, instance, range.rank);
         state.place_rank(key, range.rank, &registered);
         // A commit names no more than the range, and could be meant for either.
         if state.is_reserved(instance, &range) {
@@ -715,7 +714,7 @@ impl Store {
         state.touch(&key.request_id, now);
         let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
         let Some(range) = range else { return Ok(Some(Vec::new())) };
-        state.place_rank(key, range.rank, &registered);
+        state.meet_rank(key, owner, instance, range.rank);
         if state.held.len() >= HELD_MAX {
             return Err(Error::new(
                 ErrorCode::Timeout,
@@ -741,6 +740,7 @@ impl Store {
             state.counters.failed_retrievals += 1;
             return Ok(None);
         }
+        state.place_rank(key, range.rank, &registered);
         let slots =
             objects.iter().filter_map(|handle| Some(state.index.grant(*handle)?.slot())).collect();
         for handle in &objects {

@@ -429,7 +429,7 @@ fn handle_of(slow: &Slow, chunk: usize) -> crate::index::Handle {
     let key = key("x", 0, chunk as u64 + 1);
     let prompt = slow.store.prompt(&key);
     let state = slow.store.lock();
-    let spaces = state.spaces(&key).unwrap();
+    let spaces = state.spaces(&key, None).unwrap();
     let id = crate::store::ids_of(&prompt, chunk, &spaces).next().unwrap();
     state.index.get(&id).unwrap()
 }
@@ -455,7 +455,7 @@ fn ranks_of_one_chunk_do_not_make_room_for_each_other() {
     assert_eq!(slow.hits(&rank("a", 0)), 1, "in that of the other prompt");
     assert_eq!(slow.disk().loads, 1);
     let prompt = slow.store.prompt(&rank("x", 0));
-    let space = slow.store.lock().spaces(&rank("x", 0)).unwrap()[1];
+    let space = slow.store.lock().spaces(&rank("x", 0), None).unwrap()[1];
     slow.store.clear();
     slow.flush();
     assert_eq!((slow.put(&rank("w", 0)), slow.put(&rank("w", 1))), (1, 1));
