@@ -9,6 +9,7 @@ mod ipc;
 mod json;
 mod lmcache_driven;
 mod notes;
+mod processes;
 mod quotas;
 mod server;
 mod service;

@@ -9,15 +9,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvferry_core::{Error, ErrorCode, Result};
-use kvferry_store::{Departure, Store};
+use kvferry_store::{Departure, Owner, Store};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::connection::{Door, serve};
 use crate::figures::Figures;
 use crate::http::{Guard, Http, JOBS_MAX, Job};
 use crate::notes::Note;
+use crate::processes::{Process, Whence};
 use crate::quotas::QuotaBook;
 use crate::service::{Peer, Service};
 use crate::tokens::Tokens;
@@ -26,6 +27,12 @@ use crate::tokens::Tokens;
 const CONNECTIONS_MAX: usize = 1024;
 /// After so long without a word the system asks whether the peer's machine is there.
 const IDLE: Duration = Duration::from_secs(60);
+/// Given up peers whose processes are watched at once; slots of others stay apart until they say that they are done.
+const WATCHED_MAX: usize = 256;
+/// Between two looks at whether they have ended.
+const WATCH: Duration = Duration::from_secs(1);
+/// For so long a peer's processes are looked for.
+const FIND: Duration = Duration::from_secs(5);
 /// After `accept` failed (no file descriptor, say) the next try waits this long.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -131,6 +138,7 @@ impl Server {
                     store,
                     service: Rc::new(service),
                     figures,
+                    watched: Rc::new(Semaphore::new(WATCHED_MAX)),
                 };
                 tasks.block_on(&runtime, async move {
                     let here = Door { open: true, ..door.clone() };
@@ -278,8 +286,8 @@ impl Listener {
         None
     }
 
-    /// A connection, and whether it is of another machine.
-    async fn accept(&self) -> std::io::Result<(Box<dyn Duplex>, bool)> {
+    /// A connection, whether it is of another machine, and where it comes from.
+    async fn accept(&self) -> std::io::Result<(Box<dyn Duplex>, bool, Whence)> {
         Ok(match self {
             Self::Tcp(listener) => {
                 let (stream, from) = listener.accept().await?;
@@ -288,11 +296,19 @@ impl Listener {
                 let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 4);
                 let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
                 let here = from.ip().to_canonical();
-                let local = stream.local_addr().map(|to| to.ip().to_canonical());
-                (Box::new(stream), !here.is_loopback() && local.ok() != Some(here))
+                let to = stream.local_addr().ok();
+                let local = to.map(|to| to.ip().to_canonical());
+                let distant = !here.is_loopback() && local != Some(here);
+                let whence = to.map_or(Whence::Unknown, |to| Whence::Tcp { from, to });
+                (Box::new(stream), distant, whence)
             }
             #[cfg(unix)]
-            Self::Ipc(listener) => (Box::new(listener.accept().await?.0), false),
+            Self::Ipc(listener) => {
+                let stream = listener.accept().await?.0;
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid()?.try_into().ok());
+                let process = pid.and_then(Process::of);
+                (Box::new(stream), false, process.map_or(Whence::Unknown, Whence::Process))
+            }
         })
     }
 }
@@ -303,14 +319,16 @@ struct Hall {
     store: Store,
     service: Rc<Service>,
     figures: Arc<Figures>,
+    /// Peers that were given up and whose processes are watched.
+    watched: Rc<Semaphore>,
 }
 
 impl Hall {
     async fn accept(&self, listener: Option<Listener>, door: &Door) {
         let Some(listener) = listener else { return std::future::pending().await };
-        let Self { connections_max, store, service, figures } = self;
+        let Self { connections_max, store, service, figures, watched } = self;
         loop {
-            let Ok((stream, distant)) = listener.accept().await else {
+            let Ok((mut stream, distant, whence)) = listener.accept().await else {
                 service.drop_message("accept");
                 tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
@@ -320,6 +338,7 @@ impl Hall {
                 continue;
             }
             let (store, service, door) = (store.clone(), Rc::clone(service), door.clone());
+            let watched = Rc::clone(watched);
             figures.connections.fetch_add(1, Ordering::Relaxed);
             let counted = Counted(Arc::clone(figures));
             tokio::task::spawn_local(async move {
@@ -327,7 +346,23 @@ impl Hall {
                 let peer = if distant { Peer::distant(owner) } else { Peer::new(owner) };
                 let mut peer = Leaving { peer, departure: Departure::GivenUp, store };
                 let unfinished = &counted.0.unfinished;
-                peer.departure = serve(stream, &service, &mut peer.peer, unfinished, &door).await;
+                let serving = serve(&mut stream, &service, &mut peer.peer, unfinished, &door);
+                peer.departure = serving.await;
+                let (owner, left) = (peer.peer.owner(), peer.give_up());
+                let store = peer.store.clone();
+                drop(peer);
+                if left.is_empty() {
+                    return;
+                }
+                let Ok(watched) = watched.try_acquire() else { return };
+                // As long as its end of the connection is open.
+                let finding = tokio::task::spawn_blocking(move || whence.processes());
+                let processes = tokio::time::timeout(FIND, finding).await;
+                drop((stream, counted));
+                if let Ok(Ok(processes)) = processes {
+                    take_back_after(&store, owner, &processes, left).await;
+                }
+                drop(watched);
             });
         }
     }
@@ -349,8 +384,8 @@ struct Leaving {
     store: Store,
 }
 
-impl Drop for Leaving {
-    fn drop(&mut self) {
+impl Leaving {
+    fn departure(&self) -> Departure {
         // What writes through its connection alone writes nothing without it.
         let mut departure = self.departure;
         if self.peer.is_distant() {
@@ -359,7 +394,41 @@ impl Drop for Leaving {
         if self.peer.is_ours() && departure == Departure::Ended {
             departure = Departure::Left;
         }
-        self.store.disconnect(self.peer.owner(), departure);
+        departure
+    }
+
+    /// Instances of which a peer that was given up may still touch slots.
+    fn give_up(&self) -> Vec<u64> {
+        match self.departure() {
+            Departure::GivenUp => self.store.give_up(self.peer.owner()),
+            Departure::Ended | Departure::Left => Vec::new(),
+        }
+    }
+}
+
+/// Waits until all the processes have ended, which may be never, or nothing is left of the instances, and takes that back.
+async fn take_back_after(
+    store: &Store,
+    owner: Owner,
+    processes: &[Process],
+    mut instances: Vec<u64>,
+) {
+    while !processes.is_empty() {
+        instances.retain(|instance| store.is_apart(owner, *instance));
+        if instances.is_empty() {
+            return;
+        }
+        if processes.iter().all(|process| process.has_ended()) {
+            instances.into_iter().for_each(|instance| store.take_back(owner, instance));
+            return;
+        }
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.store.disconnect(self.peer.owner(), self.departure());
     }
 }
 
@@ -415,7 +484,8 @@ mod tests {
                 }
             }
         };
-        let hall = Hall { connections_max: 2, store, service, figures };
+        let watched = Rc::new(Semaphore::new(WATCHED_MAX));
+        let hall = Hall { connections_max: 2, store, service, figures, watched };
         let door = Door { tokens: None, open: true };
         tokio::task::LocalSet::new()
             .run_until(async {

@@ -170,6 +170,38 @@ fn refusal(operation: Operation) -> Option<Reply> {
     })
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn slots_of_a_peer_that_was_cut_come_back_when_its_process_has_ended() {
+    let (server, mut engine) = server_and_engine(64);
+    // The other process does with the connection what it is told here, and keeps it open.
+    let script =
+        format!("exec 3<>/dev/tcp/127.0.0.1/{}; cat >&3; exec sleep 1000", server.address().port());
+    let mut other = std::process::Command::new("bash");
+    let other = other.args(["-c", &script]).stdin(std::process::Stdio::piped());
+    let mut other = other.spawn().unwrap();
+    let (register, store) = (
+        Request::Register { instance_id: 8, layout: layout("m") },
+        Request::PrepareStore { key: key("cut", 500, 4).into(), instance_id: 8 },
+    );
+    let mut sent = handshake().to_vec();
+    for (uid, request) in (1..).zip([register, store]) {
+        let frames = request.encode(uid, Dialect::Current);
+        for (i, body) in frames.iter().enumerate() {
+            sent.extend(frame(body, i + 1 < frames.len()));
+        }
+    }
+    sent.push(0xff); // flags that mean nothing
+    other.stdin.take().unwrap().write_all(&sent).unwrap();
+    engine.wait_for("slots_apart", 4);
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert_eq!(engine.status("slots_apart"), 4, "it may still write to them");
+    other.kill().unwrap();
+    engine.wait_for("slots_apart", 0);
+    assert_eq!(engine.status("used_bytes"), 0);
+    other.wait().unwrap();
+}
+
 #[test]
 fn malformed_messages_by_the_thousand_are_dropped_counted_and_harm_nobody() {
     let (server, mut engine) = server_and_engine(8);

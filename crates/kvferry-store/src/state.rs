@@ -700,6 +700,15 @@ impl State {
         oldest.inspect(|id| self.unregister(*id)).is_some()
     }
 
+    /// Whether the peer was given up while it was told of this instance's slots.
+    pub(crate) fn is_apart(&self, owner: Owner, instance: u64) -> bool {
+        self.instances.get(&instance).is_some_and(|known| {
+            let mut retrievals = known.retrievals.values().flatten();
+            known.apart.values().flatten().any(|apart| apart.owner == owner)
+                || retrievals.any(|retrieval| retrieval.apart && retrieval.owner == owner)
+        })
+    }
+
     /// A peer that was told of this instance's slots is gone.
     pub(crate) fn leave(&mut self, instance: u64, owner: Owner, departure: Departure) {
         if departure == Departure::GivenUp {

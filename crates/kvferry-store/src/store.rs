@@ -290,17 +290,39 @@ impl Store {
     /// The peer is gone: its leases are released. Slots that it was told of come back, unless it may
     /// still write to them ([`Departure::GivenUp`]).
     pub fn disconnect(&self, owner: Owner, departure: Departure) {
+        self.depart(owner, departure);
+    }
+
+    /// The same as [`Store::disconnect`] of a peer that we gave up; the instances of which it may still touch slots.
+    pub fn give_up(&self, owner: Owner) -> Vec<u64> {
+        let left = self.depart(owner, Departure::GivenUp);
+        left.into_iter().filter(|instance| self.is_apart(owner, *instance)).collect()
+    }
+
+    /// Whether slots of the instance are set apart because of this peer.
+    pub fn is_apart(&self, owner: Owner, instance: u64) -> bool {
+        self.lock().is_apart(owner, instance)
+    }
+
+    /// A peer that was given up does not touch these instances' slots any more: they come back.
+    pub fn take_back(&self, owner: Owner, instance: u64) {
+        self.lock().leave(instance, owner, Departure::Ended);
+    }
+
+    /// Says which instances it had.
+    fn depart(&self, owner: Owner, departure: Departure) -> HashSet<u64> {
         let mut state = self.lock();
-        let Some(belongings) = state.owners.remove(&owner) else { return };
+        let Some(belongings) = state.owners.remove(&owner) else { return HashSet::new() };
         for request in belongings.sessions {
             state.end_session(&request);
         }
-        for id in belongings.instances {
-            state.leave(id, owner, departure);
-            if departure == Departure::Left && state.is_deserted(id) {
-                state.unregister(id);
+        for id in &belongings.instances {
+            state.leave(*id, owner, departure);
+            if departure == Departure::Left && state.is_deserted(*id) {
+                state.unregister(*id);
             }
         }
+        belongings.instances
     }
 
     /// The peer may write to what this instance of its was granted for ever: that stays apart, and the peer's departure,
