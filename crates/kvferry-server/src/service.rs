@@ -161,7 +161,7 @@ impl Service {
                 let wanted = Subscription { instance: instance_id, model_name, cursor, max_events };
                 let places = peer.admin.then_some(&self.places);
                 match peer.streams.begin(&self.store, places, &header, wanted) {
-                    Ok(()) => return None, // all that it says comes from `told`
+                    Ok(refused) => return refused, // all that a stream says comes from `told`
                     Err(error) => Err(error.code.as_str()),
                 }
             }

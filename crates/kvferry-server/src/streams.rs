@@ -12,6 +12,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Streams of one connection; one more is told that there is nothing to hear.
 const STREAMS_MAX: usize = 16;
+/// The same with those that are to end, or say only that there is nothing to hear. Beyond that a peer is told so and none is
+/// kept: its end, which nobody waits for, is not sent.
+const KEPT_MAX: usize = 2 * STREAMS_MAX;
 /// Those of all connections: each is looked after at every event.
 const ALL_STREAMS_MAX: usize = 256;
 
@@ -58,20 +61,24 @@ impl Streams {
     }
 
     /// Begins a stream, without `places` one that tells the peer that it hears nothing. An instance has one: the one before ends.
+    /// What is to be answered at once where there are too many.
     pub(crate) fn begin(
         &mut self,
         store: &Store,
         places: Option<&Arc<Semaphore>>,
         header: &Header,
         subscription: Subscription,
-    ) -> Result<()> {
+    ) -> Result<Option<Vec<Bytes>>> {
+        self.0.retain(|stream| stream.header.uid != header.uid); // its answers could not be told apart
+        if self.0.len() >= KEPT_MAX {
+            return Ok(Some(header.reply(&Reply::KvEvents(nothing()))));
+        }
         let going_on = self.0.iter().filter(|stream| stream.place.is_some()).count();
         let places = places.filter(|_| going_on < STREAMS_MAX);
         let place = places.and_then(|places| Arc::clone(places).try_acquire_owned().ok());
         if place.is_some() {
             store.listen(&subscription.model_name, subscription.max_events)?;
         }
-        self.0.retain(|stream| stream.header.uid != header.uid); // its answers could not be told apart
         let instance = subscription.instance;
         let same = |stream: &&mut Stream| stream.subscription.instance == instance;
         self.0.iter_mut().filter(same).for_each(Stream::end);
@@ -82,7 +89,7 @@ impl Streams {
         let model_name = if place.is_some() { subscription.model_name } else { String::new() };
         let subscription = Subscription { model_name, ..subscription };
         self.0.push(Stream { header, subscription, state: State::Begins, place });
-        Ok(())
+        Ok(None)
     }
 
     /// Does what the peer says of a stream of its own. It may have ended before the peer knew.
@@ -132,11 +139,16 @@ impl Stream {
     fn batch(&mut self, store: &Store) -> KvEventBatch {
         let Subscription { model_name, cursor, max_events, .. } = &mut self.subscription;
         if self.place.is_none() {
-            let (enabled, incarnation, next_cursor, lost) = (false, 0, 0, false);
-            return KvEventBatch { enabled, incarnation, next_cursor, lost, events: Vec::new() };
+            return nothing();
         }
         let batch = store.kv_events(model_name, *cursor, *max_events);
         *cursor = batch.next_cursor;
         batch
     }
+}
+
+/// There is nothing to hear.
+fn nothing() -> KvEventBatch {
+    let (enabled, incarnation, next_cursor, lost) = (false, 0, 0, false);
+    KvEventBatch { enabled, incarnation, next_cursor, lost, events: Vec::new() }
 }

@@ -219,3 +219,35 @@ fn streams_that_are_too_many_or_make_no_sense_are_refused_and_the_connection_goe
     listener.send(&Control::Ack.encode(&uid));
     ends(&mut listener, &uid);
 }
+
+#[test]
+fn streams_without_end_are_answered_and_not_kept() {
+    let server = start(store_options(16, 8 * PAGE));
+    let mut listener = Client::connect(server.address());
+    let first = subscribe(&mut listener, 0, 0, 64);
+    assert!(batch(&mut listener, &first).enabled);
+    let many: Vec<Bytes> =
+        (1..200).map(|instance| subscribe(&mut listener, instance, 0, 64)).collect();
+    let mut heard = 0;
+    for _ in &many {
+        let frames = listener.receive();
+        let told = Reply::decode(Operation::SubscribeKvEvents, &frames[2..]);
+        let Ok(Reply::KvEvents(batch)) = told else { panic!("{told:?}") };
+        heard += u32::from(batch.enabled);
+    }
+    assert_eq!(heard, 15);
+    // Those that are kept end when they are acknowledged.
+    for uid in &many {
+        listener.send(&Control::Ack.encode(uid));
+    }
+    let uid = listener.request(&Request::Noop);
+    let mut ended = 0;
+    while listener.receive()[0] != Request::Noop.encode(uid, Dialect::Current)[0] {
+        ended += 1;
+    }
+    let uid = listener.request(&Request::Noop);
+    while listener.receive()[0] != Request::Noop.encode(uid, Dialect::Current)[0] {
+        ended += 1;
+    }
+    assert_eq!(ended, 16);
+}
