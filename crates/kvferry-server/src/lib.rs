@@ -15,6 +15,7 @@ mod server;
 mod service;
 mod streams;
 mod tokens;
+mod waits;
 
 pub use notes::{Level, Note};
 pub use quotas::load_quotas;

@@ -20,9 +20,7 @@ use crate::lmcache_driven::{Copiers, Engines};
 use crate::notes::Level;
 use crate::quotas::Labels;
 use crate::streams::{Streams, Subscription, places};
-
-/// How long a request that waits for a prefetch is waited for; then it is told that it goes on.
-const WAIT: Duration = Duration::from_millis(50);
+use crate::waits::Waits;
 
 /// How long a registration is answered late, so that there is room for the first stores.
 const GROWTH: Duration = Duration::from_millis(500);
@@ -42,6 +40,7 @@ pub(crate) struct Peer {
     frames: Option<Frames>,
     engines: Engines,
     streams: Streams,
+    waits: Waits,
     /// The last time that nothing was there from it: what it asks now, it asked then at the earliest.
     waits_since: Instant,
     distant: bool,
@@ -49,10 +48,10 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) fn new(owner: Owner) -> Self {
-        let (engines, streams, waits_since) =
-            (Engines::default(), Streams::default(), Instant::now());
+        let (engines, streams, waits) = Default::default();
         let (extended, admin, frames, distant) = (false, false, None, false);
-        Self { owner, extended, admin, frames, engines, streams, waits_since, distant }
+        let waits_since = Instant::now();
+        Self { owner, extended, admin, frames, engines, streams, waits, waits_since, distant }
     }
 
     /// Of another machine, which cannot have mapped the pool, whatever it says.
@@ -82,7 +81,7 @@ impl Peer {
 
     /// Whether there may be more for it than answers.
     pub(crate) fn listens(&self) -> bool {
-        !self.streams.is_empty()
+        !self.streams.is_empty() || !self.waits.is_empty()
     }
 
     pub(crate) fn make_admin(&mut self) {
@@ -165,6 +164,16 @@ impl Service {
                     Err(error) => Err(error.code.as_str()),
                 }
             }
+            Ok(Request::WaitPrefetchStatus { request_id, timeout_s })
+                if peer.waits.have_room_for(&request_id) =>
+            {
+                let Some(hit) = self.store.take_hit(&request_id, now) else {
+                    peer.waits.begin(&header, request_id, now + self.wait(timeout_s));
+                    self.figures.observe(header.operation, now.elapsed());
+                    return None; // it is answered by `told`
+                };
+                Ok(Reply::Integer(hit))
+            }
             Ok(request) => {
                 self.carry_out(peer, request, now).await.map_err(|error| error.code.as_str())
             }
@@ -182,9 +191,20 @@ impl Service {
         Some(reply)
     }
 
-    /// The next message of the peer's streams, whenever that is.
+    /// The next message of the peer's streams, or the next answer that it waits for, whenever that is.
     pub(crate) async fn told(&self, peer: &mut Peer) -> Vec<Bytes> {
-        self.store.after_events(|| peer.streams.next(&self.store)).await
+        let Peer { streams, waits, .. } = peer;
+        tokio::select! {
+            biased;
+            answer = waits.next(&self.store), if !waits.is_empty() => answer,
+            message = self.store.after_events(|| streams.next(&self.store)),
+                if !streams.is_empty() => message,
+        }
+    }
+
+    /// How long a request that waits for a prefetch waits. At its lookup's deadline there is an answer, however long it would.
+    fn wait(&self, timeout_s: f64) -> Duration {
+        Duration::try_from_secs_f64(timeout_s).unwrap_or_default().min(self.store.promotion())
     }
 
     /// Counts what was dropped, by why.
@@ -200,8 +220,8 @@ impl Service {
                 Reply::None
             }
             Request::WaitPrefetchStatus { request_id, timeout_s } => {
-                // Its connection's other requests wait, too.
-                let most = Duration::try_from_secs_f64(timeout_s).unwrap_or_default().min(WAIT);
+                // More at once than are kept beside the connection's other requests: these wait, too.
+                let most = self.wait(timeout_s);
                 let hit = match store.take_hit(&request_id, now) {
                     None => tokio::time::timeout(most, store.hit(&request_id)).await.ok(),
                     hit => hit,
@@ -499,6 +519,7 @@ mod tests {
     use kvferry_core::kv_descriptors::{KvDescriptor, KvStorage};
     use kvferry_store::disk::DiskOptions;
     use kvferry_store::{Limits, Policy, StoreOptions};
+    use kvferry_wire::Dialect;
 
     use super::*;
 
@@ -585,7 +606,7 @@ mod tests {
         let directory =
             std::env::temp_dir().join(format!("kvferry-service-{}", std::process::id()));
         let start = || {
-            let limits = Limits { promotion: Duration::from_millis(1), ..Limits::default() };
+            let limits = Limits { promotion: Duration::from_millis(200), ..Limits::default() };
             let options = StoreOptions {
                 chunk_size: 16,
                 memory: 1 << 20,
@@ -635,6 +656,22 @@ mod tests {
         std::fs::remove_file(file.path()).unwrap();
         assert!(Command::new("mkfifo").arg(file.path()).status().unwrap().success());
         let lookup = Request::Lookup { key: key.into(), tp_size: 1 };
+        // Beside the connection's other requests, and never told that the time is over before it is.
+        service.carry_out(&mut peer, lookup.clone(), Instant::now()).await.unwrap();
+        let asked = Instant::now();
+        let wait = Request::WaitPrefetchStatus { request_id: "r".into(), timeout_s: 30.0 };
+        let wait = wait.encode(1, Dialect::Current);
+        assert_eq!(service.answer(&mut peer, &wait, asked).await, None);
+        let noop = Request::Noop.encode(2, Dialect::Current);
+        assert!(service.answer(&mut peer, &noop, asked).await.is_some());
+        assert!(asked.elapsed() < Duration::from_millis(150), "it was not waited for");
+        let told = service.told(&mut peer).await;
+        assert!(asked.elapsed() > Duration::from_millis(150));
+        assert_eq!(told[0], wait[0]);
+        let told = Reply::decode(Operation::WaitPrefetchStatus, &told[2..]);
+        assert_eq!(told.unwrap(), Reply::Integer(0), "and not that it timed out");
+        assert!(!peer.listens());
+
         service.carry_out(&mut peer, lookup, Instant::now()).await.unwrap();
         let give_up = soon();
         loop {

@@ -82,10 +82,7 @@ impl Streams {
         let instance = subscription.instance;
         let same = |stream: &&mut Stream| stream.subscription.instance == instance;
         self.0.iter_mut().filter(same).for_each(Stream::end);
-        // The frames are parts of what was read, which would be kept for as long as the stream.
-        let copy = |frame: &Bytes| Bytes::copy_from_slice(frame);
-        let (uid, operation_frame) = (copy(&header.uid), copy(&header.operation_frame));
-        let header = Header { uid, operation_frame, operation: header.operation };
+        let header = detached(header);
         let model_name = if place.is_some() { subscription.model_name } else { String::new() };
         let subscription = Subscription { model_name, ..subscription };
         self.0.push(Stream { header, subscription, state: State::Begins, place });
@@ -151,4 +148,11 @@ impl Stream {
 fn nothing() -> KvEventBatch {
     let (enabled, incarnation, next_cursor, lost) = (false, 0, 0, false);
     KvEventBatch { enabled, incarnation, next_cursor, lost, events: Vec::new() }
+}
+
+/// The frames are parts of what was read, which would be kept for as long as these.
+pub(crate) fn detached(header: &Header) -> Header {
+    let copy = |frame: &Bytes| Bytes::copy_from_slice(frame);
+    let (uid, operation_frame) = (copy(&header.uid), copy(&header.operation_frame));
+    Header { uid, operation_frame, operation: header.operation }
 }

@@ -506,6 +506,11 @@ impl Store {
         Ok(hit_chunks)
     }
 
+    /// How long a lookup waits for chunks from below at most.
+    pub fn promotion(&self) -> Duration {
+        self.lock().limits.promotion
+    }
+
     /// The hit of the request's latest lookup, once; 0 for a request that is not known. `None` as long as chunks
     /// are on their way from below, up to [`Limits::promotion`] after the lookup.
     pub fn take_hit(&self, request_id: &str, now: Instant) -> Option<u64> {
