@@ -1,10 +1,11 @@
 //! One connection: bytes in, answers out, with a bound and a deadline for everything.
 
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -12,6 +13,7 @@ use kvferry_store::Departure;
 use kvferry_wire::Output;
 use kvferry_wire::zmtp::{Config, Connection, Event, Mechanism, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::Notify;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -39,36 +41,99 @@ const SHARED: Duration = Duration::from_micros(15);
 /// faster than it is read would keep everything else on this thread waiting.
 const TURN: Duration = Duration::from_millis(1);
 const TURN_BYTES: usize = 256 << 10;
-/// Bytes of unfinished messages that all connections may hold together.
+/// Bytes of unfinished messages that all connections may hold together which hold more than a share; whoever holds the most
+/// is cut when it is more.
 const UNFINISHED_MAX: usize = 256 << 20;
+/// What every connection may hold, whatever the others do.
+const SHARE: usize = 256 << 10;
 
 /// What all connections hold of messages that have not arrived whole.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    bytes: AtomicUsize,
+    parts: AtomicU64,
+    large: Mutex<Large>,
+    max: usize,
+    share: usize,
+}
+
+/// The parts of more than a share, by their numbers.
 #[derive(Debug, Default)]
-pub(crate) struct Unfinished(AtomicUsize);
+struct Large {
+    bytes: usize,
+    parts: BTreeMap<u64, (usize, Arc<Notify>)>,
+}
+
+impl Large {
+    fn remove(&mut self, number: u64) -> Option<Arc<Notify>> {
+        let (bytes, cut) = self.parts.remove(&number)?;
+        self.bytes -= bytes;
+        Some(cut)
+    }
+}
 
 /// One connection's part of it.
 struct Part<'a> {
     all: &'a Unfinished,
+    /// Larger for later connections.
+    number: u64,
     bytes: usize,
+    cut: &'a Arc<Notify>,
+}
+
+impl Default for Unfinished {
+    fn default() -> Self {
+        Self::new(UNFINISHED_MAX, SHARE)
+    }
 }
 
 impl Unfinished {
+    fn new(max: usize, share: usize) -> Self {
+        let (bytes, parts, large) = Default::default();
+        Self { bytes, parts, large, max, share }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// `cut` is told when the connection has to end.
+    fn part<'a>(&'a self, cut: &'a Arc<Notify>) -> Part<'a> {
+        let number = self.parts.fetch_add(1, Ordering::Relaxed);
+        Part { all: self, number, bytes: 0, cut }
     }
 }
 
 impl Part<'_> {
-    /// `false` when there is no room for `bytes`.
+    /// `false` when there is no room for `bytes`, and no other connection holds more.
     fn set(&mut self, bytes: usize) -> bool {
-        if bytes <= self.bytes {
-            self.all.0.fetch_sub(self.bytes - bytes, Ordering::Relaxed);
-            self.bytes = bytes;
+        let before = std::mem::replace(&mut self.bytes, bytes);
+        if bytes == before {
             return true;
         }
-        let more = bytes - self.bytes;
-        self.bytes = bytes;
-        self.all.0.fetch_add(more, Ordering::Relaxed) + more <= UNFINISHED_MAX
+        let Unfinished { share, max, .. } = *self.all;
+        self.all.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.all.bytes.fetch_sub(before, Ordering::Relaxed);
+        if bytes <= share && before <= share {
+            return true;
+        }
+        let mut large = self.all.large.lock().unwrap_or_else(PoisonError::into_inner);
+        large.remove(self.number);
+        if bytes > share {
+            large.bytes += bytes;
+            large.parts.insert(self.number, (bytes, Arc::clone(self.cut)));
+        }
+        while large.bytes > max {
+            // Of equals the one that came first.
+            let most = large.parts.iter().rev().max_by_key(|(_, (bytes, _))| *bytes);
+            let Some(most) = most.map(|(number, _)| *number) else { break };
+            let cut = large.remove(most);
+            if most == self.number {
+                return false;
+            }
+            cut.iter().for_each(|cut| cut.notify_one());
+        }
+        true
     }
 }
 
@@ -134,7 +199,13 @@ pub(crate) async fn serve(
     unfinished: &Unfinished,
     door: &Door,
 ) -> Departure {
-    let error = match talk(&mut stream, service, peer, unfinished, door).await {
+    let cut = Arc::new(Notify::new());
+    let talked = tokio::select! {
+        biased;
+        talked = talk(&mut stream, service, peer, unfinished.part(&cut), door) => talked,
+        () = cut.notified() => Err(io::ErrorKind::OutOfMemory.into()),
+    };
+    let error = match talked {
         Ok(()) => return Departure::Ended, // the peer's kernel said so
         Err(error) => error,
     };
@@ -151,13 +222,12 @@ async fn talk(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     service: &Service,
     peer: &mut Peer,
-    unfinished: &Unfinished,
+    mut part: Part<'_>,
     door: &Door,
 ) -> io::Result<()> {
     if door.tokens.is_none() {
         peer.make_admin();
     }
-    let mut part = Part { all: unfinished, bytes: 0 };
     let (mut input, mut output) = (BytesMut::new(), Output::default());
     let mut zmtp =
         Connection::new(Config::new(SocketType::Router, door.mechanism()), output.tail());
@@ -335,7 +405,7 @@ mod tests {
     use kvferry_wire::zmtp::Credentials;
     use kvferry_wire::{Operation, Reply, Request};
     use tokio::io::{DuplexStream, ReadBuf, duplex};
-    use tokio::time::{advance, sleep};
+    use tokio::time::sleep;
 
     use super::*;
     use crate::figures::Figures;
@@ -779,33 +849,47 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn unfinished_messages_of_all_peers_have_a_bound_together() {
-        let host = Host::new();
-        let others = UNFINISHED_MAX - 100;
-        host.unfinished.0.store(others, Ordering::Relaxed);
+    async fn who_holds_the_most_of_unfinished_messages_is_cut_and_everybody_has_a_share() {
+        let host = Host { unfinished: Unfinished::new(1000, 100), ..Host::new() };
         // Both in a frame that has not arrived whole and in frames that have.
-        let part = |length: u8| [&[1, 200][..], &vec![0; length.into()]].concat();
-        let frames = |count| [&[1, 10][..], &[0; 10]].concat().repeat(count);
-        let served = [part(90), frames(9)];
-        let refused = [part(110), frames(11)];
-        for (sent, fits) in
-            served.map(|sent| (sent, true)).into_iter().chain(refused.map(|sent| (sent, false)))
-        {
-            let before = host.dropped("unfinished_messages").await;
+        let part = |length: u16| {
+            let announced = (u64::from(length) + 100).to_be_bytes();
+            [&[3][..], &announced, &vec![0; length.into()]].concat()
+        };
+        let frames = |count: u16| [&[1, 50][..], &[0; 50]].concat().repeat(count.into());
+        let client = |sent: Vec<u8>, after: u64| {
             let (near, far) = duplex(4096);
             let (reading, mut writing) = tokio::io::split(near);
-            let client = async {
+            let talking = async move {
+                sleep(Duration::from_millis(after)).await;
                 writing.write_all(&handshake()).await.unwrap();
                 writing.write_all(&sent).await.unwrap();
-                advance(Duration::from_secs(1)).await;
-                writing.shutdown().await.unwrap();
+                sleep(Duration::from_secs(1)).await;
+                let _ = writing.shutdown().await; // it may have been cut
                 drain(reading).await;
             };
-            let ((departure, _), ()) = tokio::join!(host.serve(far), client);
-            let expected = if fits { Departure::Ended } else { Departure::GivenUp };
-            assert_eq!(departure, expected, "{} bytes", sent.len());
-            assert_eq!(host.dropped("unfinished_messages").await - before, i64::from(!fits));
-            assert_eq!(host.unfinished.0.load(Ordering::Relaxed), others, "its part is given back");
+            async { tokio::join!(host.serve(far), talking).0.0 }
+        };
+        let (ended, cut) = (Departure::Ended, Departure::GivenUp);
+        for (sent, expected) in [
+            ([part(500), part(400), part(90)], [ended, ended, ended]),
+            ([part(500), frames(12), part(90)], [ended, cut, ended]), // the one that came grew larger
+            ([part(600), part(500), part(90)], [cut, ended, ended]),
+            ([part(550), part(550), part(90)], [cut, ended, ended]),
+            ([frames(12), part(500), part(90)], [cut, ended, ended]),
+            ([part(990), part(90), part(90)], [ended, ended, ended]), // shares do not count
+            ([part(990), part(90), part(200)], [cut, ended, ended]),
+        ] {
+            let before = host.dropped("unfinished_messages").await;
+            let lengths = sent.each_ref().map(Vec::len);
+            let [first, second, third] = sent;
+            let told = tokio::join!(client(first, 0), client(second, 100), client(third, 200));
+            assert_eq!([told.0, told.1, told.2], expected, "{lengths:?}");
+            let cuts = expected.iter().filter(|departure| **departure == cut).count();
+            let counted = host.dropped("unfinished_messages").await - before;
+            assert_eq!(counted, i64::try_from(cuts).unwrap());
+            assert_eq!(host.unfinished.bytes(), 0, "what they held is given back");
+            assert_eq!(host.unfinished.large.lock().unwrap().bytes, 0);
         }
     }
 
