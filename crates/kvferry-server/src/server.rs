@@ -27,6 +27,9 @@ use crate::tokens::Tokens;
 const CONNECTIONS_MAX: usize = 1024;
 /// After so long without a word the system asks whether the peer's machine is there.
 const IDLE: Duration = Duration::from_secs(60);
+/// A machine that has not said for so long that it received what was sent is gone.
+#[cfg(target_os = "linux")]
+const UNHEARD: Duration = Duration::from_secs(90);
 /// Given up peers whose processes are watched at once; slots of others stay apart until they say that they are done.
 const WATCHED_MAX: usize = 256;
 /// Between two looks at whether they have ended.
@@ -292,9 +295,7 @@ impl Listener {
             Self::Tcp(listener) => {
                 let (stream, from) = listener.accept().await?;
                 let _ = stream.set_nodelay(true); // without it answers come late, and still come
-                // A machine that is gone does not say so, and what it was granted would be kept for ever.
-                let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 4);
-                let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
+                notice_end(&SockRef::from(&stream));
                 let here = from.ip().to_canonical();
                 let to = stream.local_addr().ok();
                 let local = to.map(|to| to.ip().to_canonical());
@@ -311,6 +312,15 @@ impl Listener {
             }
         })
     }
+}
+
+/// A machine that is gone does not say so, and what it was granted would be kept for ever.
+fn notice_end(socket: &SockRef<'_>) {
+    let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 4);
+    let _ = socket.set_tcp_keepalive(&keepalive);
+    // An answer that is on its way keeps the question from being asked; its repetitions take a quarter of an hour.
+    #[cfg(target_os = "linux")]
+    let _ = socket.set_tcp_user_timeout(Some(UNHEARD));
 }
 
 /// Where all connections of a server are served.
@@ -495,6 +505,18 @@ mod tests {
                 }
             })
             .await;
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_machine_that_vanished_is_noticed_with_an_answer_on_its_way_too() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _near = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        let socket = SockRef::from(&far);
+        notice_end(&socket);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNHEARD));
     }
 
     #[test]
