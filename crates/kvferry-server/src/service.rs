@@ -243,7 +243,8 @@ impl Service {
             }
             Request::Register { instance_id, layout } => {
                 let object_bytes = layout.object_bytes(store.chunk_size())?;
-                store.register(owner, instance_id, layout)?;
+                let registered = store.register(owner, instance_id, layout);
+                registered.inspect_err(|error| self.note_refusal(error))?;
                 self.wait_for_room(object_bytes).await;
                 let (shm_name, pool_size) = store.pool();
                 Reply::Registered { shm_name, pool_size }
@@ -407,10 +408,13 @@ impl Service {
             let (store, engines) = (&self.store, &mut peer.engines);
             self.copiers.register(store, engines, instance, registration).await
         };
-        registered.inspect_err(|error| {
-            let (code, reason) = (error.code.as_str(), error.message.clone());
-            self.figures.notes.add(Level::Warn, "engine_refused", code, reason);
-        })
+        registered.inspect_err(|error| self.note_refusal(error))
+    }
+
+    /// An engine was not registered, and its peer is not told why.
+    fn note_refusal(&self, error: &Error) {
+        let (code, reason) = (error.code.as_str(), error.message.clone());
+        self.figures.notes.add(Level::Warn, "engine_refused", code, reason);
     }
 
     fn prepare_store(

@@ -170,6 +170,24 @@ fn refusal(operation: Operation) -> Option<Reply> {
     })
 }
 
+#[test]
+fn a_peer_takes_no_more_than_its_share_of_registrations_and_the_log_says_so() {
+    let (server, mut engine) = server_and_engine(8);
+    let mut greedy = Client::connect(server.address());
+    for instance in 0..256 {
+        greedy.register(1000 + instance, layout("other"));
+    }
+    let register = |instance_id| Request::Register { instance_id, layout: layout("other") };
+    assert!(greedy.is_unanswered(&register(1256).encode(9999, Dialect::Current)));
+    greedy.register(1000, layout("other")); // it has that one
+    let notes = server.take_notes(std::time::Instant::now());
+    let refused: Vec<_> = notes.iter().filter(|note| note.event == "engine_refused").collect();
+    assert!(refused[0].detail.contains("256 instances"), "{notes:?}");
+    engine.register(2000, layout("m"));
+    greedy.call(&Request::Unregister { instance_id: 1000 });
+    greedy.register(1256, layout("other"));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn slots_of_a_peer_that_was_cut_come_back_when_its_process_has_ended() {

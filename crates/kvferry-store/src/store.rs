@@ -41,6 +41,8 @@ const SLOTS_MAX: usize = 65_536;
 pub const READ_HOLD: Duration = Duration::from_secs(1);
 /// From so many retrievals of readers that are gone on, no more are granted.
 const HELD_MAX: usize = 64 << 10;
+/// Instances of one peer at most: others find room beside it.
+const PEER_INSTANCES_MAX: usize = 256;
 /// Retrievals of one instance that are not committed, at most.
 const RETRIEVALS_MAX: usize = 4_096;
 /// Begins the name of every segment of ours.
@@ -342,6 +344,10 @@ impl Store {
                     "instance {instance} is registered with another layout; unregister it first"
                 )));
             }
+        } else if state.belongings(owner).instances.len() >= PEER_INSTANCES_MAX {
+            return Err(Error::invalid(format!(
+                "a connection has {PEER_INSTANCES_MAX} instances, the most that are allowed; unregister one"
+            )));
         } else if state.instances.len() >= state.limits.instances && !state.forget_deserted() {
             return Err(Error::invalid(format!(
                 "{} instances are registered and in use, the most that are allowed; unregister one",
