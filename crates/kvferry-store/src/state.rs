@@ -103,7 +103,10 @@ impl DerefMut for Locked<'_> {
 /// What has to be looked at when a peer goes.
 #[derive(Default)]
 pub(crate) struct Belongings {
-    pub(crate) sessions: HashSet<String>,
+    /// The one unused longest first.
+    pub(crate) sessions: BTreeMap<(Instant, u64), String>,
+    /// What they count for in [`Limits::session_bytes`].
+    pub(crate) session_bytes: u64,
     pub(crate) instances: HashSet<u64>,
     /// Instances of other peers that stored or retrieved for requests which this one looked up, the latest last: an LMCache
     /// scheduler's workers have connections of their own.
@@ -488,33 +491,50 @@ impl State {
         now: Instant,
     ) -> &mut Session {
         let bytes = prompt.bytes() + 3 * request_id.len() as u64; // three maps have it
-        self.session_bytes += bytes;
         let age = (now + self.limits.session_idle, self.next());
-        self.sessions_by_age.insert(age, request_id.to_owned());
-        self.belongings(owner).sessions.insert(request_id.to_owned());
-        let former = self.sessions.remove(request_id);
         let mut leases = HashMap::new();
-        if let Some(former) = former {
-            self.session_bytes -= former.bytes;
-            self.sessions_by_age.remove(&former.age);
-            if former.owner != owner {
-                self.belongings(former.owner).sessions.remove(request_id);
-            }
+        if let Some(former) = self.remove_session(request_id) {
             leases = former.leases;
             self.forget_promotion(request_id, former.promotion);
         }
-        while self.sessions.len() >= self.limits.sessions
-            || self.session_bytes > self.limits.session_bytes
-        {
-            let Some(oldest) = self.sessions_by_age.values().find(|id| *id != request_id).cloned()
-            else {
+        self.session_bytes += bytes;
+        self.sessions_by_age.insert(age, request_id.to_owned());
+        let belongings = self.belongings(owner);
+        belongings.session_bytes += bytes;
+        belongings.sessions.insert(age, request_id.to_owned());
+        loop {
+            let too_many = self.sessions.len() >= self.limits.sessions;
+            if !too_many && self.session_bytes <= self.limits.session_bytes {
                 break;
+            }
+            // Who has the most of what there is too much of makes room, whoever came last.
+            let amount = |it: &Belongings| match too_many {
+                true => it.sessions.len() as u64,
+                false => it.session_bytes,
             };
+            let owners = self.owners.iter().filter_map(|(owner, it)| {
+                let oldest = it.sessions.values().find(|id| *id != request_id)?;
+                Some(((amount(it), owner.0), oldest))
+            });
+            let Some((_, oldest)) = owners.max_by_key(|(amount, _)| *amount) else { break };
+            let oldest = oldest.clone();
             self.end_session(&oldest);
             self.counters.expired_sessions += 1;
         }
         let session = Session { owner, prompt, hit: None, promotion: None, leases, age, bytes };
         self.sessions.entry(request_id.to_owned()).insert_entry(session).into_mut()
+    }
+
+    /// Takes a session out of everything that knows it by its age.
+    fn remove_session(&mut self, request_id: &str) -> Option<Session> {
+        let session = self.sessions.remove(request_id)?;
+        self.sessions_by_age.remove(&session.age);
+        self.session_bytes -= session.bytes;
+        if let Some(belongings) = self.owners.get_mut(&session.owner) {
+            belongings.session_bytes -= session.bytes;
+            belongings.sessions.remove(&session.age);
+        }
+        Some(session)
     }
 
     /// The request is in use: its session's deadline moves on.
@@ -524,18 +544,17 @@ impl State {
         if let Some(session) = self.sessions.get_mut(request_id)
             && let Some(id) = self.sessions_by_age.remove(&session.age)
         {
+            if let Some(belongings) = self.owners.get_mut(&session.owner) {
+                belongings.sessions.remove(&session.age);
+                belongings.sessions.insert(age, id.clone());
+            }
             session.age = age;
             self.sessions_by_age.insert(age, id);
         }
     }
 
     pub(crate) fn end_session(&mut self, request_id: &str) {
-        let Some(session) = self.sessions.remove(request_id) else { return };
-        self.sessions_by_age.remove(&session.age);
-        self.session_bytes -= session.bytes;
-        if let Some(belongings) = self.owners.get_mut(&session.owner) {
-            belongings.sessions.remove(request_id);
-        }
+        let Some(session) = self.remove_session(request_id) else { return };
         self.forget_promotion(request_id, session.promotion);
         if is_active(Defect::SessionKept) {
             return;

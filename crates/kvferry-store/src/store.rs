@@ -315,8 +315,8 @@ impl Store {
     fn depart(&self, owner: Owner, departure: Departure) -> HashSet<u64> {
         let mut state = self.lock();
         let Some(belongings) = state.owners.remove(&owner) else { return HashSet::new() };
-        for request in belongings.sessions {
-            state.end_session(&request);
+        for request in belongings.sessions.values() {
+            state.end_session(request);
         }
         for id in &belongings.instances {
             state.leave(*id, owner, departure);

@@ -510,6 +510,32 @@ fn sessions_are_bounded_in_number_and_bytes() {
 }
 
 #[test]
+fn who_has_the_most_sessions_makes_room_for_others() {
+    let few = Limits { sessions: 10, ..Limits::default() };
+    let small = Limits { session_bytes: 10_000, ..Limits::default() };
+    for limits in [few, small] {
+        let engine = engine_with(4, limits);
+        engine.put(&key("a", 0, 2));
+        assert_eq!(engine.store.lookup(engine.owner, &key("a", 0, 2), 1, engine.now).unwrap(), 2);
+        let greedy = engine.store.connect();
+        for request in 0..200 {
+            let key = key(&format!("greedy {request}"), 100, 2);
+            engine.store.lookup(greedy, &key, 1, engine.now).unwrap();
+        }
+        assert_eq!(engine.status("leases"), 2, "the other's oldest are still there");
+        // Who has the most loses, whoever is the last to come.
+        let before = engine.status("sessions");
+        engine.store.lookup(engine.owner, &key("b", 100, 2), 1, engine.now).unwrap();
+        assert!(engine.status("sessions") <= before);
+        assert_eq!(engine.status("leases"), 2);
+        let late = engine.store.connect();
+        engine.store.lookup(late, &key("c", 100, 2), 1, engine.now).unwrap();
+        engine.store.disconnect(greedy, Departure::Ended);
+        assert_eq!(engine.status("sessions"), 3);
+    }
+}
+
+#[test]
 fn a_request_id_counts_as_much_as_it_takes() {
     let engine = engine_with(4, Limits { session_bytes: 10_000, ..Limits::default() });
     for request in 0..10 {
