@@ -201,10 +201,14 @@ impl Index {
     }
 
     /// A request uses these, its first chunk first; `ranks` of each chunk.
-    pub(crate) fn request(&mut self, ids: &[ObjectId], ranks: usize, now: Instant) {
-        let uses = ids
-            .iter()
-            .map(|id| Use { key: id.key(), place: self.get(id).map(|handle| handle.index) });
+    pub(crate) fn request(
+        &mut self,
+        ids: impl IntoIterator<Item = ObjectId>,
+        ranks: usize,
+        now: Instant,
+    ) {
+        let place = |id: &ObjectId| self.get(id).map(|handle| handle.index);
+        let uses = ids.into_iter().map(|id| Use { key: id.key(), place: place(&id) });
         let uses: Vec<Use> = uses.collect();
         self.tick(now);
         for place in uses.iter().filter_map(|one| one.place) {

@@ -36,6 +36,9 @@ const READERS_MAX: u32 = 255;
 const LEASES_MAX: u32 = 4_096;
 /// Slots of one answer at most: a reply of the wire (8 MiB) holds them.
 const SLOTS_MAX: usize = 65_536;
+/// Objects of one lookup, over all ranks, of which the policy is told, and of what memory lacks those that are looked for
+/// below it, at most; leading chunks come first. A message names up to 255 ranks of each of its chunks.
+const USES_MAX: usize = 1 << 18;
 /// For how long, from its grant on, a slot that was granted for reading is not used anew, unless its reader commits
 /// before: whoever has copied within this time needs not ask whether it was in time.
 pub const READ_HOLD: Duration = Duration::from_secs(1);
@@ -432,9 +435,9 @@ impl Store {
         if let Some(spaces) = &spaces
             && !asked.is_some_and(|session| Arc::ptr_eq(&session.prompt, &prompt))
         {
-            let ids: Vec<ObjectId> =
-                chunks.clone().flat_map(|chunk| ids_of(&prompt, chunk, spaces)).collect();
-            state.index.request(&ids, spaces.len(), now);
+            let used = chunks.clone().take(USES_MAX / spaces.len().max(1));
+            let ids = used.flat_map(|chunk| ids_of(&prompt, chunk, spaces));
+            state.index.request(ids, spaces.len(), now);
         }
         if let Some(spaces) = spaces {
             for chunk in chunks.clone() {
@@ -492,10 +495,11 @@ impl Store {
             }
         }
         let latest = now + state.limits.promotion;
+        let most = first.saturating_add(USES_MAX / spaces.len().max(1));
         let wanted = Wanted {
             key,
             prompt: &prompt,
-            chunks: first..chunks.end,
+            chunks: first..chunks.end.min(most),
             spaces,
             readers,
             hit: hit_chunks,
@@ -602,7 +606,7 @@ impl Store {
         let new: Vec<ObjectId> =
             chunks.clone().map(id).filter(|id| !state.index.knows(id)).collect();
         if !new.is_empty() {
-            state.index.request(&new, 1, now);
+            state.index.request(new, 1, now);
         }
         // What is there already must not make room for what follows it.
         let mut kept = Vec::new();
