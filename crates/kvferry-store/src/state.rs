@@ -130,6 +130,8 @@ impl Registered {
 
 pub(crate) struct Instance {
     pub(crate) registered: Arc<Registered>,
+    /// Peers that registered it or were told of its slots, and are there.
+    pub(crate) owners: HashSet<Owner>,
     /// Larger for one that was registered later.
     pub(crate) age: u64,
     /// The same, of its last store or load.
@@ -162,6 +164,7 @@ impl Instance {
     pub(crate) fn new(registered: Arc<Registered>, age: u64) -> Self {
         Self {
             registered,
+            owners: HashSet::new(),
             age,
             used: age,
             ranks: Ranks::default(),
@@ -171,8 +174,11 @@ impl Instance {
         }
     }
 
-    fn holds_nothing(&self) -> bool {
-        self.stores.is_empty() && self.retrievals.is_empty() && self.apart.is_empty()
+    /// Whether its peers are all gone, and it holds nothing.
+    fn is_deserted(&self) -> bool {
+        let holds_nothing =
+            self.stores.is_empty() && self.retrievals.is_empty() && self.apart.is_empty();
+        holds_nothing && self.owners.is_empty()
     }
 }
 
@@ -294,6 +300,14 @@ impl State {
 
     pub(crate) fn belongings(&mut self, owner: Owner) -> &mut Belongings {
         self.owners.entry(owner).or_default()
+    }
+
+    /// The peer has registered the instance, or is told of its slots.
+    pub(crate) fn own_instance(&mut self, owner: Owner, instance: u64) {
+        if let Some(known) = self.instances.get_mut(&instance) {
+            known.owners.insert(owner);
+            self.belongings(owner).instances.insert(instance);
+        }
     }
 
     pub(crate) fn should_grow(&self) -> bool {
@@ -553,6 +567,13 @@ impl State {
         }
     }
 
+    /// The same unless it is another peer's by now.
+    pub(crate) fn end_session_of(&mut self, owner: Owner, request_id: &str) {
+        if self.sessions.get(request_id).is_some_and(|session| session.owner == owner) {
+            self.end_session(request_id);
+        }
+    }
+
     pub(crate) fn end_session(&mut self, request_id: &str) {
         let Some(session) = self.remove_session(request_id) else { return };
         self.forget_promotion(request_id, session.promotion);
@@ -667,8 +688,10 @@ impl State {
     /// Forgets an instance and takes back every slot that it was told of.
     pub(crate) fn unregister(&mut self, instance: u64) {
         let Some(gone) = self.instances.remove(&instance) else { return };
-        for belongings in self.owners.values_mut() {
-            belongings.instances.remove(&instance);
+        for owner in &gone.owners {
+            if let Some(belongings) = self.owners.get_mut(owner) {
+                belongings.instances.remove(&instance);
+            }
         }
         for reservation in gone.stores.into_values().flatten() {
             self.reservations_by_age.remove(&reservation.age);
@@ -681,14 +704,16 @@ impl State {
             apart.give_back(&mut self.pool, &mut self.index);
         }
         let is_gone = |known: &Arc<Registered>| Arc::ptr_eq(known, &gone.registered);
-        if !self.instances.values().any(|other| is_gone(&other.registered)) {
-            self.rank_layouts.retain(|_, ranks| {
-                ranks.iter_mut().for_each(|rank| drop(rank.take_if(|known| is_gone(known))));
-                ranks.iter().any(Option::is_some)
-            });
-        }
         let layout = &gone.registered.layout;
         let place = (layout.model_name.clone(), layout.world_size);
+        if !self.instances.values().any(|other| is_gone(&other.registered))
+            && let Some(ranks) = self.rank_layouts.get_mut(&place)
+        {
+            ranks.iter_mut().for_each(|rank| drop(rank.take_if(|known| is_gone(known))));
+            if ranks.iter().all(Option::is_none) {
+                self.rank_layouts.remove(&place);
+            }
+        }
         if self.layouts.get(&place).is_some_and(|known| Arc::ptr_eq(known, &gone.registered)) {
             let same_place = |instance: &&Instance| {
                 let Layout { model_name, world_size, .. } = &instance.registered.layout;
@@ -704,17 +729,13 @@ impl State {
 
     /// Whether the instance's peers are all gone, and it holds nothing.
     pub(crate) fn is_deserted(&self, instance: u64) -> bool {
-        self.instances.get(&instance).is_some_and(Instance::holds_nothing)
-            && !self.owners.values().any(|owner| owner.instances.contains(&instance))
+        self.instances.get(&instance).is_some_and(Instance::is_deserted)
     }
 
     /// Forgets the oldest instance whose peers are all gone and that holds nothing: engines that were
     /// killed did not unregister theirs. `false` when there is none.
     pub(crate) fn forget_deserted(&mut self) -> bool {
-        let owned: HashSet<u64> =
-            self.owners.values().flat_map(|owner| &owner.instances).copied().collect();
-        let all = self.instances.iter();
-        let deserted = all.filter(|(id, known)| !owned.contains(id) && known.holds_nothing());
+        let deserted = self.instances.iter().filter(|(_, known)| known.is_deserted());
         let oldest = deserted.min_by_key(|(_, instance)| instance.age).map(|(id, _)| *id);
         oldest.inspect(|id| self.unregister(*id)).is_some()
     }
@@ -730,8 +751,9 @@ impl State {
 
     /// A peer that was told of this instance's slots is gone.
     pub(crate) fn leave(&mut self, instance: u64, owner: Owner, departure: Departure) {
+        let Some(known) = self.instances.get_mut(&instance) else { return };
+        known.owners.remove(&owner);
         if departure == Departure::GivenUp {
-            let Some(known) = self.instances.get_mut(&instance) else { return };
             for (range, given_up) in extract(&mut known.stores, |it| it.owner == owner) {
                 self.set_apart(instance, range, &given_up);
             }
@@ -743,7 +765,6 @@ impl State {
             }
             return;
         }
-        let Some(known) = self.instances.get_mut(&instance) else { return };
         let stores = extract(&mut known.stores, |reservation| reservation.owner == owner);
         let retrievals = extract(&mut known.retrievals, |retrieval| retrieval.owner == owner);
         for (_, apart) in extract(&mut known.apart, |apart| apart.owner == owner) {

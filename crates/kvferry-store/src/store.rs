@@ -316,12 +316,13 @@ impl Store {
 
     /// Says which instances it had.
     fn depart(&self, owner: Owner, departure: Departure) -> HashSet<u64> {
-        let mut state = self.lock();
-        let Some(belongings) = state.owners.remove(&owner) else { return HashSet::new() };
+        let Some(belongings) = self.lock().owners.remove(&owner) else { return HashSet::new() };
+        // Others have their turn in between: it may be a lot.
         for request in belongings.sessions.values() {
-            state.end_session(request);
+            self.lock().end_session_of(owner, request);
         }
         for id in &belongings.instances {
+            let mut state = self.lock();
             state.leave(*id, owner, departure);
             if departure == Departure::Left && state.is_deserted(*id) {
                 state.unregister(*id);
@@ -373,7 +374,7 @@ impl Store {
             state.headroom = state.headroom.max(16 * object_bytes);
             state.instances.insert(instance, Instance::new(registered, age));
         }
-        state.belongings(owner).instances.insert(instance);
+        state.own_instance(owner, instance);
         self.grow_if_needed(&mut state, Instant::now());
         Ok(())
     }
@@ -582,7 +583,7 @@ impl Store {
         let mut state = self.lock();
         state.expire(now);
         let (registered, range) = state.range(key, instance, &prompt, &chunks)?;
-        state.belongings(owner).instances.insert(instance);
+        state.own_instance(owner, instance);
         let mut reserved = Reserved {
             slots: Vec::new(),
             chunk_indices: Vec::new(),
@@ -783,7 +784,7 @@ impl Store {
         for handle in &objects {
             state.take_lease(&key.request_id, *handle); // its pin is the retrieval's now
         }
-        state.belongings(owner).instances.insert(instance);
+        state.own_instance(owner, instance);
         state.counters.retrieved_chunks += objects.len() as u64;
         state.counters.retrieved_bytes += registered.object_bytes * objects.len() as u64;
         if let Some(known) = state.instances.get_mut(&instance) {
