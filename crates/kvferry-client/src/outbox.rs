@@ -18,6 +18,9 @@ pub(crate) const LIMITS: Limits = Limits::DEFAULT;
 pub(crate) const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// Bytes that may wait for the socket before no more messages are made ready for it.
 const WRITE: usize = 256 << 10;
+/// Bytes of answers to the peer's commands that may wait for the socket: thousands of them. Who asks that often and takes
+/// none gets no more.
+const REPLIES_MAX: usize = 64 << 10;
 /// Bytes that whoever asks writes at most, which may be JavaScript's thread: a system call of some microseconds.
 const AT_ONCE: usize = 16 << 10;
 
@@ -54,6 +57,8 @@ struct Sending {
     queued_bytes: usize,
     /// What the socket gets next: whole messages, and the rest of one.
     output: Output,
+    /// Bytes of answers to commands that were put there since it was last empty.
+    replies: usize,
     /// Nothing more is sent: what was would go on in the middle of a message.
     ended: bool,
 }
@@ -80,10 +85,11 @@ impl Outbox {
         Ok(())
     }
 
-    /// Puts what answers the peer's commands behind what was made ready.
+    /// Puts what answers the peer's commands behind what was made ready, unless too much of that waits.
     pub(crate) fn reply(&self, bytes: &[u8]) {
         let mut sending = lock(&self.sending);
-        if !sending.ended {
+        if !sending.ended && sending.replies + bytes.len() <= REPLIES_MAX {
+            sending.replies += bytes.len();
             sending.output.tail().extend_from_slice(bytes);
         }
     }
@@ -135,7 +141,7 @@ impl Outbox {
     fn write(&self, wanted: impl Fn(&Outgoing) -> bool) -> Result<bool> {
         let Some(stream) = self.stream.upgrade() else { return Ok(true) };
         let mut sending = lock(&self.sending);
-        let Sending { queue, queued_bytes, output, .. } = &mut *sending;
+        let Sending { queue, queued_bytes, output, replies, .. } = &mut *sending;
         loop {
             while output.remaining() < WRITE
                 && let Some(request) = queue.pop_front()
@@ -146,6 +152,7 @@ impl Outbox {
                 }
             }
             if !output.has_remaining() {
+                *replies = 0;
                 return Ok(true);
             }
             match stream.try_write(output) {
@@ -154,5 +161,20 @@ impl Outbox {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_a_peer_does_not_take_are_bounded() {
+        let outbox = Outbox::new(Weak::new());
+        for _ in 0..10_000 {
+            outbox.reply(&[0; 23]); // a PONG with a context
+        }
+        let remaining = lock(&outbox.sending).output.remaining();
+        assert!((REPLIES_MAX - 23..=REPLIES_MAX).contains(&remaining), "{remaining}");
     }
 }
