@@ -401,12 +401,19 @@ impl Index {
 
     /// Keeps the object, and with it the chain before it.
     pub(crate) fn pin(&mut self, handle: Handle) {
-        let mut next = Some(handle);
-        while let Some(handle) = next.take() {
+        self.pin_often(handle, 1);
+    }
+
+    /// As often at once.
+    pub(crate) fn pin_often(&mut self, handle: Handle, times: u32) {
+        let mut next = Some(handle).filter(|_| times > 0).map(|handle| (handle, times));
+        while let Some((handle, times)) = next.take() {
             let Some(object) = self.object_mut(handle) else { return };
-            object.pins += 1;
-            if object.pins == 1 {
-                next = self.object(handle).and_then(|object| self.parent_of(object));
+            let first = object.pins == 0;
+            object.pins += times;
+            if first {
+                let parent = self.object(handle).and_then(|object| self.parent_of(object));
+                next = parent.map(|parent| (parent, 1));
                 self.hold(handle.index);
             }
         }
@@ -414,13 +421,19 @@ impl Index {
 
     /// Takes one pin away; after the last, the object may go.
     pub(crate) fn unpin(&mut self, handle: Handle) {
-        let mut next = Some(handle);
-        while let Some(handle) = next.take() {
+        self.unpin_often(handle, 1);
+    }
+
+    /// As many at once.
+    pub(crate) fn unpin_often(&mut self, handle: Handle, times: u32) {
+        let mut next = Some(handle).filter(|_| times > 0).map(|handle| (handle, times));
+        while let Some((handle, times)) = next.take() {
             let Some(object) = self.object_mut(handle) else { return };
-            object.pins = object.pins.saturating_sub(1);
+            object.pins = object.pins.saturating_sub(times);
             if object.pins == 0 {
                 let discarded = object.is_discarded();
-                next = self.object(handle).and_then(|object| self.parent_of(object));
+                let parent = self.object(handle).and_then(|object| self.parent_of(object));
+                next = parent.map(|parent| (parent, 1));
                 match discarded {
                     true => self.doom(handle),
                     false => self.release(handle.index),

@@ -584,21 +584,20 @@ impl State {
         let mut leases: Vec<_> = session.leases.into_iter().collect();
         leases.sort_unstable_by_key(|(handle, _)| std::cmp::Reverse(*handle));
         for (handle, count) in leases {
-            for _ in 0..count {
-                self.index.unpin(handle);
-            }
+            self.index.unpin_often(handle, count);
         }
     }
 
-    /// Takes one lease from a session, with its pin; `false` when it has none.
-    pub(crate) fn take_lease(&mut self, request_id: &str, handle: Handle) -> bool {
-        let Some(session) = self.sessions.get_mut(request_id) else { return false };
-        let Some(count) = session.leases.get_mut(&handle) else { return false };
-        *count -= 1;
+    /// Takes leases from a session, with their pins; how many it had of so many.
+    pub(crate) fn take_leases(&mut self, request_id: &str, handle: Handle, most: u32) -> u32 {
+        let Some(session) = self.sessions.get_mut(request_id) else { return 0 };
+        let Some(count) = session.leases.get_mut(&handle) else { return 0 };
+        let taken = most.min(*count);
+        *count -= taken;
         if *count == 0 {
             session.leases.remove(&handle);
         }
-        true
+        taken
     }
 
     pub(crate) fn unpin(&mut self, handles: &[Handle]) {

@@ -478,9 +478,7 @@ impl Store {
             *session.leases.entry(*handle).or_default() += readers;
         }
         for handle in hit.iter().rev() {
-            for _ in 0..readers {
-                state.index.pin(*handle);
-            }
+            state.index.pin_often(*handle, readers);
         }
         state.counters.lookups += 1;
         state.counters.lookup_chunks += chunks.len() as u64;
@@ -555,11 +553,12 @@ impl Store {
                 break; // what is leased is a prefix, and is there
             }
             for handle in held {
-                let taken = (0..readers).take_while(|_| state.take_lease(&key.request_id, handle));
-                released.extend(taken.map(|_| handle));
+                released.push((handle, state.take_leases(&key.request_id, handle, readers)));
             }
         }
-        state.unpin(&released);
+        for (handle, count) in released.into_iter().rev() {
+            state.index.unpin_often(handle, count);
+        }
         Ok(())
     }
 
@@ -782,7 +781,7 @@ impl Store {
         let slots =
             objects.iter().filter_map(|handle| Some(state.index.grant(*handle)?.slot())).collect();
         for handle in &objects {
-            state.take_lease(&key.request_id, *handle); // its pin is the retrieval's now
+            state.take_leases(&key.request_id, *handle, 1); // its pin is the retrieval's now
         }
         state.own_instance(owner, instance);
         state.counters.retrieved_chunks += objects.len() as u64;

@@ -561,9 +561,7 @@ impl State {
             chunks += 1;
         }
         for handle in hit.iter().rev() {
-            for _ in 0..promotion.wanted.readers {
-                self.index.pin(*handle);
-            }
+            self.index.pin_often(*handle, promotion.wanted.readers);
         }
         if let Some(session) = self.sessions.get_mut(request_id) {
             session.hit = Some(promotion.hit + chunks);
