@@ -250,7 +250,11 @@ impl Service {
                 Reply::Registered { shm_name, pool_size }
             }
             Request::Unregister { instance_id } => {
-                store.unregister(instance_id);
+                // Its slots would be others' while its own peer still writes to them.
+                match store.may_unregister(owner, instance_id, peer.distant) {
+                    true => store.unregister(instance_id),
+                    false => self.drop_message("not_its_own"),
+                }
                 Reply::None
             }
             Request::PrepareStore { key, instance_id } => {

@@ -171,6 +171,24 @@ fn refusal(operation: Operation) -> Option<Reply> {
 }
 
 #[test]
+fn an_engine_is_not_anothers_to_unregister_as_long_as_it_is_there() {
+    let (server, mut engine) = server_and_engine(8);
+    let mut other = Client::connect(server.address());
+    let unregister = Request::Unregister { instance_id: INSTANCE };
+    engine.prepare_store(key("r", 0, 2), INSTANCE);
+    assert_eq!(other.call(&unregister), Reply::None);
+    assert_eq!(other.status("instances"), 1);
+    assert_eq!(other.status("slots_writing"), 2, "they are nobody else's");
+    assert_eq!(other.status("dropped_not_its_own"), 1);
+    assert!(engine.commit_store(key("r", 0, 2), INSTANCE));
+    // An LMCache worker whose connection was made anew does not register again.
+    drop(engine);
+    while other.status("instances") > 0 {
+        assert_eq!(other.call(&unregister), Reply::None);
+    }
+}
+
+#[test]
 fn a_peer_takes_no_more_than_its_share_of_registrations_and_the_log_says_so() {
     let (server, mut engine) = server_and_engine(8);
     let mut greedy = Client::connect(server.address());

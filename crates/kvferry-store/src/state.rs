@@ -132,6 +132,8 @@ pub(crate) struct Instance {
     pub(crate) registered: Arc<Registered>,
     /// Peers that registered it or were told of its slots, and are there.
     pub(crate) owners: HashSet<Owner>,
+    /// Those among them that registered it.
+    pub(crate) registrants: HashSet<Owner>,
     /// Larger for one that was registered later.
     pub(crate) age: u64,
     /// The same, of its last store or load.
@@ -165,6 +167,7 @@ impl Instance {
         Self {
             registered,
             owners: HashSet::new(),
+            registrants: HashSet::new(),
             age,
             used: age,
             ranks: Ranks::default(),
@@ -752,6 +755,7 @@ impl State {
     pub(crate) fn leave(&mut self, instance: u64, owner: Owner, departure: Departure) {
         let Some(known) = self.instances.get_mut(&instance) else { return };
         known.owners.remove(&owner);
+        known.registrants.remove(&owner);
         if departure == Departure::GivenUp {
             for (range, given_up) in extract(&mut known.stores, |it| it.owner == owner) {
                 self.set_apart(instance, range, &given_up);

@@ -375,6 +375,9 @@ impl Store {
             state.instances.insert(instance, Instance::new(registered, age));
         }
         state.own_instance(owner, instance);
+        if let Some(known) = state.instances.get_mut(&instance) {
+            known.registrants.insert(owner);
+        }
         self.grow_if_needed(&mut state, Instant::now());
         Ok(())
     }
@@ -390,6 +393,16 @@ impl Store {
     /// Whether there is less room than `bytes`, and more on its way: what is stored now would be refused.
     pub fn lacks_room(&self, bytes: u64) -> bool {
         self.inner.growing.load(Ordering::Acquire) && self.lock().pool.free() < bytes
+    }
+
+    /// Whether the peer registered the instance; or nobody who is there did, as when an LMCache worker's connection was made
+    /// anew. An instance that is not registered is everybody's.
+    pub fn may_unregister(&self, owner: Owner, instance: u64, only_its_own: bool) -> bool {
+        let state = self.lock();
+        state.instances.get(&instance).is_none_or(|known| {
+            let registrants = &known.registrants;
+            registrants.contains(&owner) || (registrants.is_empty() && !only_its_own)
+        })
     }
 
     /// Forgets the instance and takes back every slot that it was told of. Its objects stay.
