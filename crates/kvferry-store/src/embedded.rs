@@ -70,7 +70,7 @@ impl Cache for Embedded {
     }
 
     fn give_up(&self, instance: u64) {
-        self.store.give_up(self.owner, instance);
+        self.store.give_up_instance(self.owner, instance);
     }
 
     fn lookup<'a>(&'a self, key: &'a Key, deadline: Instant) -> CacheFuture<'a, u64> {

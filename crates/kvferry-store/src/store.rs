@@ -333,7 +333,7 @@ impl Store {
 
     /// The peer may write to what this instance of its was granted for ever: that stays apart, and the peer's departure,
     /// however it goes, gives nothing of it back.
-    pub fn give_up(&self, owner: Owner, instance: u64) {
+    pub fn give_up_instance(&self, owner: Owner, instance: u64) {
         self.lock().give_up(instance, owner);
     }
 

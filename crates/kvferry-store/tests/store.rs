@@ -436,7 +436,7 @@ fn slots_of_an_instance_that_was_given_up_outlive_its_peer() {
         };
         let told = prepare(&doubtful);
         prepare(&known);
-        engine.store.give_up(engine.owner, 1);
+        engine.store.give_up_instance(engine.owner, 1);
         assert_eq!(engine.status("slots_apart"), 2);
         // A copy of which the end was seen gives its slots back; what began meanwhile leaves with its peer.
         engine.store.abandon_store(&known, 1).unwrap();
