@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions, remove_file};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -300,8 +300,7 @@ fn steps_of(offset: u64, bytes: u64) -> std::ops::RangeInclusive<u64> {
 
 /// Creates the segment and locks it, replacing one that nobody has locked.
 fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
-    let system =
-        |error: &io::Error| Error::system(format!("cannot create {}", path.display()), error);
+    let system = |error: &io::Error| cannot_create(path, error);
     for _ in 0..LOCK_TRIES {
         match open(path, true) {
             Ok(file) => {
@@ -327,8 +326,22 @@ fn create_locked(path: &PathBuf, name: &str) -> Result<File> {
     }
     Err(Error::new(
         ErrorCode::PoolInUse,
-        format!("a live server owns the shared memory {name:?}; stop it, or choose another name"),
+        format!(
+            "a live server owns the shared memory {name:?}; stop it, or choose another name (--shm-name NAME)"
+        ),
     ))
+}
+
+/// Whether a server of another user still lives, nobody but that user can find out.
+fn cannot_create(path: &Path, error: &io::Error) -> Error {
+    let path = path.display();
+    if error.kind() == io::ErrorKind::PermissionDenied {
+        let message = format!(
+            "{path} is another user's ({error}): remove it if that server has ended, or choose another name (--shm-name NAME)"
+        );
+        return Error::new(ErrorCode::PoolInUse, message);
+    }
+    Error::system(format!("cannot create {path}"), error)
 }
 
 fn open(path: &PathBuf, create: bool) -> io::Result<File> {
@@ -446,6 +459,17 @@ mod tests {
         assert_eq!(known(&client), [true, true, true, true, false]);
         assert_eq!(known(&server), [true, true, true, true, false]);
         assert!(!client.is_mapped(0, 1), "no page was mapped");
+    }
+
+    #[test]
+    fn a_segment_of_another_user_is_told_with_the_remedy() {
+        let path = Path::new("/dev/shm/kvferry_1");
+        let error = cannot_create(path, &io::Error::from_raw_os_error(libc::EACCES));
+        assert_eq!(error.code, ErrorCode::PoolInUse);
+        assert!(error.message.contains("/dev/shm/kvferry_1 is another user's"), "{error}");
+        assert!(error.message.contains("--shm-name NAME"), "{error}");
+        let error = cannot_create(path, &io::Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(error.code, ErrorCode::System);
     }
 
     #[test]
