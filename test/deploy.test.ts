@@ -85,8 +85,16 @@ describe("metrics in deploy/", () => {
 		}
 	});
 
+	/** What the disk and the remote each have. */
+	const OF_TIERS =
+		/_(written_bytes_total|read_bytes_total|tier_queue_\w+|saves_total|failed_loads_total)\b/;
+
 	function check({ expr, words }: Used): void {
 		const used = [...expr.matchAll(/\b(kvferry_\w+)(?:\{([^}]*)\})?/g)];
+		if (expr.includes("sum") && OF_TIERS.test(expr)) {
+			expect(expr, "two tiers are not one").toContain("tier");
+			expect(words).toContain("tier");
+		}
 		const labels = new Set(ADDED);
 		for (const [, name = "", selector = ""] of used) {
 			const values = known.get(name);

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { checkMemory } from "../../ts/cli/doctor.js";
+import { checkDisk, checkMemory, checkRemote } from "../../ts/cli/doctor.js";
 import { Client, PrefixCache, Server } from "../../ts/index.js";
 import { LmcacheServer } from "../lmcache-server.js";
 
@@ -191,6 +191,32 @@ describe("kvferry doctor at a server with tenants and a disk", () => {
 			},
 		]);
 		expect(checkMemory({ pool_bytes: 1 })[0]?.message).toMatch(/for want of room: 0\.$/);
+	});
+
+	it("finds that saves fail: more than are written, or just now", () => {
+		const remote = { remote_failure: "", remote_saves: 100, remote_save_failures: 7 };
+		expect(checkRemote(remote)).toMatchObject([
+			{ result: "note", message: expect.stringMatching(/since the start: 7 saves failed\.$/) },
+		]);
+		expect(checkRemote(remote, { ...remote, remote_save_failures: 9 })).toMatchObject([
+			{
+				result: "finding",
+				message: expect.stringMatching(/^Saves fail: 9 since the start, 2 of them .*noeviction/),
+			},
+		]);
+		expect(checkRemote({ ...remote, remote_dropped_failed: 100 })).toMatchObject([
+			{ result: "finding" },
+		]);
+	});
+
+	it("tells that a disk has less room than it was given", () => {
+		const disk = { disk_bytes: 24 * 2 ** 20, disk_bound_bytes: 2 ** 30, disk_objects: 1 };
+		expect(checkDisk(disk)).toMatchObject([
+			{ result: "ok" },
+			{ result: "note", message: expect.stringMatching(/^It may hold 24 MiB of 1 GiB: /) },
+		]);
+		expect(checkDisk({ ...disk, disk_bytes: 2 ** 30 })).toHaveLength(1);
+		expect(checkDisk({ disk_bytes: 1, disk_objects: 0 })).toHaveLength(1); // a server of before
 	});
 
 	it("tells which tier failed", async () => {

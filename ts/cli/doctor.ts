@@ -1,3 +1,4 @@
+import { setTimeout } from "node:timers/promises";
 import { failureOf } from "../cache.js";
 import { Client, type PromptQuestion } from "../client.js";
 import { KvferryError } from "../errors.js";
@@ -7,6 +8,10 @@ import { tokenOf } from "../token.js";
 import { called, explainMiss } from "./miss.js";
 import { type DoctorOptions, doctorOptions } from "./options.js";
 import { readTokens } from "./tokens.js";
+import { size } from "./units.js";
+
+/** Between two looks at a server. */
+const AGAIN_MS = 1000;
 
 /** What one step of the examination came to. */
 export interface Check {
@@ -59,14 +64,15 @@ async function examine(options: DoctorOptions, tokens?: Uint32Array): Promise<Ex
 	}
 	try {
 		const status = await statusOf(client, options);
+		const later = await lookAgain(client, status, options);
 		const checks = [
 			checkServer(options.url, client, status),
 			await checkBytes(client, options, status),
 			checkChunkSize(client.chunkSize, options.chunkSize),
 			checkHashing(status, options),
 			...checkMemory(status),
-			...checkDisk(status),
-			...checkRemote(status),
+			...checkDisk(status, later),
+			...checkRemote(status, later),
 		];
 		if (options.prompt === undefined || tokens === undefined) {
 			return { checks };
@@ -89,6 +95,25 @@ async function statusOf(client: Client, options: DoctorOptions): Promise<Status 
 		}
 		throw error;
 	}
+}
+
+/** The status a moment later, where saves have failed: whether they still do. */
+async function lookAgain(
+	client: Client,
+	status: Status | undefined,
+	options: DoctorOptions,
+): Promise<Status | undefined> {
+	if (lost("disk", status) + lost("remote", status) === 0) {
+		return status;
+	}
+	await setTimeout(AGAIN_MS);
+	return await statusOf(client, options);
+}
+
+/** Saves that a tier failed or refused. */
+function lost(tier: "disk" | "remote", status: Status | undefined): number {
+	const figures = [status?.[`${tier}_save_failures`], status?.[`${tier}_dropped_failed`]];
+	return figures.reduce((sum: number, figure) => sum + Number(figure ?? 0), 0);
 }
 
 function checkServer(url: string, client: Client, status: Status | undefined): Check {
@@ -206,26 +231,32 @@ export function checkMemory(status: Status | undefined): Check[] {
 }
 
 /** Nothing of a server without one. */
-function checkDisk(status: Status | undefined): Check[] {
-	if (status?.disk_bytes === undefined) {
+export function checkDisk(status: Status | undefined, later = status): Check[] {
+	if (status?.disk_bytes === undefined || later === undefined) {
 		return [];
 	}
-	return checkTier("disk", status, `It works, with ${status.disk_objects} objects`, [
+	const { disk_bytes: room, disk_bound_bytes: bound = room } = status;
+	const checks = checkTier("disk", status, later, `It works, with ${status.disk_objects} objects`, [
 		["disk_damaged", "files were not what was written (misses)"],
 		["disk_load_failures", "loads failed"],
 		["disk_save_failures", "saves failed"],
 		["disk_dropped_failed", "saves came while it had failed"],
 		["disk_dropped_full", "saves were dropped because too many waited"],
 	]);
+	if (Number(room) < Number(bound)) {
+		const message = `It may hold ${size(Number(room))} of ${size(Number(bound))}: the file system is full. Free some space, or give less --disk-size.`;
+		checks.push({ check: "disk", result: "note", message });
+	}
+	return checks;
 }
 
 /** The same. */
-function checkRemote(status: Status | undefined): Check[] {
-	if (status?.remote_failure === undefined) {
+export function checkRemote(status: Status | undefined, later = status): Check[] {
+	if (status?.remote_failure === undefined || later === undefined) {
 		return [];
 	}
 	const { remote_saves: saves, remote_loads: loads } = status;
-	return checkTier("remote", status, `It works: ${saves} objects written, ${loads} loaded`, [
+	return checkTier("remote", status, later, `It works: ${saves} objects written, ${loads} loaded`, [
 		["remote_damaged", "objects were not what was written (misses)"],
 		["remote_outages", "times it did not answer or took nothing"],
 		["remote_load_failures", "loads failed"],
@@ -238,12 +269,23 @@ function checkRemote(status: Status | undefined): Check[] {
 function checkTier(
 	check: "disk" | "remote",
 	status: Status,
+	later: Status,
 	message: string,
 	failures: readonly (readonly [name: string, what: string])[],
 ): Check[] {
 	const failure = status[`${check}_failure`];
 	if (failure) {
 		const message = `The ${check} tier failed and takes nothing just now: ${failure}.`;
+		return [{ check, result: "finding", message }];
+	}
+	const now = lost(check, later) - lost(check, status);
+	const [failed, written] = [lost(check, later), Number(later[`${check}_saves`] ?? 0)];
+	if (now > 0 || failed > written) {
+		const message =
+			`Saves fail: ${failed} since the start, ${now} of them in the last second, and ${written} objects were written. ` +
+			(check === "disk"
+				? "The log says why (tier_failed)."
+				: "Is it full, and keeps what it has (Redis: maxmemory-policy noeviction)? docs/remote.md has what it needs.");
 		return [{ check, result: "finding", message }];
 	}
 	const told = failures

@@ -70,6 +70,10 @@ struct Kept {
     figures: BTreeMap<&'static str, u64>,
     /// Tiers that do not work.
     failed: BTreeMap<&'static str, bool>,
+    /// The pool cannot grow.
+    stunted: bool,
+    /// The disk has less room than its bound.
+    shrunk: bool,
 }
 
 impl Kept {
@@ -106,6 +110,35 @@ impl Kept {
             None => self.add(Level::Info, "tier_recovered", tier, (tier.to_owned(), 1)),
         }
     }
+
+    /// Memory that cannot grow still works.
+    fn growth(&mut self, failed: bool) {
+        if std::mem::replace(&mut self.stunted, failed) == failed {
+            return;
+        }
+        let (level, event, detail) = if failed {
+            let remedy = "shared memory ran out: enlarge /dev/shm, or give less --memory";
+            (Level::Warn, "memory_cannot_grow", remedy)
+        } else {
+            (Level::Info, "memory_grows", "there is shared memory again")
+        };
+        self.add(level, event, "", (detail.to_owned(), 1));
+    }
+
+    /// What the disk may hold now.
+    fn room(&mut self, capacity: u64, bound: u64) {
+        let shrunk = capacity < bound;
+        if std::mem::replace(&mut self.shrunk, shrunk) == shrunk {
+            return;
+        }
+        if shrunk {
+            let detail = format!("{capacity} of {bound} bytes: the file system is full");
+            self.add(Level::Warn, "disk_shrunk", "", (detail, 1));
+        } else {
+            let detail = format!("up to {bound} bytes are tried for again");
+            self.add(Level::Info, "disk_grows", "", (detail, 1));
+        }
+    }
 }
 
 impl Notes {
@@ -131,8 +164,7 @@ impl Notes {
         let of_disk = disk.iter().flat_map(DiskStatus::figures);
         for (name, value) in store.iter().copied().chain(of_disk) {
             if name == "growth_failed" {
-                let reason = "shared memory ran out: enlarge /dev/shm, or give less --memory";
-                kept.tier("memory", (value > 0).then(|| reason.to_owned()));
+                kept.growth(value > 0);
             }
             let Some((_, event)) = WATCHED.iter().find(|(figure, _)| *figure == name) else {
                 continue;
@@ -148,6 +180,7 @@ impl Notes {
             }
         }
         if let Some(disk) = disk {
+            kept.room(disk.capacity, disk.bound);
             kept.tier("disk", disk.failed);
         }
         if let Some(remote) = remote {
@@ -221,6 +254,22 @@ mod tests {
             assert_eq!(events(&tier(None)), [("tier_recovered", 1)]);
         }
         let grown = |value| events(&notes.take(&[("growth_failed", value)], None, None));
-        assert_eq!((grown(1), grown(0)), (vec![("tier_failed", 1)], vec![("tier_recovered", 1)]));
+        assert_eq!(grown(1), [("memory_cannot_grow", 1)]);
+        assert_eq!((grown(1), grown(0)), (vec![], vec![("memory_grows", 1)]));
+    }
+
+    #[test]
+    fn a_disk_with_less_room_than_its_bound_is_noted_and_so_is_that_it_has_it_again() {
+        let notes = Notes::default();
+        let room = |capacity| {
+            let status = DiskStatus { bound: 1024, capacity, ..Default::default() };
+            notes.take(&[], Some(status), None)
+        };
+        assert_eq!(room(1024), []);
+        let shrunk = room(24);
+        assert_eq!((events(&shrunk), shrunk[0].level), (vec![("disk_shrunk", 1)], Level::Warn));
+        assert_eq!(shrunk[0].detail, "24 of 1024 bytes: the file system is full");
+        assert_eq!(room(25), []);
+        assert_eq!(events(&room(1024)), [("disk_grows", 1)]);
     }
 }

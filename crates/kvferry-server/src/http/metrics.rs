@@ -1,5 +1,6 @@
 //! `/metrics`, in Prometheus' text format 0.0.4.
 
+use std::collections::BTreeMap;
 use std::fmt::{Display, Write as _};
 use std::sync::atomic::Ordering;
 
@@ -70,6 +71,7 @@ const STORE: &[Series] = &[
     gauge("chunk_size", "chunk_size_tokens", "", "Tokens of one chunk."),
     gauge("pool_bytes", "tier_capacity_bytes", MEMORY, "Bytes that the tier may hold."),
     gauge("disk_bytes", "tier_capacity_bytes", DISK, ""),
+    gauge("disk_bound_bytes", "tier_bound_bytes", DISK, "Bytes that the tier may hold where the file system has room for them."),
     gauge("reserved_bytes", "tier_reserved_bytes", MEMORY, "Bytes that the tier has of the system by now."),
     gauge("used_bytes", "tier_used_bytes", MEMORY, "Bytes that objects and slots being written take."),
     gauge("disk_used_bytes", "tier_used_bytes", DISK, ""),
@@ -142,6 +144,28 @@ const STORE: &[Series] = &[
     counter("evicted_bytes", "evicted_bytes_total", MEMORY, "Bytes of the objects that made room for others."),
     counter("disk_evicted_bytes", "evicted_bytes_total", DISK, ""),
     counter("expired_sessions", "expired_sessions_total", "", "Requests that were forgotten: idle for too long, or one too many."),
+];
+
+/// Why messages and connections are dropped, but for what is wrong in a message: those are told from the start, so
+/// that the first one shows in a rate.
+const DROPS: [&str; 17] = [
+    "accept",
+    "connection",
+    "connections",
+    "deadline",
+    "http_accept",
+    "http_connections",
+    "http_deadline",
+    "http_forbidden",
+    "http_host",
+    "http_malformed",
+    "http_media_type",
+    "http_origin",
+    "http_token",
+    "http_too_large",
+    "not_admin",
+    "unfinished_messages",
+    "wrong_token",
 ];
 
 /// What is written so far.
@@ -255,7 +279,9 @@ pub(super) fn text(now: &Snapshot) -> String {
         Kind::Counter,
         "Messages and connections that were dropped, by why.",
     );
-    for (reason, count) in &now.dropped {
+    let mut dropped: BTreeMap<_, _> = DROPS.iter().map(|reason| (*reason, 0)).collect();
+    dropped.extend(&now.dropped);
+    for (reason, count) in dropped {
         text.sample("", &format!("reason=\"{}\"", reason.to_lowercase()), count);
     }
     text.metric(
@@ -292,8 +318,8 @@ fn tenants(text: &mut Exposition, tenants: &[Shown]) {
         (
             "tenant_evicted_bytes_total",
             Kind::Counter,
-            "Bytes that made room since the tenant has some.",
-            |tenant| Some(tenant.evicted_bytes.to_string()),
+            "Bytes that made room since the tenant has some; not of other: who is among them changes.",
+            |tenant| tenant.quota.map(|_| tenant.evicted_bytes.to_string()),
         ),
         ("tenant_cap_bytes", Kind::Gauge, "Bytes that the tenant has at most.", |tenant| {
             let cap = tenant.quota?.cap;
@@ -328,7 +354,7 @@ mod tests {
 
     use kvferry_store::disk::DiskStatus;
     use kvferry_store::remote::RemoteStatus;
-    use kvferry_store::{Limits, Store, StoreOptions};
+    use kvferry_store::{Limits, Quota, Store, StoreOptions};
 
     use super::*;
 
@@ -352,6 +378,22 @@ mod tests {
         let known: BTreeSet<_> = figures.map(|(name, _)| *name).collect();
         let shown: BTreeSet<_> = STORE.iter().map(|series| series.figure).collect();
         assert_eq!(known, shown);
+    }
+
+    #[test]
+    fn the_evictions_of_all_other_tenants_together_are_no_counter() {
+        let mut text = Exposition { text: String::new(), last: "" };
+        let shown = |label: &str, quota| Shown {
+            label: label.into(),
+            used_bytes: 1,
+            objects: 1,
+            evicted_bytes: 1,
+            quota,
+        };
+        tenants(&mut text, &[shown("none", Some(Quota::default())), shown("other", None)]);
+        let samples = |name| text.text.lines().filter(|line| line.starts_with(name)).count();
+        assert_eq!(samples("kvferry_tenant_used_bytes{"), 2);
+        assert_eq!(samples("kvferry_tenant_evicted_bytes_total{"), 1);
     }
 
     #[test]

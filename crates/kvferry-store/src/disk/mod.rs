@@ -120,6 +120,8 @@ pub struct DiskStatus {
     pub objects: u64,
     /// Bytes of all files: those of other versions, being written and on their way out included.
     pub bytes: u64,
+    /// Bytes that they may take where the file system has room for them.
+    pub bound: u64,
     /// Bytes that they may take now: the bound, or less while the file system has less room.
     pub capacity: u64,
     /// Bytes of saves that are waiting or being written.
@@ -169,6 +171,7 @@ impl DiskStatus {
     pub fn figures(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("disk_bytes", self.capacity),
+            ("disk_bound_bytes", self.bound),
             ("disk_used_bytes", self.bytes),
             ("disk_objects", self.objects),
             ("disk_queue_bytes", self.queue_bytes),

@@ -476,6 +476,7 @@ impl Shared {
         DiskStatus {
             objects: state.index.objects(),
             bytes: state.bytes(),
+            bound: self.bound,
             capacity: state.health.capacity(self.bound, Instant::now()),
             queue_bytes: state.queue_bytes,
             queue_saves: state.outstanding.len() as u64,

@@ -1080,6 +1080,7 @@ fn a_full_file_system_makes_the_disk_smaller_for_a_while() {
     assert_eq!(found(&disk, 0..9), [4, 5, 6, 7, 8]);
     let status = disk.status();
     assert_eq!((status.capacity, status.failed, status.save_failures), (5 * FILE, None, 0));
+    assert_eq!(status.bound, 8 * FILE);
     assert_eq!(status.evicted_objects, 4);
     room.store(0, Ordering::Relaxed); // others take everything
     let error = save_page(&disk, 9).unwrap_err();
