@@ -315,6 +315,8 @@ fn http_takes_each_token_for_its_routes_and_tells_nothing_more_without() {
     assert_eq!(status, 200, "the scheme has no case");
     let refused = r#"kvferry_dropped_messages_total{reason="http_token"} 54"#;
     assert!(figures.contains(refused), "{figures}");
+    assert!(figures.contains(r#"reason="http_forbidden"}"#), "{figures}");
+    assert!(!figures.contains(r#"reason="http_forbidden"} 0"#), "{figures}");
 }
 
 #[test]

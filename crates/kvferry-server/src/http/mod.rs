@@ -10,7 +10,7 @@ mod readiness;
 mod socket;
 mod status;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
@@ -46,7 +46,7 @@ use crate::notes::Level;
 use crate::quotas::{QuotaBook, Shown};
 use crate::tokens::Role;
 
-/// Connections at most; one more is closed at once.
+/// Connections at most; for one more the oldest goes that has not sent its headers, else it goes itself.
 const CONNECTIONS_MAX: usize = 64;
 /// From connecting to the last header.
 const HEADERS: Duration = Duration::from_secs(5);
@@ -151,27 +151,39 @@ async fn accept(listener: TcpListener, connections_max: usize, desk: &Rc<Desk>) 
         };
         if desk.connections.get() >= connections_max {
             desk.figures.drop_message("http_connections");
-            continue;
+            let slowest = desk.silent.borrow_mut().pop_first();
+            let Some((_, make_room)) = slowest else { continue };
+            let _ = make_room.send(()); // it may have ended
         }
         let _ = stream.set_nodelay(true); // without it answers come late, and still come
         desk.connections.set(desk.connections.get() + 1);
-        let open = Open(Rc::clone(desk));
-        tokio::task::spawn_local(async move { serve(stream, &open.0).await });
+        let number = desk.accepted.get();
+        desk.accepted.set(number + 1);
+        let (make_room, room_is_made) = oneshot::channel();
+        desk.silent.borrow_mut().insert(number, make_room);
+        let open = Open(Rc::clone(desk), number);
+        tokio::task::spawn_local(async move {
+            tokio::select! {
+                () = serve(stream, &open.0, number) => {}
+                Ok(()) = room_is_made => {} // not once its headers have come
+            }
+        });
     }
 }
 
 /// Counts a connection until its task ends, however it ends.
-struct Open(Rc<Desk>);
+struct Open(Rc<Desk>, u64);
 
 impl Drop for Open {
     fn drop(&mut self) {
         self.0.connections.set(self.0.connections.get() - 1);
+        self.0.silent.borrow_mut().remove(&self.1);
     }
 }
 
 /// Serves one request of the connection.
-async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, desk: &Desk) {
-    match talk(&mut stream, desk).await {
+async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, desk: &Desk, number: u64) {
+    match talk(&mut stream, desk, number).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) if error.is_parse() => desk.figures.drop_message("http_malformed"),
         Ok(Err(_)) => return, // the client is gone
@@ -183,10 +195,12 @@ async fn serve(mut stream: impl AsyncRead + AsyncWrite + Unpin, desk: &Desk) {
 async fn talk(
     stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     desk: &Desk,
+    number: u64,
 ) -> Result<hyper::Result<()>, Elapsed> {
     let arrived = Cell::new(None);
     let service = service_fn(|request| {
         arrived.set(Some(Instant::now()));
+        desk.silent.borrow_mut().remove(&number);
         desk.answer(request)
     });
     let mut builder = http1::Builder::new();
@@ -229,6 +243,10 @@ struct Desk {
     readiness: Readiness,
     questions: Arc<Semaphore>,
     connections: Cell<usize>,
+    /// Connections so far.
+    accepted: Cell<u64>,
+    /// How to end those whose headers have not come, oldest first.
+    silent: RefCell<BTreeMap<u64, oneshot::Sender<()>>>,
 }
 
 /// The figures of one moment.
@@ -349,6 +367,8 @@ impl Desk {
             readiness,
             questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
             connections: Cell::new(0),
+            accepted: Cell::new(0),
+            silent: RefCell::default(),
         }
     }
 
@@ -380,16 +400,16 @@ impl Desk {
     }
 
     async fn route(&self, request: Request<Incoming>) -> Answered {
-        let host = check_host(&request, self.guard.public)?;
+        let host = check_host(&request, self.guard.public)
+            .inspect_err(|_| self.figures.drop_message("http_host"))?;
         let path = request.uri().path();
         let Some((_, route)) = ROUTES.iter().find(|(known, _)| *known == path) else {
             let message = "there is nothing at this path; /openapi.json lists those that there are";
             return Err(Refusal::new(StatusCode::NOT_FOUND, "NOT_FOUND", message));
         };
         self.guard.check(request.headers(), *route).inspect_err(|refusal| {
-            if refusal.status == StatusCode::UNAUTHORIZED {
-                self.figures.drop_message("http_token");
-            }
+            let unknown = refusal.status == StatusCode::UNAUTHORIZED;
+            self.figures.drop_message(if unknown { "http_token" } else { "http_forbidden" });
         })?;
         // Whoever has no token is told that something is wrong, and not what.
         let tells = self.guard.tokens.is_none();
@@ -402,7 +422,10 @@ impl Desk {
         }
         let changes = !matches!(method, Method::GET | Method::HEAD);
         if changes {
-            check_origin(request.headers(), &host)?;
+            check_origin(request.headers(), &host).inspect_err(|refusal| {
+                let foreign = refusal.status == StatusCode::FORBIDDEN;
+                self.figures.drop_message(if foreign { "http_origin" } else { "http_media_type" });
+            })?;
         }
         match route {
             Route::Page => Ok(page()),
@@ -436,7 +459,7 @@ impl Desk {
             }
             Route::OpenApi => Ok(json(StatusCode::OK, OPENAPI)),
             Route::Clear => {
-                let body = read_body(request.into_body()).await?;
+                let body = self.read_body(request.into_body()).await?;
                 let Some(salt) = confirmation(&body) else {
                     let message = "clearing takes the body {\"confirm\":true}, with a \"salt\" for one tenant";
                     return Err(Refusal::new(StatusCode::BAD_REQUEST, "INVALID_ARGUMENT", message));
@@ -459,7 +482,7 @@ impl Desk {
                     _ => None,
                 };
                 let body = match change {
-                    Some(_) => read_body(request.into_body()).await?,
+                    Some(_) => self.read_body(request.into_body()).await?,
                     None => Bytes::new(),
                 };
                 let book = Arc::clone(&self.book);
@@ -477,6 +500,14 @@ impl Desk {
                 Ok(json(StatusCode::OK, told))
             }
         }
+    }
+
+    async fn read_body(&self, body: Incoming) -> Answered<Bytes> {
+        read_body(body).await.inspect_err(|refusal| {
+            if refusal.status == StatusCode::PAYLOAD_TOO_LARGE {
+                self.figures.drop_message("http_too_large");
+            }
+        })
     }
 
     /// Whether the data path works: its thread does something for us.
@@ -655,7 +686,7 @@ mod tests {
         let (near, far) = duplex(room);
         let begun = Instant::now();
         tokio::select! {
-            () = serve(far, &desk) => {}
+            () = serve(far, &desk, 0) => {}
             () = async { what(near).await; std::future::pending().await } => {}
         }
         assert_eq!(desk.figures.dropped().get("http_deadline"), Some(&1));
@@ -705,17 +736,35 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_connection_too_many_is_closed_at_once_and_its_end_makes_room() {
+    async fn one_connection_too_many_takes_the_place_of_the_oldest_that_has_asked_nothing() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let desk = desk();
         let clients = async {
-            let first = TcpStream::connect(address).await.unwrap();
-            let _second = TcpStream::connect(address).await.unwrap();
+            let asking = || async {
+                let mut asking = TcpStream::connect(address).await.unwrap();
+                let head = b"POST /clear HTTP/1.1\r\nhost: localhost\r\n\
+                    content-type: application/json\r\ncontent-length: 9\r\n\r\n";
+                asking.write_all(head).await.unwrap();
+                asking
+            };
+            let dropped = || desk.figures.dropped().get("http_connections").copied();
+            let first = asking().await;
+            let mut silent = TcpStream::connect(address).await.unwrap();
+            silent.write_all(b"GET / HTTP/1.1\r\nhost: ").await.unwrap();
+            while desk.connections.get() < 2 || desk.silent.borrow().len() > 1 {
+                tokio::task::yield_now().await;
+            }
+            let _second = asking().await;
+            assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0);
+            assert_eq!(dropped(), Some(1));
+            while !desk.silent.borrow().is_empty() {
+                tokio::task::yield_now().await;
+            }
             let mut refused = TcpStream::connect(address).await.unwrap();
             assert_eq!(refused.read(&mut [0]).await.unwrap(), 0);
-            assert_eq!(desk.figures.dropped().get("http_connections"), Some(&1));
+            assert_eq!(dropped(), Some(2));
             drop(first);
             loop {
                 let mut next = TcpStream::connect(address).await.unwrap();
