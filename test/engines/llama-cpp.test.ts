@@ -510,8 +510,8 @@ describe("the identity", () => {
 		const paths = ["v1", "v2"].map((version) => join(directory, `${version}.gguf`));
 		const [path = "", aside = ""] = paths;
 		await copyFile(engine.modelPath, path);
-		const context = await engine.createContextOf(path);
-		handles.push(() => context.dispose());
+		const { context, dispose } = await engine.createContextOf(path);
+		handles.push(dispose);
 		const via = await newServer();
 		const unknown = {
 			code: "IDENTITY_UNKNOWN",

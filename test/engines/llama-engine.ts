@@ -31,8 +31,8 @@ export interface Engine {
 	readonly tokens: number[];
 	readonly modelPath: string;
 	createContext(options?: object): Promise<TestContext>;
-	/** A context of a model that is loaded for it. */
-	createContextOf(modelPath: string): Promise<TestContext>;
+	/** A context of a model that is loaded for it, and goes with it: one that the garbage collector took kept the engine from ending. */
+	createContextOf(modelPath: string): Promise<{ context: TestContext; dispose(): Promise<void> }>;
 	createSession(contextSequence: TestSequence, systemPrompt: string, options?: object): TestSession;
 	dispose(): Promise<void>;
 }
@@ -56,8 +56,11 @@ export async function openEngine(): Promise<Engine> {
 	return {
 		tokens: model.tokenize(document),
 		modelPath,
-		createContextOf: async (path) =>
-			(await llama.loadModel({ modelPath: path })).createContext({ contextSize: 256, threads: 1 }),
+		createContextOf: async (path) => {
+			const model = await llama.loadModel({ modelPath: path });
+			const context = await model.createContext({ contextSize: 256, threads: 1 });
+			return { context, dispose: () => model.dispose() };
+		},
 		createContext: (options = {}) =>
 			model.createContext({ contextSize: 512, batchSize: 128, threads: 1, ...options }),
 		createSession: (contextSequence, systemPrompt, options = {}) =>
