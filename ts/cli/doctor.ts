@@ -213,7 +213,7 @@ export function checkMemory(status: Status | undefined): Check[] {
 			finding(
 				`${figure("slots_apart")} slots (${mebibytes("slots_apart_bytes")} of writers) are set ` +
 					"apart: engines that the server gave up may still use them. Ending those engines gives " +
-					"them back.",
+					"them back; where they are in another container or another user's, restart the server after it.",
 			),
 		);
 	}
