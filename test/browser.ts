@@ -68,7 +68,9 @@ export class Browser implements AsyncDisposable {
 			...["--disable-background-networking", "--disable-component-update", "--disable-sync"],
 			...(process.getuid?.() === 0 ? ["--no-sandbox"] : []), // as root it has none
 		];
-		const child = spawn(program, flags, { stdio: ["ignore", "ignore", "ignore", "pipe", "pipe"] });
+		// A group of its own: its helpers write to its home for a while after it was killed.
+		const stdio = ["ignore", "ignore", "ignore", "pipe", "pipe"] as const;
+		const child = spawn(program, flags, { stdio: [...stdio], detached: true });
 		const browser = new Browser(child, home);
 		try {
 			await browser.#attach();
@@ -136,7 +138,11 @@ export class Browser implements AsyncDisposable {
 	}
 
 	async [Symbol.asyncDispose](): Promise<void> {
-		this.#child.kill("SIGKILL");
+		try {
+			process.kill(-(this.#child.pid as number), "SIGKILL");
+		} catch {
+			// It has ended, or never began.
+		}
 		await this.#ended;
 		rmSync(this.#home, { recursive: true, force: true, maxRetries: 10, retryDelay: 100 });
 	}
