@@ -60,14 +60,14 @@ mod avx512 {
     use std::arch::x86_64::*;
     use std::slice::{Iter, IterMut};
 
+    use kvferry_core::copy_sums::StretchSum;
+
     use super::*;
     use crate::kernels::x86::{SANITIZED, prefetch};
     use crate::kernels::{LINE, LONG};
 
     /// Elements of eight bytes of a line.
     const ELEMENTS: usize = LINE / 8;
-    /// The polynomial of CRC-64/NVME without its x^64; the highest bit is the lowest power.
-    const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
     /// Of the first and the second eight bytes of sixteen. A product of two such numbers is one power too high.
     const FACTORS: [u64; 2] = [power(8 * TURN + 64 - 1), power(8 * TURN - 1)];
 
@@ -75,7 +75,7 @@ mod avx512 {
     const fn power(mut exponent: usize) -> u64 {
         let mut power = 1 << 63;
         while exponent > 0 {
-            power = power >> 1 ^ if power & 1 == 1 { POLYNOMIAL } else { 0 };
+            power = power >> 1 ^ if power & 1 == 1 { StretchSum::POLYNOMIAL } else { 0 };
             exponent -= 1;
         }
         power

@@ -24,7 +24,7 @@ impl Joiner {
 }
 
 /// The polynomial of CRC-64/NVME without its x^64; as everywhere here, the highest bit is the lowest power.
-const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+pub(crate) const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
 const ONE: u64 = 1 << 63;
 
 /// The product of two polynomials, modulo CRC-64/NVME's. The checksum of A and B together is that of A times

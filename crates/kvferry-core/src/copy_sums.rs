@@ -2,7 +2,7 @@
 
 use crc_fast::{CrcAlgorithm, Digest};
 
-use crate::checksum::Joiner;
+use crate::checksum::{self, Joiner};
 use crate::copy_plan::{CopyPlan, Stretch};
 use crate::{Error, ErrorCode, Result};
 
@@ -26,6 +26,9 @@ pub struct StretchSum(Digest);
 impl StretchSum {
     /// What a checksum begins with: the first eight bytes are taken exclusive or this.
     pub const SEED: u64 = !0;
+
+    /// CRC-64/NVME's, without its x^64; the highest bit is the lowest power.
+    pub const POLYNOMIAL: u64 = checksum::POLYNOMIAL;
 
     /// Of no bytes yet.
     #[expect(clippy::new_without_default, reason = "it is begun, never had")]
